@@ -1,0 +1,85 @@
+"""Which axes of a kernel are contracted, which carry slices, which are outputs.
+
+All maths in this package runs on one canonical form, ``(*batch, K, N)``: the
+contraction flattened on axis -2, the outputs flattened on axis -1, one slice
+for each batch index. A Flax ``Dense`` kernel ``(in, out)`` is in that form
+already, and nothing is moved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from bitnet_jax import _checks
+
+AxesLike = int | Sequence[int]
+
+
+class KernelAxes(NamedTuple):
+    """The axes of one kernel, non-negative and ascending."""
+
+    contracting: tuple[int, ...]
+    batch: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The permutation that brings a kernel to (batch, contraction, outputs)."""
+        return self.batch + self.contracting + self.outputs
+
+    def split(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """The lengths of the batch, contracting and output axes."""
+        b, c, o = (
+            tuple(shape[a] for a in axes) for axes in (self.batch, self.contracting, self.outputs)
+        )
+        return b, c, o
+
+
+def resolve(
+    who: str, w: jax.Array, contracting_axes: AxesLike | None, batch_axes: AxesLike
+) -> KernelAxes:
+    """Names every axis of ``w``; a 2-D kernel (in, out) needs no help."""
+    batch = _checks.axes_in_range(who, "batch_axes", batch_axes, w.ndim)
+    rest = [axis for axis in range(w.ndim) if axis not in batch]
+    if contracting_axes is None:
+        _checks.axes_known(who, w, len(batch))
+        contracting = (rest[0],)
+    else:
+        contracting = _checks.axes_in_range(who, "contracting_axes", contracting_axes, w.ndim)
+    _checks.axes_disjoint(who, contracting, batch)
+    outputs = tuple(axis for axis in rest if axis not in contracting)
+    return KernelAxes(contracting, batch, outputs)
+
+
+def canonical(w: jax.Array, axes: KernelAxes) -> jax.Array:
+    """Brings a kernel to ``(*batch, K, N)``."""
+    batch, contraction, outputs = axes.split(w.shape)
+    return w.transpose(axes.order).reshape(*batch, math.prod(contraction), math.prod(outputs))
+
+
+def restore(c: jax.Array, axes: KernelAxes, contraction: Sequence[int], outputs: Sequence[int]):
+    """Undoes :func:`canonical`, for an array with these lengths of the two parts."""
+    lead = c.shape[:-2]
+    inverse = sorted(range(len(axes.order)), key=axes.order.__getitem__)
+    return c.reshape(*lead, *contraction, *outputs).transpose(inverse)
+
+
+def group_grid(who: str, contraction: Sequence[int], group: int) -> tuple[int, ...]:
+    """How many groups of ``group`` adjacent weights lie along each contracting axis."""
+    grid, left = [], group
+    for length in reversed(contraction):
+        if left % length == 0:
+            grid.append(1)
+            left //= length
+        elif length % left == 0:
+            grid.append(length // left)
+            left = 1
+        else:
+            _checks.group_divides(who, group, contraction)
+    if left != 1:
+        _checks.group_divides(who, group, contraction)
+    return tuple(reversed(grid))

@@ -1,0 +1,205 @@
+"""``matmul`` and ``prepare``: checks, the table of implementations, the gradient.
+
+An implementation is one module and one row of the table. ``cannot`` says why it
+is not for a kernel. ``implementation=None`` takes the first row that can; a name
+runs that row, or raises ``NotImplementedError`` with its reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bitnet_jax import _axes, _checks
+from bitnet_jax._matmul import reference, xla
+from bitnet_jax._packed import Packed, PackedTernary, PreparedTernary, is_packed
+from bitnet_jax._ste import dequantize_canonical, input_gradient, product
+from bitnet_jax._ternary import INT8, ActivationConfig, quantize_activations
+
+
+class Implementation(NamedTuple):
+    """One way to compute the product.
+
+    Attributes:
+      contract: (codes of x, gamma, packed, qmax) -> float32 product.
+      cannot: packed -> the reason why not, or None.
+      prepare: stored -> the layout it runs best from; None: the stored one.
+      codes_of: prepared -> canonical int8 codes, for the gradient.
+    """
+
+    contract: Callable[..., jax.Array]
+    cannot: Callable[[Packed], str | None]
+    prepare: Callable[[PackedTernary], PreparedTernary] | None = None
+    codes_of: Callable[[PreparedTernary], jax.Array] | None = None
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "xla": Implementation(xla.contract, xla.cannot, xla.prepare, xla.codes_of),
+    "reference": Implementation(reference.contract, reference.cannot),
+}
+
+
+def matmul(
+    x: Float[Array, "*b *m k"],
+    packed: Packed,
+    *,
+    activations: ActivationConfig | None = INT8,
+    implementation: str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*b *m n"]:
+    """x times a packed kernel, from its two-bit codes.
+
+    The same int8 codes, int32 sums and epilogue as :func:`ternary_dot`, so the
+    same bits. Differentiable in x, straight through: ``dx = g w_q^T``.
+
+    Args:
+      x: activations; the last axes meet the kernel's contracting axes. With
+        batch axes, x starts with them.
+      packed: from :func:`pack` or :func:`prepare`.
+      activations: as in training, or None for weight-only: a float product with
+        the dequantised kernel, which is unpacked whole, whatever the implementation.
+      implementation: None picks; ``"xla"`` or ``"reference"`` runs that one.
+      dtype: of the output; by default what x and the kernel's dtype promote to.
+      precision: of the float product where ``activations`` is None.
+
+    Returns:
+      (*batch, ..., *outputs) of ``dtype``.
+
+    Raises:
+      TypeError: x is not floating point, or ``packed`` is not packed.
+      ValueError: shapes that do not meet, an unknown implementation, or one
+        that a prepared kernel was not prepared for.
+      NotImplementedError: the implementation asked for cannot do this.
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> packed = bj.pack(jnp.array([[0.9], [-0.1], [-0.8], [0.6]]))
+      >>> bj.matmul(jnp.ones((2, 4)), packed).tolist()
+      [[0.6000000238418579], [0.6000000238418579]]
+
+    References:
+      Ma et al., arXiv:2402.17764.
+    """
+    who = "matmul"
+    _checks.float_array(who, "x", x)
+    kinds = (PackedTernary, PreparedTernary)
+    _checks.instance(who, "packed", packed, kinds, "Make one with bj.pack(w).")
+    _checks.instance(
+        who, "activations", activations, (ActivationConfig, type(None)), "Use ActivationConfig()."
+    )
+    _checks.implementation_known(who, implementation, IMPLEMENTATIONS)
+    batch, contraction, outputs = _split(packed)
+    _checks.contraction(who, x.shape, contraction, batch)
+    dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
+    lead = x.shape[: x.ndim - len(contraction)]
+    x = x.reshape(*lead, math.prod(contraction))
+    if activations is None:
+        y = product(x.astype(dtype), _float_kernel(packed).astype(dtype), batch, precision)
+    else:
+        name = _choose(packed, implementation)
+        y = cast(jax.Array, _matmul(activations, name, x, packed))  # custom_vjp loses the type
+    return y.astype(dtype).reshape(*lead, *outputs)
+
+
+def prepare(tree: Any, implementation: str | None = None) -> Any:
+    """Lays packed kernels out the way an implementation runs best from.
+
+    Do it once, at load. Prepared kernels stay out of files: keep the stored
+    tree for :func:`bitnet_jax.io.save`.
+
+    Args:
+      tree: a packed kernel, or any tree with packed kernels among its leaves;
+        other leaves pass through.
+      implementation: None picks the one :func:`matmul` would.
+
+    Returns:
+      The tree with ``PreparedTernary`` leaves; where the implementation runs
+      from the stored layout, the leaf itself.
+
+    Raises:
+      ValueError: a tree without packed kernels, or an unknown implementation.
+      TypeError: a kernel prepared already.
+      NotImplementedError: the implementation asked for cannot run a kernel.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 16))}
+      >>> packed, _ = bj.pack_params(params)
+      >>> bj.prepare(packed)
+      {'kernel': PreparedTernary(shape=(64, 16), for 'xla')}
+    """
+    _checks.implementation_known("prepare", implementation, IMPLEMENTATIONS)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
+    if not any(is_packed(leaf) for _, leaf in leaves):
+        _checks.nothing_packed("prepare")
+    done = [_prepare_leaf(path, leaf, implementation) for path, leaf in leaves]
+    return jax.tree.unflatten(treedef, done)
+
+
+def _prepare_leaf(path, leaf: Any, implementation: str | None) -> Any:
+    if isinstance(leaf, PreparedTernary):
+        where = jax.tree_util.keystr(path) or "`tree`"
+        _checks.stored_layout("prepare", where, leaf.implementation)
+    if not isinstance(leaf, PackedTernary):
+        return leaf
+    make = IMPLEMENTATIONS[_choose(leaf, implementation)].prepare
+    return leaf if make is None else make(leaf)
+
+
+def _choose(packed: Packed, implementation: str | None) -> str:
+    if isinstance(packed, PreparedTernary):
+        _checks.implementation_agrees("matmul", implementation, packed.implementation)
+        return packed.implementation
+    if implementation is not None:
+        return implementation
+    return next(name for name, row in IMPLEMENTATIONS.items() if row.cannot(packed) is None)
+
+
+def _split(packed: Packed) -> tuple[tuple[int, ...], ...]:
+    if isinstance(packed, PreparedTernary):
+        return packed.batch, packed.contraction, packed.outputs
+    return packed.axes.split(packed.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(activations: ActivationConfig, name: str, x: jax.Array, packed: Packed) -> jax.Array:
+    codes, gamma = quantize_activations(x, activations)
+    return IMPLEMENTATIONS[name].contract(codes, gamma, packed, activations.qmax)
+
+
+def _matmul_forward(activations, name, x, packed):
+    return _matmul(activations, name, x, packed), (packed, jnp.zeros(0, x.dtype))
+
+
+def _matmul_backward(activations, name, residuals, g):
+    del activations, name
+    packed, x_like = residuals
+    dx = input_gradient(g, _canonical_codes(packed), _canonical_scale(packed))
+    return dx.astype(x_like.dtype), None
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _canonical_codes(packed: Packed) -> jax.Array:
+    if isinstance(packed, PackedTernary):
+        return _axes.canonical(packed.trits(), packed.axes)
+    codes_of = IMPLEMENTATIONS[packed.implementation].codes_of
+    assert codes_of is not None  # whoever prepares can undo it
+    return codes_of(packed)
+
+
+def _canonical_scale(packed: Packed) -> jax.Array:
+    return packed.scale if isinstance(packed, PreparedTernary) else packed.canonical_scale()
+
+
+def _float_kernel(packed: Packed) -> jax.Array:
+    scale = jax.lax.stop_gradient(_canonical_scale(packed))
+    return dequantize_canonical(_canonical_codes(packed), scale)

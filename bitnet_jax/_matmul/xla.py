@@ -1,0 +1,144 @@
+"""The pure JAX implementation: unpack a block of output columns, multiply, go on.
+
+XLA never fuses the unpacking into the product. So a prepared kernel is cut into
+blocks of output columns, ``u8[blocks, byte rows, columns]``, and ``lax.map``
+unpacks one block, which stays in cache, and multiplies by it. Memory: one block
+of int8 beside the two-bit kernel.
+
+A byte holds four adjacent rows of the kernel. Its fields come out as four
+planes, rows 0, 4, 8, ... first; the activations, which are far smaller, are
+permuted to that order instead of the weights. Fields are code + 1, so the sum
+of x's codes is subtracted once at the end. All of it is exact in int32.
+
+A stored kernel is one block: correct, slower, and unpacked as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32, Int8, Int32, UInt8
+
+from bitnet_jax import _dot, _packing
+from bitnet_jax._packed import PackedTernary, PreparedTernary, canonical_bytes
+
+_COLUMNS = 512
+
+
+def prepare(packed: PackedTernary) -> PreparedTernary:
+    """Cuts the kernel into blocks of output columns."""
+    reason = cannot(packed)
+    if reason is not None:
+        raise NotImplementedError(f"prepare: {reason}")
+    _, contraction, outputs = packed.axes.split(packed.shape)
+    rows = canonical_bytes(packed)
+    n = rows.shape[-1]
+    columns = min(_COLUMNS, n)
+    blocks = -(-n // columns)
+    short = [(0, 0)] * (rows.ndim - 1) + [(0, blocks * columns - n)]
+    rows = jnp.pad(rows, short, constant_values=_packing.ZEROS)
+    rows = rows.reshape(*rows.shape[:-1], blocks, columns)
+    return PreparedTernary(
+        codes=jnp.swapaxes(rows, -2, -3),
+        scale=packed.canonical_scale(),
+        contraction=contraction,
+        outputs=outputs,
+        implementation="xla",
+        config=packed.config,
+        dtype=packed.dtype,
+    )
+
+
+def contract(
+    x: Int8[Array, "*b *m k"],
+    gamma: Float32[Array, "*b *m 1"],
+    packed: PackedTernary | PreparedTernary,
+    qmax: int,
+) -> Float32[Array, "*b *m n"]:
+    """Int8 codes of x times the packed codes, block by block, then the epilogue.
+
+    Raises:
+      NotImplementedError: groups that do not start on a byte.
+    """
+    if isinstance(packed, PackedTernary):
+        codes = canonical_bytes(packed)[..., None, :, :]
+        scale = packed.canonical_scale()
+        _, contraction, outputs = packed.axes.split(packed.shape)
+    else:
+        codes, scale = packed.codes, packed.scale
+        contraction, outputs = packed.contraction, packed.outputs
+    reason = cannot(packed)
+    if reason is not None:
+        raise NotImplementedError(f"matmul: {reason}")
+    rows = _byte_rows(x, contraction, scale.shape[-2])
+    sums = _sums(rows, codes)[..., : math.prod(outputs)]
+    return _dot.finish(sums, gamma, scale, qmax)
+
+
+def cannot(packed: PackedTernary | PreparedTernary) -> str | None:
+    """Why this implementation cannot run a kernel; None if it can."""
+    group = packed.config.granularity
+    if isinstance(packed, PreparedTernary) or not isinstance(group, int):
+        return None
+    _, contraction, _ = packed.axes.split(packed.shape)
+    on_bytes = group % _packing.PER_BYTE == 0 and contraction[-1] % _packing.PER_BYTE == 0
+    if on_bytes or group == math.prod(contraction):
+        return None
+    return (
+        f"implementation 'xla' needs groups, and a last contracting axis, of a multiple of "
+        f"{_packing.PER_BYTE}; got groups of {group} along {contraction}. Use "
+        "implementation='reference'."
+    )
+
+
+def codes_of(prepared: PreparedTernary) -> Int8[Array, "*b k n"]:
+    """The canonical int8 codes of a prepared kernel; undoes :func:`prepare`."""
+    rows = jnp.swapaxes(prepared.codes, -2, -3)
+    rows = rows.reshape(*rows.shape[:-2], -1)[..., : math.prod(prepared.outputs)]
+    batch, last = rows.shape[:-2], prepared.contraction[-1]
+    rows = rows.reshape(*batch, -1, _packing.packed_length(last), rows.shape[-1])
+    codes = _packing.unpack_trits(rows, -2, last)
+    return codes.reshape(*batch, -1, rows.shape[-1])
+
+
+def _byte_rows(x: jax.Array, contraction: tuple[int, ...], groups: int) -> jax.Array:
+    """x as (*b, *m, groups, byte rows, 4), padded with zeros where the bytes are."""
+    x = x.reshape(*x.shape[:-1], -1, contraction[-1])
+    short = -contraction[-1] % _packing.PER_BYTE
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
+    return x.reshape(*x.shape[:-2], groups, -1, _packing.PER_BYTE)
+
+
+def _sums(
+    rows: Int8[Array, "*b *m g r 4"], codes: UInt8[Array, "*b blocks gr c"]
+) -> Int32[Array, "g *b *m n"]:
+    if codes.ndim > 3:
+        return jax.vmap(_sums, out_axes=1)(rows, codes)
+    flat = rows.reshape(-1, *rows.shape[-3:])
+    sums = _row_sums(flat, codes)
+    return jnp.moveaxis(sums, 1, 0).reshape(rows.shape[-3], *rows.shape[:-3], -1)
+
+
+@_dot.merge_rows
+def _row_sums(
+    rows: Int8[Array, "m g r 4"], codes: UInt8[Array, "blocks gr c"]
+) -> Int32[Array, "m g n"]:
+    return _dot.rows_padded(lambda rows: _blocked(rows, codes), rows)
+
+
+def _blocked(rows: jax.Array, codes: jax.Array) -> jax.Array:
+    m, groups, r, _ = rows.shape
+    planes = rows.transpose(1, 0, 3, 2).reshape(groups, m, r * _packing.PER_BYTE)
+
+    def block_sums(block: jax.Array) -> jax.Array:
+        fields = _packing.fields_of(block.reshape(groups, r, -1), axis=-2)
+        w = fields.astype(jnp.int8).reshape(groups, r * _packing.PER_BYTE, -1)
+        dims = (((2,), (1,)), ((0,), (0,)))
+        return lax.dot_general(planes, w, dims, preferred_element_type=jnp.int32)
+
+    sums = lax.map(block_sums, codes)  # (blocks, groups, m, columns)
+    sums = sums.transpose(2, 1, 0, 3).reshape(m, groups, -1)
+    return sums - planes.sum(axis=-1, dtype=jnp.int32).T[..., None]

@@ -1,0 +1,72 @@
+"""Trits to two-bit bytes and back. The storage layout, bit by bit.
+
+Four codes that are adjacent along one axis share a byte, the first in the
+lowest bits, each stored as code + 1::
+
+    row of codes   c0  c1  c2  c3 | c4 ...         c in {-1, 0, +1}
+    byte           (c3+1)(c2+1)(c1+1)(c0+1)        two bits each
+    bit             7  6  5  4  3  2  1  0
+
+An axis of length n becomes ceil(n / 4); the last byte is filled up with code 0.
+The value 3 never occurs. So 0x55 is four zeros, 0xAA is four times +1, 0x00 is
+four times -1, and 81 of the 256 bytes are valid.
+
+Adjacency along the contraction is what lets a packed kernel be sharded like the
+float one: any cut at a multiple of four rows is a cut between bytes.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int8, UInt8
+
+PER_BYTE = 4
+ZEROS = np.uint8(0x55)
+
+
+def packed_length(length: int) -> int:
+    """Bytes for so many codes."""
+    return -(-length // PER_BYTE)
+
+
+def pack_trits(codes: Int8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
+    """Packs codes along ``axis``, which shrinks to ``ceil(n / 4)``."""
+    axis %= codes.ndim
+    length = codes.shape[axis]
+    short = -length % PER_BYTE
+    padded = jnp.pad(codes, [(0, short if a == axis else 0) for a in range(codes.ndim)])
+    fields = (padded + jnp.int8(1)).astype(jnp.uint8)
+    shape = codes.shape
+    fields = fields.reshape(*shape[:axis], packed_length(length), PER_BYTE, *shape[axis + 1 :])
+    parts = [jax.lax.index_in_dim(fields, i, axis + 1, keepdims=False) for i in range(PER_BYTE)]
+    return parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
+
+
+def fields_of(packed: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
+    """The four two-bit fields of each byte, on a new axis before ``axis``."""
+    axis %= packed.ndim
+    shifts = np.arange(0, 8, 2, dtype=np.uint8).reshape(-1, *(1,) * (packed.ndim - axis))
+    return (jnp.expand_dims(packed, axis) >> shifts) & np.uint8(3)
+
+
+def unpack_trits(packed: UInt8[Array, "..."], axis: int, length: int) -> Int8[Array, "..."]:
+    """Unpacks along ``axis`` to ``length`` codes; undoes :func:`pack_trits`."""
+    axis %= packed.ndim
+    fields = jnp.moveaxis(fields_of(packed, axis), axis, axis + 1)
+    shape = packed.shape
+    codes = fields.astype(jnp.int8) - jnp.int8(1)
+    codes = codes.reshape(*shape[:axis], shape[axis] * PER_BYTE, *shape[axis + 1 :])
+    return jax.lax.slice_in_dim(codes, 0, length, axis=axis)
+
+
+def invalid(packed: UInt8[np.ndarray, "..."], axis: int, length: int) -> Bool[np.ndarray, "..."]:
+    """Marks bytes that :func:`pack_trits` cannot have written: a 3, or padding that is not 0."""
+    wrong = (packed & (packed >> 1) & np.uint8(0x55)) != 0
+    used = length % PER_BYTE
+    if used:
+        last = np.moveaxis(packed, axis, -1)[..., -1]
+        pad = (0xFF << 2 * used) & 0xFF
+        np.moveaxis(wrong, axis, -1)[..., -1] |= (last & np.uint8(pad)) != (0x55 & pad)
+    return wrong

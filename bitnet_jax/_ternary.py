@@ -1,0 +1,335 @@
+"""Ternary weights and int8 activations: pure maths, no gradients, no layout.
+
+A kernel ``W`` becomes codes in {-1, 0, +1} and a float32 scale ``s``::
+
+    s    = max(mean|W|, eps)                          (absmean)
+    r    = W * (1 / s)
+    code = 0 where |r| <= threshold, else sign(r)
+
+With threshold 0.5 this is ``clip(round(W / s), -1, 1)``, the b1.58 quantiser
+[1, eq. 1-3]. A token ``x`` becomes codes in [-qmax, qmax] and its ``gamma``::
+
+    gamma = max(max|x|, eps),   code = round(x * (qmax / gamma))
+
+One last bit of a scale changes every output of a layer, and ``jnp.mean`` gives
+another last bit in eager mode, under jit, under vmap and on shards. So the sum
+is pinned: a halving tree over adjacent pairs, odd ends padded with zeros, first
+down the contraction, then across the outputs, times ``float32(1 / n)``.
+
+Weights enter that sum times 2**-32. A power of two changes no bit of a float,
+and the sum of n weights near the largest float32 stays finite.
+
+References:
+  [1] Ma et al., The Era of 1-bit LLMs, arXiv:2402.17764.
+  [2] Li et al., Ternary Weight Networks, arXiv:1605.04711.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int8
+
+from bitnet_jax import _axes, _checks
+
+_SHIFT = np.float32(2.0**-32)
+_UNSHIFT = np.float32(2.0**32)
+_LARGEST = np.float32(np.finfo(np.float32).max * 2.0**-32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TernaryConfig:
+    """How a kernel is quantised to {-1, 0, +1} times a scale.
+
+    Args:
+      scale: the statistic behind the scale. ``"absmean"``: mean of \\|w\\|.
+        ``"absmedian"``: median of \\|w\\|. ``"survivors"``: the threshold is set
+        by mean \\|w\\|, and the scale is the mean over the weights above it.
+      threshold: a weight is 0 up to this many times the statistic (the mean,
+        or the median for ``"absmedian"``).
+      granularity: what shares one scale. ``"tensor"``: the kernel.
+        ``"channel"``: each output channel. An int: each run of so many weights
+        along the contraction, in each output channel.
+      eps: the smallest statistic, in units of the weights.
+
+    Raises:
+      ValueError: a name, threshold, group size or eps out of range.
+
+    Example:
+      >>> import bitnet_jax as bj
+      >>> bj.TernaryConfig(granularity="channel")
+      TernaryConfig(scale='absmean', threshold=0.5, granularity='channel', eps=1e-05)
+      >>> bj.TernaryConfig(scale="absmaen")
+      Traceback (most recent call last):
+        ...
+      ValueError: TernaryConfig: `scale` must be one of 'absmean', 'absmedian', 'survivors', \
+got 'absmaen'. Did you mean 'absmean'?
+    """
+
+    scale: Literal["absmean", "absmedian", "survivors"] = "absmean"
+    threshold: float = 0.5
+    granularity: Literal["tensor", "channel"] | int = "tensor"
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _checks.one_of("TernaryConfig", "scale", self.scale, ("absmean", "absmedian", "survivors"))
+        _checks.positive("TernaryConfig", "threshold", self.threshold)
+        _checks.granularity("TernaryConfig", self.granularity)
+        _checks.positive("TernaryConfig", "eps", self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationConfig:
+    """How activations are quantised, one scale per token.
+
+    Args:
+      bits: 2 to 8; codes lie in [-qmax, qmax] with qmax = 2**(bits-1) - 1.
+      eps: the smallest gamma, in units of the activations.
+
+    Raises:
+      ValueError: bits or eps out of range.
+
+    Example:
+      >>> import bitnet_jax as bj
+      >>> bj.ActivationConfig(bits=4).qmax
+      7
+    """
+
+    bits: int = 8
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _checks.bits("ActivationConfig", self.bits)
+        _checks.positive("ActivationConfig", "eps", self.eps)
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+
+B158 = TernaryConfig()
+PHASE4 = TernaryConfig(threshold=0.1, granularity="channel", eps=1e-8)
+TWN = TernaryConfig(scale="survivors", threshold=0.7, granularity="channel")
+INT8 = ActivationConfig()
+
+
+class Ternary(NamedTuple):
+    """A kernel as codes and scale, both of the kernel's rank.
+
+    Attributes:
+      codes: int8 in {-1, 0, +1}, the kernel's shape.
+      scale: float32; each axis has length 1 (shared), the kernel's length, or
+        the number of groups along it.
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> t = bj.quantize(jnp.array([[0.9, -0.1], [-0.8, 0.2]]))
+      >>> t.codes.tolist(), t.scale.shape
+      ([[1, 0], [-1, 0]], (1, 1))
+      >>> t.dequantize().tolist()
+      [[0.5, 0.0], [-0.5, 0.0]]
+    """
+
+    codes: Int8[Array, "..."]
+    scale: Float32[Array, "..."]
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "..."]:
+        """Codes times scale, computed in float32 and cast once to ``dtype``."""
+        scale = spread(self.scale, self.codes.shape)
+        return (self.codes.astype(jnp.float32) * scale).astype(dtype)
+
+
+def quantize(
+    w: Float[Array, "..."],
+    config: TernaryConfig = B158,
+    *,
+    contracting_axes: _axes.AxesLike | None = None,
+    batch_axes: _axes.AxesLike = (),
+) -> Ternary:
+    """Codes in {-1, 0, +1} and the float32 scale of a kernel.
+
+    ``r = w * (1 / s)``; a code is 0 where ``|r| <= config.threshold``, else
+    ``sign(r)``. The statistic ``s`` is computed in float32 by an order-fixed
+    sum, so the same kernel gives the same bits under jit, vmap and on shards.
+
+    Args:
+      w: float32, bfloat16 or float16 kernel. 2-D: (in, out).
+      config: the quantiser.
+      contracting_axes: the axes that meet x; needed for other ranks than 2.
+      batch_axes: axes that carry slices (stacked layers, experts), each slice
+        with its own scale.
+
+    Returns:
+      A ``Ternary`` of the kernel's rank.
+
+    Raises:
+      TypeError: ``w`` is not floating point.
+      ValueError: rank below 2, no elements, unknown axes, or a group that does
+        not divide the contraction.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> w = jax.random.normal(jax.random.key(0), (64, 16))
+      >>> t = bj.quantize(w, bj.PHASE4)
+      >>> t.codes.dtype.name, t.scale.shape
+      ('int8', (1, 16))
+
+    References:
+      Ma et al., arXiv:2402.17764, eq. 1-3; Li et al., arXiv:1605.04711, eq. 5-6.
+    """
+    _checks.instance("quantize", "config", config, TernaryConfig, "Use bj.B158 or your own.")
+    _checks.kernel("quantize", w)
+    axes = _axes.resolve("quantize", w, contracting_axes, batch_axes)
+    _, contraction, outputs = axes.split(w.shape)
+    grid = scale_grid("quantize", contraction, config)
+    codes, scale = quantize_canonical(_axes.canonical(w, axes), config)
+    one_each = outputs if scale.shape[-1] > 1 else (1,) * len(outputs)
+    return Ternary(
+        _axes.restore(codes, axes, contraction, outputs), _axes.restore(scale, axes, grid, one_each)
+    )
+
+
+def scale_grid(who: str, contraction: tuple[int, ...], config: TernaryConfig) -> tuple[int, ...]:
+    """The lengths of a scale along the contracting axes."""
+    if isinstance(config.granularity, int):
+        return _axes.group_grid(who, contraction, config.granularity)
+    return (1,) * len(contraction)
+
+
+def quantize_canonical(
+    w: Float[Array, "*b k n"], config: TernaryConfig
+) -> tuple[Int8[Array, "*b k n"], Float32[Array, "*b g m"]]:
+    """Codes and scale of a canonical kernel; g groups, m = 1 or n scales across."""
+    small = w.astype(jnp.float32) * _SHIFT
+    group = config.granularity if isinstance(config.granularity, int) else w.shape[-2]
+    grouped = small.reshape(*w.shape[:-2], w.shape[-2] // group, group, w.shape[-1])
+    across = config.granularity == "tensor"
+    magnitude = jnp.abs(grouped)
+    if config.scale == "absmedian":
+        statistic = _median(magnitude, across)
+    else:
+        statistic = _mean(magnitude, across)
+    floor = jnp.maximum(statistic, np.float32(config.eps) * _SHIFT)
+    r = grouped * (1.0 / floor)
+    keep = ~(jnp.abs(r) <= np.float32(config.threshold))
+    codes = jnp.where(keep, jnp.where(r < 0, jnp.int8(-1), jnp.int8(1)), jnp.int8(0))
+    if config.scale == "survivors":
+        floor = _survivors(magnitude, keep, across, config)
+    return codes.reshape(w.shape), (floor * _UNSHIFT)[..., 0, :]
+
+
+def spread(scale: Float32[Array, "..."], shape: tuple[int, ...]) -> Float32[Array, "..."]:
+    """Repeats each group's scale over the codes it belongs to; ones broadcast."""
+    for axis, (have, want) in enumerate(zip(scale.shape, shape, strict=True)):
+        if have not in (1, want):
+            scale = jnp.repeat(scale, want // have, axis=axis)
+    return scale
+
+
+def quantize_activations(
+    x: Float[Array, "..."], config: ActivationConfig = INT8, *, axes: _axes.AxesLike = -1
+) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
+    """Int8 codes of each token, and its scale gamma.
+
+    ``gamma = max(max|x|, eps)``, ``codes = round(x * (qmax / gamma))``, half to
+    even; x is approximately ``codes * gamma / qmax``.
+
+    Args:
+      x: (..., features), floating point.
+      config: bits and eps.
+      axes: the axes that share one gamma: the last for tokens, every axis but
+        the first for a convolution's examples.
+
+    Returns:
+      Codes, int8, of x's shape, and gamma, float32, with length 1 on ``axes``.
+      A token with NaN or Inf has a gamma that is not finite.
+
+    Raises:
+      TypeError: ``x`` is not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> codes, gamma = bj.quantize_activations(jnp.array([[0.5, -1.0, 0.25]]))
+      >>> codes.tolist(), gamma.tolist()
+      ([[64, -127, 32]], [[1.0]])
+
+    References:
+      Ma et al., arXiv:2402.17764, section 2, without the clip, which a code
+      scaled by its own maximum never reaches.
+    """
+    _checks.instance(
+        "quantize_activations", "config", config, ActivationConfig, "Use bj.ActivationConfig()."
+    )
+    _checks.float_array("quantize_activations", "x", x)
+    shared = _checks.axes_in_range("quantize_activations", "axes", axes, x.ndim)
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=shared, keepdims=True, initial=0.0)
+    gamma = jnp.maximum(largest, np.float32(config.eps))
+    codes = jnp.round(x * (np.float32(config.qmax) / gamma)).astype(jnp.int8)
+    return codes, gamma
+
+
+def dequantize_activations(
+    codes: Int8[Array, "..."], gamma: Float32[Array, "..."], config: ActivationConfig
+) -> Float32[Array, "..."]:
+    """Codes times their step ``gamma * float32(1 / qmax)``."""
+    return codes.astype(jnp.float32) * (gamma * np.float32(1 / config.qmax))
+
+
+def rms(x: Float32[Array, "... k"], eps: float) -> Float32[Array, "... 1"]:
+    """``sqrt(mean(x**2) + eps)`` of each token, the same bits in every context.
+
+    The runtime 1 behind each product keeps it from being contracted with the
+    add that follows, which eager mode and jit would do differently.
+    """
+    one = 1.0 + jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0) * 0.0
+    total = _pair_sum((x * x) * one, axis=-1)
+    return jnp.sqrt((total * np.float32(1 / x.shape[-1])) * one + np.float32(eps))
+
+
+def _pair_sum(v: Float32[Array, "..."], axis: int) -> Float32[Array, "..."]:
+    """Sums one axis (kept, length 1) by halving over adjacent pairs."""
+    axis %= v.ndim
+    while v.shape[axis] > 1:
+        if v.shape[axis] % 2:
+            v = jnp.pad(v, [(0, int(a == axis)) for a in range(v.ndim)])
+        pairs = v.reshape(*v.shape[:axis], v.shape[axis] // 2, 2, *v.shape[axis + 1 :])
+        left, right = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+        v = left + right
+    return v
+
+
+def _total(v: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 1 m"]:
+    v = _pair_sum(v, axis=-2)
+    return _pair_sum(v, axis=-1) if across else v
+
+
+def _mean(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 1 m"]:
+    n = magnitude.shape[-2] * (magnitude.shape[-1] if across else 1)
+    mean = _total(magnitude, across) * np.float32(1 / n)
+    # Rounding may carry the mean past the largest weight; an Inf weight stays Inf.
+    return jnp.where(jnp.isinf(mean), mean, jnp.minimum(mean, _LARGEST))
+
+
+def _survivors(magnitude, keep, across: bool, config: TernaryConfig):
+    count = keep.sum(axis=(-2, -1) if across else -2, keepdims=True, dtype=jnp.int32)
+    total = _total(jnp.where(keep, magnitude, 0.0), across)
+    mean = jnp.minimum(total / jnp.maximum(count, 1).astype(jnp.float32), _LARGEST)
+    return jnp.maximum(jnp.where(jnp.isinf(total), total, mean), np.float32(config.eps) * _SHIFT)
+
+
+def _median(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 1 m"]:
+    if across:
+        lead = magnitude.shape[:-2]
+        magnitude = magnitude.reshape(*lead, math.prod(magnitude.shape[-2:]), 1)
+    n = magnitude.shape[-2]
+    ordered = jnp.sort(magnitude, axis=-2)
+    low, high = (jax.lax.slice_in_dim(ordered, i, i + 1, axis=-2) for i in ((n - 1) // 2, n // 2))
+    # NaN sorts last and would hide behind the median: the largest brings it back.
+    return (low + high) * 0.5 + jax.lax.slice_in_dim(ordered, n - 1, n, axis=-2) * 0.0
