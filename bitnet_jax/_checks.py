@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -232,10 +232,20 @@ def rank_two(who: str, path: str, shape: Sequence[int]) -> None:
     """Refuses a kernel whose axes the shape cannot tell."""
     raise ValueError(
         f"{who}: {path} has shape {tuple(shape)}; only a 2-D kernel (in, out) tells its axes "
-        "by its shape. Pass axes= (a function of path and leaf that returns its contracting "
-        "axes, or a pair of contracting and batch axes), or leave it out with "
+        "by its shape. Pass axes= (a function of path and leaf that returns "
+        "{'contracting_axes': ..., 'batch_axes': ...}), or leave it out with "
         f"select=bj.exclude({path!r})."
     )
+
+
+def axis_keywords(who: str, path: str, value: Any) -> None:
+    """Refuses an answer of an axis function that names no axes."""
+    known = {"contracting_axes", "batch_axes"}
+    if not isinstance(value, Mapping) or not set(value) <= known:
+        raise TypeError(
+            f"{who}: `axes` returned {_describe(value)} for {path}. Return a dict with "
+            "'contracting_axes' and, for stacked kernels, 'batch_axes'; or None for a 2-D kernel."
+        )
 
 
 def already_packed(who: str, path: str) -> None:
@@ -267,6 +277,15 @@ def layer_config(who: str, path: str, trained: Any, packed: Any) -> None:
             f"{who}: the kernel at {path} was packed with {packed}, and the layer trains with "
             f"{trained}: its outputs would not be the ones trained. Pack with the layer's own "
             "config, or set weights= to the packed one."
+        )
+
+
+def layer_shape(who: str, path: str, wanted: Sequence[int], packed: Sequence[int]) -> None:
+    """Refuses a packed kernel of another shape than its layer's."""
+    if tuple(wanted) != tuple(packed):
+        raise ValueError(
+            f"{who}: the packed kernel at {path} stands for shape {tuple(packed)}, and the layer "
+            f"needs {tuple(wanted)}. Check that the params belong to this model."
         )
 
 

@@ -1,0 +1,76 @@
+"""The leaves of a parameter tree with their paths, out of their boxes.
+
+linen's ``AxisMetadata`` and ``nnx.Variable`` are boxes: they carry metadata
+(sharding names, a variable's type) beside one value. The tree functions open a
+box, change the value and close it again.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import jax
+from flax.core import meta
+
+from bitnet_jax import _checks
+from bitnet_jax._packed import is_packed
+
+
+class Leaf(NamedTuple):
+    """A leaf of a tree: its names, as it stood there, and out of its box."""
+
+    path: tuple[str, ...]
+    boxed: Any
+    value: Any
+
+    @property
+    def where(self) -> str:
+        """The names joined by ``/``."""
+        return "/".join(self.path)
+
+
+def flatten(
+    who: str, name: str, tree: Any, *, none_is_leaf: bool = False
+) -> tuple[list[Leaf], Any]:
+    """The leaves of a tree, packed kernels whole, and its structure; refuses an empty one."""
+
+    def is_leaf(leaf: Any) -> bool:
+        return is_packed(leaf) or is_box(leaf) or (none_is_leaf and leaf is None)
+
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    _checks.tree_not_empty(who, name, len(flat))
+    return [Leaf(_names(path), leaf, opened(leaf)) for path, leaf in flat], treedef
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    keys = ("key", "name", "idx")
+    return tuple(
+        next((str(getattr(part, k)) for k in keys if hasattr(part, k)), str(part)) for part in path
+    )
+
+
+def is_box(leaf: Any) -> bool:
+    """Whether a leaf is a box around a value."""
+    return isinstance(leaf, meta.AxisMetadata) or _is_variable(leaf)
+
+
+def opened(leaf: Any) -> Any:
+    """The value in a box; any other leaf as it is. No sharding constraint is applied."""
+    if _is_variable(leaf):
+        return leaf.get_value()
+    if isinstance(leaf, meta.Partitioned):
+        return leaf.unbox(apply_constraint=False)
+    return leaf.unbox() if isinstance(leaf, meta.AxisMetadata) else leaf
+
+
+def closed(box: Any, value: Any) -> Any:
+    """``value`` in a box like ``box``; where there was none, the value itself."""
+    if _is_variable(box):
+        return box.replace(value)
+    return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
+
+
+def _is_variable(leaf: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")  # whoever holds a Variable has imported it
+    return nnx is not None and isinstance(leaf, nnx.Variable)

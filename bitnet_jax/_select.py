@@ -1,0 +1,132 @@
+"""Which leaves of a tree are quantised, and how.
+
+A selector is any function ``select(path, leaf)``, with ``path`` a tuple of
+names, that returns True or a ``TernaryConfig`` to quantise the leaf, False or
+None to leave it. :func:`exclude` and :func:`only` build the common ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from bitnet_jax import _checks
+from bitnet_jax._ternary import TernaryConfig
+
+Path = tuple[str, ...]
+Select = Callable[[Path, Any], "bool | TernaryConfig | None"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Patterns:
+    """A selector made of patterns; see :func:`exclude` and :func:`only`."""
+
+    patterns: tuple[str, ...]
+    keep: bool
+
+    def __call__(self, path: Path, leaf: Any) -> bool:
+        """Whether the leaf at ``path`` is to be quantised."""
+        if not self.keep:
+            return is_kernel(path, leaf) and not any(match(p, path) for p in self.patterns)
+        named = any(p.split("/")[-1] == path[-1] and match(p, path) for p in self.patterns)
+        return named or (is_kernel(path, leaf) and any(match(p, path) for p in self.patterns))
+
+
+def exclude(*patterns: str) -> Patterns:
+    """Selects every kernel but those under a matching name.
+
+    A pattern is one or more names of a path joined by ``/``, with ``*`` and
+    ``?`` inside a name; it matches wherever those names follow each other.
+
+    Args:
+      *patterns: what to leave in float, for example ``"head"``.
+
+    Returns:
+      A selector. A pattern of it that matches no path raises when it is used.
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> params = {"body": {"kernel": jnp.ones((8, 8))}, "head": {"kernel": jnp.ones((8, 2))}}
+      >>> packed, report = bj.pack_params(params, select=bj.exclude("head"))
+      >>> [layer.path for layer in report.layers]
+      ['body/kernel']
+    """
+    return Patterns(_nonempty("exclude", patterns), keep=False)
+
+
+def only(*patterns: str) -> Patterns:
+    """Selects the kernels under a matching name, and no others.
+
+    Args:
+      *patterns: as for :func:`exclude`. One whose last name is a leaf's own
+        name selects that leaf whatever it is called, for example
+        ``"linear/w"`` in a tree of another library.
+
+    Returns:
+      A selector. A pattern of it that matches no path raises when it is used.
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> tree = {"linear": {"w": jnp.ones((8, 8)), "b": jnp.ones(8)}}
+      >>> packed, report = bj.pack_params(tree, select=bj.only("linear/w"))
+      >>> packed["linear"]["w"]
+      PackedTernary(shape=(8, 8), scale=(1, 1), 20 bytes)
+    """
+    return Patterns(_nonempty("only", patterns), keep=True)
+
+
+def is_kernel(path: Path, leaf: Any) -> bool:
+    """Whether a leaf is a float array of rank 2 or more, named ``kernel`` as Flax names it."""
+    dtype = getattr(leaf, "dtype", None)
+    floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    return path[-1:] == ("kernel",) and floating and leaf.ndim >= 2
+
+
+def match(pattern: str, path: Path) -> bool:
+    """Whether the names of a pattern follow each other somewhere in a path."""
+    names = pattern.split("/")
+    runs = (path[i : i + len(names)] for i in range(len(path) - len(names) + 1))
+    return any(all(map(fnmatch.fnmatchcase, run, names)) for run in runs)
+
+
+def choose(
+    who: str,
+    leaves: Sequence[tuple[Path, Any]],
+    config: TernaryConfig,
+    select: Select | None,
+) -> list[TernaryConfig | None]:
+    """The config of each leaf, or None; refuses a selection that matches nothing."""
+    paths = ["/".join(path) for path, _ in leaves]
+    if isinstance(select, Patterns):
+        for pattern in select.patterns:
+            if not any(match(pattern, path) for path, _ in leaves):
+                _checks.selector_matched(who, f"the pattern {pattern!r}", paths, [pattern])
+    decide = is_kernel if select is None else select
+    chosen = [_config(who, path, decide(path, leaf), config) for path, leaf in leaves]
+    if not any(chosen):
+        what = "the default selection (2-D leaves named 'kernel')" if select is None else "`select`"
+        patterns = select.patterns if isinstance(select, Patterns) else ("kernel",)
+        _checks.selector_matched(who, what, paths, patterns)
+    return chosen
+
+
+def _config(who: str, path: Path, decision: Any, config: TernaryConfig) -> TernaryConfig | None:
+    if isinstance(decision, TernaryConfig):
+        return decision
+    if decision is None or isinstance(decision, (bool, jnp.bool_)):
+        return config if decision else None
+    _checks.selection_value(who, "/".join(path), decision)
+    raise AssertionError  # selection_value always raises
+
+
+def _nonempty(who: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    if not patterns or not all(isinstance(p, str) and p for p in patterns):
+        raise ValueError(
+            f"{who}: `patterns` must be one or more names, got {patterns!r}. "
+            f"Write for example bj.{who}('head')."
+        )
+    return patterns

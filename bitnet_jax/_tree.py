@@ -1,0 +1,254 @@
+"""A whole tree of parameters at once: pack it, unpack it, fake-quantise it, split it.
+
+The trees are what Flax makes: nested dicts, ``FrozenDict``, ``nnx.State``, with
+leaves boxed or not; anything else that is a pytree works too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import core
+
+from bitnet_jax import _boxes, _checks, _report, _select
+from bitnet_jax._packed import PackedTernary, PreparedTernary, is_packed, pack
+from bitnet_jax._ste import Strength, fake_quantize
+from bitnet_jax._ternary import B158, TernaryConfig
+
+AxesOf = Callable[[_select.Path, Any], Mapping[str, Any]]
+
+
+def pack_params(
+    params: Any,
+    config: TernaryConfig = B158,
+    *,
+    select: _select.Select | None = None,
+    axes: AxesOf | None = None,
+) -> tuple[Any, _report.PackReport]:
+    """Rewrites the kernels of a parameter tree to two bits, and says what that did.
+
+    Args:
+      params: a tree of arrays. It is not changed.
+      config: the quantiser of the selected leaves.
+      select: which leaves; see :func:`exclude` and :func:`only`. A function of
+        path and leaf may return a config of its own. By default the leaves
+        named ``kernel``.
+      axes: a function of path and leaf that returns the keywords of
+        :func:`pack` (``contracting_axes``, ``batch_axes``) for a kernel. By
+        default a 2-D kernel is (in, out), and other ranks are refused.
+
+    Returns:
+      The tree with ``PackedTernary`` leaves, boxes kept, and a
+      :class:`PackReport`. While tracing (``jax.eval_shape``, ``jit``) there are
+      no values to report or to check, and the report is None.
+
+    Raises:
+      TypeError: a selected leaf is packed already or not floating point.
+      ValueError: an empty tree, a selector that matches nothing, a kernel whose
+        axes are not known, NaN or Inf weights (the path is named).
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> params = {"layer": {"kernel": jax.random.normal(jax.random.key(0), (64, 16))}}
+      >>> packed, report = bj.pack_params(params, bj.PHASE4)
+      >>> packed["layer"]["kernel"]
+      PackedTernary(shape=(64, 16), scale=(1, 16), 320 bytes)
+      >>> report.ratio
+      12.8
+    """
+    who = "pack_params"
+    chosen, treedef = _chosen(who, params, config, select)
+    keywords = [None if c is None else _axes_of(who, leaf, axes) for leaf, c in chosen]
+    traced = any(isinstance(leaf.value, core.Tracer) for leaf, _ in chosen)
+    done, rows = [], []
+    for (leaf, c), axis_keywords in zip(chosen, keywords, strict=True):
+        packed = leaf.value
+        if axis_keywords is not None:
+            packed, measured = _pack_measured(leaf.value, c, **axis_keywords)
+            if not traced:
+                rows.append(_report.layer_report(who, leaf.where, leaf.value, packed, measured))
+        done.append(packed)
+    boxed = [_boxes.closed(leaf.boxed, v) for (leaf, _), v in zip(chosen, done, strict=True)]
+    tree = jax.tree.unflatten(treedef, boxed)
+    if traced:
+        return tree, None  # pyright: ignore[reportReturnType]
+    before = [leaf.value for leaf, _ in chosen]
+    return tree, _report.PackReport(tuple(rows), _report.nbytes(before), _report.nbytes(done))
+
+
+@functools.partial(jax.jit, static_argnums=1, static_argnames=("contracting_axes", "batch_axes"))
+def _pack_measured(w, config, *, contracting_axes=None, batch_axes=()):
+    packed = pack(w, config, contracting_axes=contracting_axes, batch_axes=batch_axes)
+    return packed, _report.measure(w, packed)
+
+
+def unpack_params(packed: Any, *, dtype: jax.typing.DTypeLike | None = None) -> Any:
+    """The float tree of a packed one: every kernel as codes times scale.
+
+    Args:
+      packed: a tree from :func:`pack_params` or :func:`bitnet_jax.io.load`.
+      dtype: of the kernels; by default the dtype that each had.
+
+    Returns:
+      The tree with float kernels in place of packed ones, boxes kept.
+
+    Raises:
+      ValueError: no packed kernel in the tree.
+      TypeError: a kernel is prepared.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> w = jax.random.normal(jax.random.key(0), (64, 16))
+      >>> packed, _ = bj.pack_params({"kernel": w})
+      >>> bool((bj.unpack_params(packed)["kernel"] == bj.fake_quantize(w)).all())
+      True
+    """
+    leaves, treedef = _boxes.flatten("unpack_params", "packed", packed)
+    if not any(is_packed(leaf.value) for leaf in leaves):
+        _checks.nothing_packed("unpack_params")
+    for leaf in leaves:
+        if isinstance(leaf.value, PreparedTernary):
+            _checks.stored_layout("unpack_params", leaf.where, leaf.value.implementation)
+    done = [
+        _boxes.closed(leaf.boxed, leaf.value.dequantize(dtype))
+        if isinstance(leaf.value, PackedTernary)
+        else leaf.boxed
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(treedef, done)
+
+
+def fake_quantize_params(
+    params: Any,
+    config: TernaryConfig = B158,
+    *,
+    select: _select.Select | None = None,
+    axes: AxesOf | None = None,
+    strength: Strength = 1.0,
+) -> Any:
+    """The tree with its kernels fake-quantised, straight-through, for use inside a loss.
+
+    Quantisation-aware training of any library's model: the forward pass sees
+    ternary kernels, the gradient reaches the float ones. Activations stay float.
+
+    Args:
+      params: a tree of float arrays.
+      config: as for :func:`pack_params`.
+      select: as for :func:`pack_params`.
+      axes: as for :func:`pack_params`.
+      strength: 0 (float) to 1 (ternary); static or traced.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes.
+
+    Raises:
+      TypeError: as :func:`pack_params`.
+      ValueError: as :func:`pack_params`, values excepted.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bitnet_jax as bj
+      >>> params = {"kernel": jnp.array([[0.9], [-0.3]]), "bias": jnp.zeros(1)}
+      >>> loss = lambda p: (jnp.ones(2) @ bj.fake_quantize_params(p)["kernel"]).sum()
+      >>> jax.grad(loss)(params)["kernel"].tolist()
+      [[1.0], [1.0]]
+    """
+    who = "fake_quantize_params"
+    chosen, treedef = _chosen(who, params, config, select)
+    done = []
+    for leaf, c in chosen:
+        if c is None:
+            done.append(leaf.boxed)
+            continue
+        w = fake_quantize(leaf.value, c, strength=strength, **_axes_of(who, leaf, axes))
+        done.append(_boxes.closed(leaf.boxed, w))
+    return jax.tree.unflatten(treedef, done)
+
+
+def _chosen(who: str, params: Any, config: TernaryConfig, select: _select.Select | None):
+    """Every leaf with its config or None, and the structure; all checked."""
+    _checks.instance(who, "config", config, TernaryConfig, "Use bj.B158 or your own.")
+    leaves, treedef = _boxes.flatten(who, "params", params)
+    chosen = _select.choose(who, [(leaf.path, leaf.value) for leaf in leaves], config, select)
+    for leaf, c in zip(leaves, chosen, strict=True):
+        if c is not None:
+            if is_packed(leaf.value):
+                _checks.already_packed(who, leaf.where)
+            _checks.kernel(who, leaf.value, leaf.where)
+    return list(zip(leaves, chosen, strict=True)), treedef
+
+
+def _axes_of(who: str, leaf: _boxes.Leaf, axes: AxesOf | None) -> dict[str, Any]:
+    """The axis keywords of one kernel, hashable."""
+    given = axes(leaf.path, leaf.value) if axes is not None else None
+    if given is None:
+        if leaf.value.ndim != 2:
+            _checks.rank_two(who, leaf.where, leaf.value.shape)
+        return {}
+    _checks.axis_keywords(who, leaf.where, given)
+    return {k: v if isinstance(v, int) else tuple(v) for k, v in given.items()}
+
+
+def partition(params: Any) -> tuple[Any, Any]:
+    """Splits a tree into what can be trained and what cannot.
+
+    Packed kernels and integer arrays have no gradient. Differentiate with
+    respect to the first tree and give it alone to the optimizer.
+
+    Args:
+      params: any tree, packed or not.
+
+    Returns:
+      (trainable, frozen), both of the tree's structure, with None in the place
+      of every leaf that is in the other.
+
+    Raises:
+      ValueError: an empty tree.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bitnet_jax as bj
+      >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
+      >>> packed, _ = bj.pack_params(params)
+      >>> trainable, frozen = bj.partition(packed)
+      >>> trainable
+      {'bias': Array([0., 0., 0., 0.], dtype=float32), 'kernel': None}
+      >>> bj.combine(trainable, frozen)["kernel"]
+      PackedTernary(shape=(8, 4), scale=(1, 1), 12 bytes)
+    """
+    leaves, treedef = _boxes.flatten("partition", "params", params)
+    trains = [
+        not is_packed(leaf.value) and jnp.issubdtype(jnp.result_type(leaf.value), jnp.inexact)
+        for leaf in leaves
+    ]
+    both = zip(leaves, trains, strict=True)
+    sides = [(leaf.boxed, None) if train else (None, leaf.boxed) for leaf, train in both]
+    trainable, frozen = zip(*sides, strict=True)
+    return jax.tree.unflatten(treedef, trainable), jax.tree.unflatten(treedef, frozen)
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """Puts together what :func:`partition` split.
+
+    Args:
+      trainable: the first tree.
+      frozen: the second tree.
+
+    Returns:
+      The whole tree.
+
+    Raises:
+      ValueError: trees of different structure.
+
+    Example:
+      >>> import bitnet_jax as bj
+      >>> bj.combine({"a": 1.0, "b": None}, {"a": None, "b": 2.0})
+      {'a': 1.0, 'b': 2.0}
+    """
+
+    def is_leaf(leaf: Any) -> bool:
+        return leaf is None or is_packed(leaf) or _boxes.is_box(leaf)
+
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=is_leaf)
