@@ -189,14 +189,13 @@ def not_differentiable() -> None:
     )
 
 
-def finite_values(who: str, path: str, count: int) -> None:
-    """Refuses weights that are not finite; ``count`` was read from the values."""
-    if count:
-        raise ValueError(
-            f"{who}: {path} has {count} NaN or Inf weights. Find the step that made them "
-            "(bj.gradient_flow(grads) names leaves with bad gradients) and restore a "
-            "checkpoint from before it."
-        )
+def not_finite(who: str, path: str, count: int) -> None:
+    """Reports weights that are not finite; ``count`` was read from the values."""
+    raise ValueError(
+        f"{who}: {path} has {count} NaN or Inf weights. Find the step that made them "
+        "(bj.gradient_flow(grads) names leaves with bad gradients) and restore a checkpoint "
+        "from before it."
+    )
 
 
 def tree_not_empty(who: str, name: str, count: int) -> None:

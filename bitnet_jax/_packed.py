@@ -8,6 +8,7 @@ sharded like any others, and what is static never mentions a batch axis, so that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from bitnet_jax import _axes, _checks, _packing
-from bitnet_jax._ternary import B158, TernaryConfig, quantize, spread
+from bitnet_jax._ternary import B158, Ternary, TernaryConfig, quantize, spread
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -254,12 +255,28 @@ def pack(
       >>> bool((bj.unpack(bj.pack(w)) == bj.quantize(w).dequantize()).all())
       True
     """
-    _checks.kernel("pack", w)
-    axes = _axes.resolve("pack", w, contracting_axes, batch_axes)
-    _checks.batch_leads("pack", axes.batch)
+    axes = pack_axes("pack", w, contracting_axes, batch_axes)
+    return pack_quantized(w, config, axes)[1]
+
+
+def pack_axes(
+    who: str, w: Any, contracting_axes: _axes.AxesLike | None, batch_axes: _axes.AxesLike
+) -> _axes.KernelAxes:
+    """The axes of a kernel to pack; all that can be refused by shape is refused here."""
+    _checks.kernel(who, w)
+    axes = _axes.resolve(who, w, contracting_axes, batch_axes)
+    _checks.batch_leads(who, axes.batch)
+    return axes
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def pack_quantized(
+    w: Float[Array, "..."], config: TernaryConfig, axes: _axes.KernelAxes
+) -> tuple[Ternary, PackedTernary]:
+    """A kernel's codes and scale, and the same packed."""
     t = quantize(w, config, contracting_axes=axes.contracting, batch_axes=axes.batch)
     last = axes.contracting[-1]
-    return PackedTernary(
+    return t, PackedTernary(
         codes=_packing.pack_trits(t.codes, last),
         scale=t.scale,
         length=w.shape[last],

@@ -20,7 +20,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int8, UInt8
+from jaxtyping import Array, Bool, Int8, Int32, UInt8
 
 PER_BYTE = 4
 ZEROS = np.uint8(0x55)
@@ -70,3 +70,18 @@ def invalid(packed: UInt8[np.ndarray, "..."], axis: int, length: int) -> Bool[np
         pad = (0xFF << 2 * used) & 0xFF
         np.moveaxis(wrong, axis, -1)[..., -1] |= (last & np.uint8(pad)) != (0x55 & pad)
     return wrong
+
+
+def count(packed: UInt8[Array, "... n"]) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:
+    """How many fields hold 0 and how many +1, for each index of the last axis.
+
+    Padding counts as 0. Bits are counted, not codes: XLA reduces integers
+    slowly, and float32 columns are exact below 2**24.
+    """
+    rows = packed.reshape(-1, packed.shape[-1])
+
+    def ones(mask: int) -> Int32[Array, " n"]:
+        bits = jax.lax.population_count(rows & np.uint8(mask))
+        return bits.astype(jnp.float32).sum(axis=0).astype(jnp.int32)
+
+    return ones(0x55), ones(0xAA)

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bitnet_jax import _boxes, _checks
+from bitnet_jax import _boxes, _checks, _packing
 from bitnet_jax._packed import PackedTernary
-from bitnet_jax._ternary import TernaryConfig
+from bitnet_jax._ternary import Ternary, TernaryConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,21 +149,21 @@ class PackReport:
         figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def measure(w: jax.Array, packed: PackedTernary) -> dict[str, jax.Array]:
+def measure(w: jax.Array, t: Ternary, packed: PackedTernary) -> dict[str, jax.Array]:
     """The numbers of one layer that need its values; runs inside jit."""
-    codes = packed.trits()
+    zero, plus = _packing.count(packed.codes)
     # Dividing by the largest weight keeps the squares of huge and tiny ones finite.
     wide = w.astype(jnp.float32)
-    unit = 1.0 / jnp.maximum(jnp.max(jnp.abs(wide)), jnp.float32(1e-30))
-    lost = jnp.square((wide - packed.dequantize(jnp.float32)) * unit).sum()
+    largest = jnp.max(jnp.abs(wide))
+    unit = 1.0 / jnp.maximum(largest, jnp.float32(1e-30))
+    lost = jnp.square((wide - t.dequantize()) * unit).sum()
     return {
-        "minus": (codes == -1).sum(),
-        "zero": (codes == 0).sum(),
-        "plus": (codes == 1).sum(),
-        "scale_min": packed.scale.min(),
-        "scale_max": packed.scale.max(),
+        "zero": zero,
+        "plus": plus,
+        "scale_min": t.scale.min(),
+        "scale_max": t.scale.max(),
         "error": lost / jnp.square(wide * unit).sum(),
-        "bad": (~jnp.isfinite(w)).sum(),
+        "finite": jnp.isfinite(largest),
     }
 
 
@@ -172,14 +172,18 @@ def layer_report(
 ) -> LayerReport:
     """Reads the measured numbers; refuses weights that are not finite."""
     values = jax.device_get(measured)
-    _checks.finite_values(who, path, int(values["bad"]))
+    if not values["finite"]:
+        _checks.not_finite(who, path, int((~jnp.isfinite(w)).sum()))
+    plus = int(values["plus"].sum(dtype=int))
+    padding = _packing.PER_BYTE * packed.codes.size - packed.size
+    zero = int(values["zero"].sum(dtype=int)) - padding
     return LayerReport(
         path=path,
         shape=packed.shape,
         config=packed.config,
-        minus=int(values["minus"]),
-        zero=int(values["zero"]),
-        plus=int(values["plus"]),
+        minus=packed.size - zero - plus,
+        zero=zero,
+        plus=plus,
         scale_min=float(values["scale_min"]),
         scale_max=float(values["scale_max"]),
         error=float(values["error"]),

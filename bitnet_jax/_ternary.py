@@ -294,14 +294,17 @@ def rms(x: Float32[Array, "... k"], eps: float) -> Float32[Array, "... 1"]:
 
 
 def _pair_sum(v: Float32[Array, "..."], axis: int) -> Float32[Array, "..."]:
-    """Sums one axis (kept, length 1) by halving over adjacent pairs."""
+    """Sums one axis (kept, length 1) by halving over adjacent pairs.
+
+    Two levels of the tree at a time, which halves the memory that the first one
+    writes; where an end is short of four, zeros fill it up and change no sum.
+    """
     axis %= v.ndim
     while v.shape[axis] > 1:
-        if v.shape[axis] % 2:
-            v = jnp.pad(v, [(0, int(a == axis)) for a in range(v.ndim)])
-        pairs = v.reshape(*v.shape[:axis], v.shape[axis] // 2, 2, *v.shape[axis + 1 :])
-        left, right = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
-        v = left + right
+        v = jnp.pad(v, [(0, -v.shape[axis] % 4 if a == axis else 0) for a in range(v.ndim)])
+        fours = v.reshape(*v.shape[:axis], v.shape[axis] // 4, 4, *v.shape[axis + 1 :])
+        a, b, c, d = (jax.lax.index_in_dim(fours, i, axis + 1, keepdims=False) for i in range(4))
+        v = (a + b) + (c + d)
     return v
 
 

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 from jax import core
 
 from bitnet_jax import _boxes, _checks, _report, _select
-from bitnet_jax._packed import PackedTernary, PreparedTernary, is_packed, pack
+from bitnet_jax._packed import (
+    PackedTernary,
+    PreparedTernary,
+    is_packed,
+    pack_axes,
+    pack_quantized,
+)
 from bitnet_jax._ste import Strength, fake_quantize
 from bitnet_jax._ternary import B158, TernaryConfig
 
@@ -82,8 +88,9 @@ def pack_params(
 
 @functools.partial(jax.jit, static_argnums=1, static_argnames=("contracting_axes", "batch_axes"))
 def _pack_measured(w, config, *, contracting_axes=None, batch_axes=()):
-    packed = pack(w, config, contracting_axes=contracting_axes, batch_axes=batch_axes)
-    return packed, _report.measure(w, packed)
+    axes = pack_axes("pack_params", w, contracting_axes, batch_axes)
+    t, packed = pack_quantized(w, config, axes)
+    return packed, _report.measure(w, t, packed)
 
 
 def unpack_params(packed: Any, *, dtype: jax.typing.DTypeLike | None = None) -> Any:
