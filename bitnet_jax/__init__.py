@@ -11,6 +11,7 @@ True
 import importlib as _importlib
 from typing import TYPE_CHECKING
 
+from bitnet_jax import io
 from bitnet_jax._matmul import matmul, prepare
 from bitnet_jax._packed import PackedTernary, PreparedTernary, pack, unpack
 from bitnet_jax._report import GradientFlow, LayerReport, LeafGradient, PackReport, gradient_flow
@@ -52,6 +53,7 @@ __all__ = [
     "fake_quantize_activations",
     "fake_quantize_params",
     "gradient_flow",
+    "io",
     "linen",
     "matmul",
     "nnx",

@@ -178,14 +178,15 @@ def implementation_agrees(who: str, asked: str | None, prepared: str) -> None:
         )
 
 
-def not_differentiable() -> None:
-    """Raised when a packed kernel is among the arguments of ``jax.grad``."""
+def not_trainable(who: str) -> None:
+    """Raised when a packed kernel is given to ``jax.grad`` or to an optimizer."""
     raise TypeError(
-        "jax.grad: `params` holds packed kernels (PackedTernary), and two-bit codes have no "
+        f"{who}: `params` holds packed kernels (PackedTernary), and two-bit codes have no "
         "gradient. To train the float leaves around them, split the tree: `trainable, frozen "
-        "= bj.partition(params)`, then differentiate `lambda t: loss(bj.combine(t, frozen))` "
-        "and give the optimizer `trainable` alone. To train the kernels themselves, train "
-        "float params and pack them afterwards, or start from bj.unpack_params(params)."
+        "= bj.partition(params)`, differentiate `lambda t: loss(bj.combine(t, frozen))` and "
+        "give the optimizer `trainable` alone (nnx: wrt=bj.nnx.trainable). To train the "
+        "kernels themselves, train float params and pack them afterwards, or start from "
+        "bj.unpack_params(params)."
     )
 
 

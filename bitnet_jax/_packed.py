@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
-from bitnet_jax import _axes, _checks, _packing
+from bitnet_jax import _axes, _checks, _guard, _packing
 from bitnet_jax._ternary import B158, Ternary, TernaryConfig, quantize, spread
 
 _FLOAT32 = np.dtype(np.float32)
@@ -196,30 +195,13 @@ def _register(cls: type, static: tuple[str, ...]) -> None:
         return tuple(zip(keys, children, strict=True)), aux
 
     def flatten(node):
-        _refuse_grad()
+        _guard.refuse_training(node.codes)
         return (node.codes, node.scale), tuple(getattr(node, name) for name in static)
 
     def unflatten(aux, children):
         return cls(*children, **dict(zip(static, aux, strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-
-
-def _refuse_grad() -> None:
-    """Raises where ``jax.grad`` itself is flattening its arguments.
-
-    jax.grad refuses uint8 leaves in its own words, which do not say what to do
-    about a packed kernel, and it offers no hook. Its frame is the only sign that
-    a flatten comes from there; if a later jax names it otherwise, its own
-    TypeError takes over. ``allow_int=True`` passes: codes then get float0.
-    """
-    frame = sys._getframe(2)
-    for _ in range(2):
-        if frame is None:
-            return
-        if frame.f_code.co_name == "value_and_grad_f" and not frame.f_locals.get("allow_int"):
-            _checks.not_differentiable()
-        frame = frame.f_back
 
 
 _register(PackedTernary, ("length", "contracting_axes", "kernel_ndim", "config", "dtype"))

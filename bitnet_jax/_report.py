@@ -341,17 +341,20 @@ def _draw(report: PackReport) -> Any:
         codes.barh(names, share, left=start, color=color, label=sign)
         start = [a + b for a, b in zip(start, share, strict=True)]
     codes.set(title="codes", xlabel="% of weights", xlim=(0, 100))
-    codes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.25 / (0.3 * len(layers))))
+    codes.margins(y=0.02)
 
     error.barh(names, [layer.error for layer in layers], color="#6b6b6b")
     error.set(title="relative squared error", xlim=(0, None))
 
     size.barh(names, [layer.bytes_before for layer in layers], color="#d9d9d9", label="float")
     size.barh(names, [layer.bytes_after for layer in layers], color="#2a9d6f", label="packed")
-    size.set(title="bytes", xscale="log")
+    largest = max(layer.bytes_before for layer in layers)
+    size.set(title="bytes", xscale="log", xlim=(None, 5 * largest))
     for y, layer in enumerate(layers):
         size.annotate(f" {layer.ratio:.1f}x", (layer.bytes_before, y), va="center")
-    size.legend(loc="lower right")
+    handles = [*codes.containers, *size.containers]
+    labels = [str(handle.get_label()) for handle in handles]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     figure.suptitle(
         f"{len(layers)} ternary kernels {_size(report.bytes_before)} to "
         f"{_size(report.bytes_after)} ({report.ratio:.2f}x), whole model "

@@ -1,0 +1,48 @@
+"""Tells whoever tries to train a packed kernel what to do instead.
+
+Two-bit codes have no gradient. ``jax.grad`` refuses uint8 leaves in words that
+do not help, optax silently makes moments of uint8 for them, and neither has a
+hook. What both do is flatten the tree, so a packed leaf looks, while it is
+flattened, at the frame that asked for it. If a later version of either
+names its functions otherwise, the guard is silent and their own behaviour is
+back; a test holds both on the installed versions.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+from bitnet_jax import _checks
+
+_TREE_MODULES = ("jax._src.tree", "jax._src.tree_util")
+
+
+def refuse_training(codes: Any) -> None:
+    """Raises where ``jax.grad`` or an optax ``init`` flattens a packed leaf.
+
+    Args:
+      codes: the leaf's codes; a placeholder (``optax.MaskedNode``) passes, and so
+        does ``jax.grad(..., allow_int=True)``.
+    """
+    if not hasattr(codes, "dtype"):
+        return
+    asker: FrameType | None = sys._getframe(2)
+    while asker is not None and _module(asker) in _TREE_MODULES:
+        asker = asker.f_back
+    if asker is None:
+        return
+    name = asker.f_code.co_name
+    if name == "value_and_grad_f" and not asker.f_locals.get("allow_int"):
+        _checks.not_trainable("jax.grad")
+    if name == "tree_zeros_like" and _is_optax(asker) and _is_optax(asker.f_back):
+        _checks.not_trainable("optax init")
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def _is_optax(frame: FrameType | None) -> bool:
+    return frame is not None and _module(frame).startswith("optax.")
