@@ -33,13 +33,24 @@ def positive(who: str, name: str, value: Any) -> None:
         raise ValueError(f"{who}: `{name}` must be a finite number > 0, got {value!r}.")
 
 
+def epsilon(who: str, value: Any) -> None:
+    """Refuses an eps that float32 cannot hold as a normal number."""
+    positive(who, "eps", value)
+    smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    if not smallest <= value <= largest:
+        raise ValueError(
+            f"{who}: `eps` must be a normal float32, {smallest:.2e} to {largest:.2e}, got "
+            f"{value!r}."
+        )
+
+
 def granularity(who: str, value: Any) -> None:
     """Refuses a granularity that is not a name or a group size."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise ValueError(f"{who}: `granularity` as a group size must be >= 1, got {value}.")
         return
-    if value not in ("tensor", "channel"):
+    if not isinstance(value, str) or value not in ("tensor", "channel"):
         raise ValueError(
             f"{who}: `granularity` must be 'tensor', 'channel' or a group size (int), "
             f"got {value!r}."
@@ -92,11 +103,11 @@ def kernel(who: str, w: Any, name: str = "w") -> None:
 
 def axes_in_range(who: str, name: str, axes: Any, ndim: int) -> tuple[int, ...]:
     """Normalises axes to non-negative and ascending; refuses strangers and repeats."""
-    given = (axes,) if isinstance(axes, (int, np.integer)) else tuple(axes)
+    given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
     for axis in given:
         if not isinstance(axis, (int, np.integer)) or not -ndim <= axis < ndim:
             raise ValueError(
-                f"{who}: `{name}` must name axes of a rank-{ndim} kernel "
+                f"{who}: `{name}` must name axes of a rank-{ndim} array "
                 f"({-ndim} to {ndim - 1}), got {axes!r}."
             )
     normal = tuple(sorted(int(axis) % ndim for axis in given))

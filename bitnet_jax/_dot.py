@@ -7,6 +7,7 @@ the same bits from float params and from packed ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -72,7 +73,7 @@ def int_dot(x: Int8[Array, "*b *m k"], w: Int8[Array, "*b k n"]) -> Int32[Array,
         lead = tuple(range(batch))
         dims = (((x.ndim - 1,), (batch,)), (lead, lead))
         return lax.dot_general(x, w, dims, preferred_element_type=jnp.int32)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return _rows_dot(rows, w).reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -94,16 +95,18 @@ def epilogue(
     scale: Float32[Array, "*b 1 n"],
     qmax: int,
 ) -> Float32[Array, "*b *m n"]:
-    """``((sums * gamma) * (scale / qmax + z)) * (1 + z)`` with ``z = gamma * 0``.
+    """``((sums * gamma) * (scale / qmax + z)) * (1 + z)``, with a z that is 0 at run time.
 
     The reciprocal of qmax is a constant: XLA would turn a division into one in
-    some programs and not in others. ``z`` is 0 at run time and unknown at
-    compile time: it keeps the constants from being folded together, and its
-    1 keeps the add of a bias or a residual from being contracted into the last
-    product. In a token with NaN or Inf it is NaN, and so is the token's output.
+    some programs and not in others. ``z = gamma * 0 + scale * 0`` is unknown at
+    compile time as long as x or w is: it keeps the constants from being folded
+    together, and its 1 keeps the add of a bias or a residual from being
+    contracted into the last product. In a token with NaN or Inf it is NaN, and
+    so is the token's output.
     """
-    zero = gamma * 0.0
-    step = align(scale, sums.ndim) * np.float32(1 / qmax)
+    scale = align(scale, sums.ndim)
+    zero = gamma * 0.0 + scale * 0.0
+    step = scale * np.float32(1 / qmax)
     return ((sums.astype(jnp.float32) * gamma) * (step + zero)) * (1.0 + zero)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from bitnet_jax import _axes, _checks, _guard, _packing
-from bitnet_jax._ternary import B158, Ternary, TernaryConfig, quantize, spread
+from bitnet_jax._ternary import B158, Ternary, TernaryConfig, quantize_as, spread
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -85,7 +85,7 @@ class PackedTernary:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scale."""
-        return self.codes.nbytes + self.scale.nbytes
+        return _nbytes(self.codes) + _nbytes(self.scale)
 
     @property
     def axes(self) -> _axes.KernelAxes:
@@ -171,7 +171,7 @@ class PreparedTernary:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scale."""
-        return self.codes.nbytes + self.scale.nbytes
+        return _nbytes(self.codes) + _nbytes(self.scale)
 
     def __repr__(self) -> str:
         kernel = (*self.contraction, *self.outputs)
@@ -179,6 +179,11 @@ class PreparedTernary:
 
 
 Packed = PackedTernary | PreparedTernary
+
+
+def _nbytes(array: Any) -> int:
+    """Bytes of an array, or of the one that a ``jax.ShapeDtypeStruct`` stands for."""
+    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def is_packed(leaf: Any) -> bool:
@@ -256,7 +261,7 @@ def pack_quantized(
     w: Float[Array, "..."], config: TernaryConfig, axes: _axes.KernelAxes
 ) -> tuple[Ternary, PackedTernary]:
     """A kernel's codes and scale, and the same packed."""
-    t = quantize(w, config, contracting_axes=axes.contracting, batch_axes=axes.batch)
+    t = quantize_as("pack", w, config, axes.contracting, axes.batch)
     last = axes.contracting[-1]
     return t, PackedTernary(
         codes=_packing.pack_trits(t.codes, last),

@@ -47,7 +47,8 @@ def pack_trits(codes: Int8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
 def fields_of(packed: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
     """The four two-bit fields of each byte, on a new axis before ``axis``."""
     axis %= packed.ndim
-    shifts = np.arange(0, 8, 2, dtype=np.uint8).reshape(-1, *(1,) * (packed.ndim - axis))
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)
+    shifts = shifts.reshape(*(1,) * axis, -1, *(1,) * (packed.ndim - axis))
     return (jnp.expand_dims(packed, axis) >> shifts) & np.uint8(3)
 
 

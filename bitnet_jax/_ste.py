@@ -36,8 +36,9 @@ from bitnet_jax._ternary import (
     ActivationConfig,
     TernaryConfig,
     dequantize_activations,
-    quantize,
     quantize_activations,
+    quantize_activations_as,
+    quantize_as,
     quantize_canonical,
     rms,
     scale_grid,
@@ -85,9 +86,7 @@ def fake_quantize(
     References:
       Bengio et al., arXiv:1308.3432; Ma et al., arXiv:2402.17764.
     """
-    t = quantize(
-        lax.stop_gradient(w), config, contracting_axes=contracting_axes, batch_axes=batch_axes
-    )
+    t = quantize_as("fake_quantize", w, config, contracting_axes, batch_axes)
     return _through(w, t.dequantize(), _strength("fake_quantize", strength))
 
 
@@ -121,9 +120,10 @@ def fake_quantize_activations(
     References:
       Ma et al., arXiv:2402.17764, section 2.
     """
-    codes, gamma = quantize_activations(lax.stop_gradient(x), config, axes=axes)
+    who = "fake_quantize_activations"
+    codes, gamma = quantize_activations_as(who, x, config, axes)
     x_hat = dequantize_activations(codes, gamma, config)
-    return _through(x, x_hat, _strength("fake_quantize_activations", strength))
+    return _through(x, x_hat, _strength(who, strength))
 
 
 def ternary_dot(
@@ -218,8 +218,8 @@ class _Spec(NamedTuple):
 
 def _strength(who: str, strength: Strength) -> Float32[Array, ""] | None:
     """None for the static 1.0, which has a path of its own; else a float32 array."""
-    if isinstance(strength, (int, float)):
-        _checks.static_strength(who, strength)
+    if isinstance(strength, (int, float, np.number)):
+        _checks.static_strength(who, float(strength))
         if strength == 1.0:
             return None
     return jnp.asarray(strength, jnp.float32)

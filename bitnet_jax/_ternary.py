@@ -40,6 +40,7 @@ from bitnet_jax import _axes, _checks
 _SHIFT = np.float32(2.0**-32)
 _UNSHIFT = np.float32(2.0**32)
 _LARGEST = np.float32(np.finfo(np.float32).max * 2.0**-32)
+_HUGE = np.float32(2.0**100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ got 'absmaen'. Did you mean 'absmean'?
         _checks.one_of("TernaryConfig", "scale", self.scale, ("absmean", "absmedian", "survivors"))
         _checks.positive("TernaryConfig", "threshold", self.threshold)
         _checks.granularity("TernaryConfig", self.granularity)
-        _checks.positive("TernaryConfig", "eps", self.eps)
+        _checks.epsilon("TernaryConfig", self.eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ class ActivationConfig:
 
     def __post_init__(self) -> None:
         _checks.bits("ActivationConfig", self.bits)
-        _checks.positive("ActivationConfig", "eps", self.eps)
+        _checks.epsilon("ActivationConfig", self.eps)
 
     @property
     def qmax(self) -> int:
@@ -183,12 +184,23 @@ def quantize(
     References:
       Ma et al., arXiv:2402.17764, eq. 1-3; Li et al., arXiv:1605.04711, eq. 5-6.
     """
-    _checks.instance("quantize", "config", config, TernaryConfig, "Use bj.B158 or your own.")
-    _checks.kernel("quantize", w)
-    axes = _axes.resolve("quantize", w, contracting_axes, batch_axes)
+    return quantize_as("quantize", w, config, contracting_axes, batch_axes)
+
+
+def quantize_as(
+    who: str,
+    w: Float[Array, "..."],
+    config: TernaryConfig,
+    contracting_axes: _axes.AxesLike | None,
+    batch_axes: _axes.AxesLike,
+) -> Ternary:
+    """:func:`quantize` on behalf of another function, which its errors name."""
+    _checks.instance(who, "config", config, TernaryConfig, "Use bj.B158 or your own.")
+    _checks.kernel(who, w)
+    axes = _axes.resolve(who, w, contracting_axes, batch_axes)
     _, contraction, outputs = axes.split(w.shape)
-    grid = scale_grid("quantize", contraction, config)
-    codes, scale = quantize_canonical(_axes.canonical(w, axes), config)
+    grid = scale_grid(who, contraction, config)
+    codes, scale = quantize_canonical(_axes.canonical(jax.lax.stop_gradient(w), axes), config)
     one_each = outputs if scale.shape[-1] > 1 else (1,) * len(outputs)
     return Ternary(
         _axes.restore(codes, axes, contraction, outputs), _axes.restore(scale, axes, grid, one_each)
@@ -206,22 +218,21 @@ def quantize_canonical(
     w: Float[Array, "*b k n"], config: TernaryConfig
 ) -> tuple[Int8[Array, "*b k n"], Float32[Array, "*b g m"]]:
     """Codes and scale of a canonical kernel; g groups, m = 1 or n scales across."""
-    small = w.astype(jnp.float32) * _SHIFT
     group = config.granularity if isinstance(config.granularity, int) else w.shape[-2]
-    grouped = small.reshape(*w.shape[:-2], w.shape[-2] // group, group, w.shape[-1])
+    wide = w.astype(jnp.float32)
+    wide = wide.reshape(*w.shape[:-2], w.shape[-2] // group, group, w.shape[-1])
     across = config.granularity == "tensor"
-    magnitude = jnp.abs(grouped)
-    if config.scale == "absmedian":
-        statistic = _median(magnitude, across)
-    else:
-        statistic = _mean(magnitude, across)
-    floor = jnp.maximum(statistic, np.float32(config.eps) * _SHIFT)
-    r = grouped * (1.0 / floor)
+    statistic = _median if config.scale == "absmedian" else _mean
+    floor = jnp.maximum(statistic(jnp.abs(wide) * _SHIFT, across) * _UNSHIFT, config.eps)
+    # 1 / floor underflows for the largest floats, unless both factors are shifted.
+    shift = jnp.where(floor > _HUGE, _SHIFT, 1.0)
+    r = (wide * shift) * (1.0 / (floor * shift))
     keep = ~(jnp.abs(r) <= np.float32(config.threshold))
     codes = jnp.where(keep, jnp.where(r < 0, jnp.int8(-1), jnp.int8(1)), jnp.int8(0))
     if config.scale == "survivors":
-        floor = _survivors(magnitude, keep, across, config)
-    return codes.reshape(w.shape), (floor * _UNSHIFT)[..., 0, :]
+        mean = _mean_of_kept(jnp.abs(wide) * _SHIFT, keep, across)
+        floor = jnp.maximum(mean * _UNSHIFT, config.eps)
+    return codes.reshape(w.shape), floor[..., 0, :]
 
 
 def spread(scale: Float32[Array, "..."], shape: tuple[int, ...]) -> Float32[Array, "..."]:
@@ -263,12 +274,17 @@ def quantize_activations(
       Ma et al., arXiv:2402.17764, section 2, without the clip, which a code
       scaled by its own maximum never reaches.
     """
-    _checks.instance(
-        "quantize_activations", "config", config, ActivationConfig, "Use bj.ActivationConfig()."
-    )
-    _checks.float_array("quantize_activations", "x", x)
-    shared = _checks.axes_in_range("quantize_activations", "axes", axes, x.ndim)
-    x = x.astype(jnp.float32)
+    return quantize_activations_as("quantize_activations", x, config, axes)
+
+
+def quantize_activations_as(
+    who: str, x: Float[Array, "..."], config: ActivationConfig, axes: _axes.AxesLike = -1
+) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
+    """:func:`quantize_activations` on behalf of another function, which its errors name."""
+    _checks.instance(who, "config", config, ActivationConfig, "Use bj.ActivationConfig().")
+    _checks.float_array(who, "x", x)
+    shared = _checks.axes_in_range(who, "axes", axes, x.ndim)
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=shared, keepdims=True, initial=0.0)
     gamma = jnp.maximum(largest, np.float32(config.eps))
     codes = jnp.round(x * (np.float32(config.qmax) / gamma)).astype(jnp.int8)
@@ -315,16 +331,18 @@ def _total(v: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 
 
 def _mean(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 1 m"]:
     n = magnitude.shape[-2] * (magnitude.shape[-1] if across else 1)
-    mean = _total(magnitude, across) * np.float32(1 / n)
-    # Rounding may carry the mean past the largest weight; an Inf weight stays Inf.
+    return _capped(_total(magnitude, across) * np.float32(1 / n))
+
+
+def _capped(mean: jax.Array) -> jax.Array:
+    """Keeps rounding from carrying a mean past the largest float; Inf stays Inf."""
     return jnp.where(jnp.isinf(mean), mean, jnp.minimum(mean, _LARGEST))
 
 
-def _survivors(magnitude, keep, across: bool, config: TernaryConfig):
+def _mean_of_kept(magnitude, keep, across: bool) -> Float32[Array, "*b g 1 m"]:
     count = keep.sum(axis=(-2, -1) if across else -2, keepdims=True, dtype=jnp.int32)
     total = _total(jnp.where(keep, magnitude, 0.0), across)
-    mean = jnp.minimum(total / jnp.maximum(count, 1).astype(jnp.float32), _LARGEST)
-    return jnp.maximum(jnp.where(jnp.isinf(total), total, mean), np.float32(config.eps) * _SHIFT)
+    return _capped(total / jnp.maximum(count, 1).astype(jnp.float32))
 
 
 def _median(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 1 m"]:

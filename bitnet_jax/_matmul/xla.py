@@ -106,10 +106,13 @@ def codes_of(prepared: PreparedTernary) -> Int8[Array, "*b k n"]:
 
 def _byte_rows(x: jax.Array, contraction: tuple[int, ...], groups: int) -> jax.Array:
     """x as (*b, *m, groups, byte rows, 4), padded with zeros where the bytes are."""
-    x = x.reshape(*x.shape[:-1], -1, contraction[-1])
-    short = -contraction[-1] % _packing.PER_BYTE
+    lead, (*outer, last) = x.shape[:-1], contraction
+    bytes_each = _packing.packed_length(last)
+    x = x.reshape(*lead, math.prod(outer), last)
+    short = bytes_each * _packing.PER_BYTE - last
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
-    return x.reshape(*x.shape[:-2], groups, -1, _packing.PER_BYTE)
+    rows = math.prod(outer) * bytes_each // groups
+    return x.reshape(*lead, groups, rows, _packing.PER_BYTE)
 
 
 def _sums(
@@ -117,9 +120,9 @@ def _sums(
 ) -> Int32[Array, "g *b *m n"]:
     if codes.ndim > 3:
         return jax.vmap(_sums, out_axes=1)(rows, codes)
-    flat = rows.reshape(-1, *rows.shape[-3:])
-    sums = _row_sums(flat, codes)
-    return jnp.moveaxis(sums, 1, 0).reshape(rows.shape[-3], *rows.shape[:-3], -1)
+    lead, (groups, *each) = rows.shape[:-3], rows.shape[-3:]
+    sums = _row_sums(rows.reshape(math.prod(lead), groups, *each), codes)
+    return jnp.moveaxis(sums, 1, 0).reshape(groups, *lead, sums.shape[-1])
 
 
 @_dot.merge_rows
@@ -134,11 +137,11 @@ def _blocked(rows: jax.Array, codes: jax.Array) -> jax.Array:
     planes = rows.transpose(1, 0, 3, 2).reshape(groups, m, r * _packing.PER_BYTE)
 
     def block_sums(block: jax.Array) -> jax.Array:
-        fields = _packing.fields_of(block.reshape(groups, r, -1), axis=-2)
-        w = fields.astype(jnp.int8).reshape(groups, r * _packing.PER_BYTE, -1)
+        fields = _packing.fields_of(block.reshape(groups, r, codes.shape[-1]), axis=-2)
+        w = fields.astype(jnp.int8).reshape(groups, r * _packing.PER_BYTE, codes.shape[-1])
         dims = (((2,), (1,)), ((0,), (0,)))
         return lax.dot_general(planes, w, dims, preferred_element_type=jnp.int32)
 
     sums = lax.map(block_sums, codes)  # (blocks, groups, m, columns)
-    sums = sums.transpose(2, 1, 0, 3).reshape(m, groups, -1)
+    sums = sums.transpose(2, 1, 0, 3).reshape(m, groups, codes.shape[0] * codes.shape[-1])
     return sums - planes.sum(axis=-1, dtype=jnp.int32).T[..., None]
