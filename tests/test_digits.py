@@ -1,25 +1,14 @@
 """The main example, whole: five seeds, the accuracy it promises, bits that do not change."""
 
-import importlib.util
-import pathlib
-
 import numpy as np
 import pytest
-
-EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "digits.py"
-
-
-def load_example():
-    spec = importlib.util.spec_from_file_location("digits", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from example_loader import load_example
 
 
 @pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_five_seeds(tmp_path):
-    results = load_example().main(["--seeds", "5", "--out", str(tmp_path)])
+    results = load_example("digits").main(["--seeds", "5", "--out", str(tmp_path)])
 
     def mean(name, field):
         return np.mean([getattr(result, field) for result in results[name]])
