@@ -51,7 +51,7 @@ def _in_axes(mapped):
 
 @merge_rows
 def _rows_dot(x: Int8[Array, "m k"], w: Int8[Array, "k n"]) -> Int32[Array, "m n"]:
-    return rows_padded(lambda rows: _int32_dot(rows, w), x)
+    return rows_padded(lambda rows: int32_dot(rows, w), x)
 
 
 def rows_padded(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -62,7 +62,8 @@ def rows_padded(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.
     return product(jnp.pad(x, short))[:1]
 
 
-def _int32_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def int32_dot(x: Int8[Array, "m k"], w: Int8[Array, "k n"]) -> Int32[Array, "m n"]:
+    """The plain 2-D product of int8 codes, summed in int32."""
     return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
 
 
