@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from bitnet_jax import _axes, _checks, _guard, _packing
-from bitnet_jax._ternary import B158, Ternary, TernaryConfig, quantize_as, spread
+from bitnet_jax._ternary import B158, Ternary, TernaryConfig, quantize_as, scale_grid, spread
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -242,17 +242,23 @@ def pack(
       >>> bool((bj.unpack(bj.pack(w)) == bj.quantize(w).dequantize()).all())
       True
     """
-    axes = pack_axes("pack", w, contracting_axes, batch_axes)
+    axes = pack_axes("pack", w, config, contracting_axes, batch_axes)
     return pack_quantized(w, config, axes)[1]
 
 
 def pack_axes(
-    who: str, w: Any, contracting_axes: _axes.AxesLike | None, batch_axes: _axes.AxesLike
+    who: str,
+    w: Any,
+    config: TernaryConfig,
+    contracting_axes: _axes.AxesLike | None,
+    batch_axes: _axes.AxesLike,
 ) -> _axes.KernelAxes:
-    """The axes of a kernel to pack; all that can be refused by shape is refused here."""
+    """The axes of a kernel to pack; all that can be refused by its shape is refused here."""
+    _checks.instance(who, "config", config, TernaryConfig, "Use bj.B158 or your own.")
     _checks.kernel(who, w)
     axes = _axes.resolve(who, w, contracting_axes, batch_axes)
     _checks.batch_leads(who, axes.batch)
+    scale_grid(who, axes.split(w.shape)[1], config)
     return axes
 
 

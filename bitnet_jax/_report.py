@@ -276,7 +276,9 @@ def _leaf_gradient(path: str, g: Any, exploding: float) -> LeafGradient:
         return LeafGradient(path, math.nan, largest, "nan")
     if largest == 0.0:
         return LeafGradient(path, 0.0, 0.0, "dead")
-    norm = float(jnp.linalg.norm((wide / largest).reshape(-1))) * largest
+    # A power of two keeps the squares of huge and tiny gradients finite.
+    unit = 2.0 ** -min(max(math.frexp(largest)[1], -100), 100)
+    norm = float(jnp.linalg.norm((wide * unit).reshape(-1))) / unit
     return LeafGradient(path, norm, largest, "exploding" if norm > exploding else "ok")
 
 

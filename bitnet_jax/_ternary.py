@@ -301,12 +301,13 @@ def dequantize_activations(
 def rms(x: Float32[Array, "... k"], eps: float) -> Float32[Array, "... 1"]:
     """``sqrt(mean(x**2) + eps)`` of each token, the same bits in every context.
 
-    The runtime 1 behind each product keeps it from being contracted with the
-    add that follows, which eager mode and jit would do differently.
+    The runtime 1 keeps a product from being contracted with the add that
+    follows, and the root from becoming an approximate rsqrt in ``1 / rms``; jit
+    would do both and eager mode does not.
     """
     one = 1.0 + jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0) * 0.0
     total = _pair_sum((x * x) * one, axis=-1)
-    return jnp.sqrt((total * np.float32(1 / x.shape[-1])) * one + np.float32(eps))
+    return jnp.sqrt((total * np.float32(1 / x.shape[-1])) * one + np.float32(eps)) * one
 
 
 def _pair_sum(v: Float32[Array, "..."], axis: int) -> Float32[Array, "..."]:

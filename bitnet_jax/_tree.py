@@ -68,13 +68,13 @@ def pack_params(
     """
     who = "pack_params"
     chosen, treedef = _chosen(who, params, config, select)
-    keywords = [None if c is None else _axes_of(who, leaf, axes) for leaf, c in chosen]
+    resolved = [None if c is None else _pack_axes(who, leaf, c, axes) for leaf, c in chosen]
     traced = any(isinstance(leaf.value, core.Tracer) for leaf, _ in chosen)
     done, rows = [], []
-    for (leaf, c), axis_keywords in zip(chosen, keywords, strict=True):
+    for (leaf, c), kernel_axes in zip(chosen, resolved, strict=True):
         packed = leaf.value
-        if axis_keywords is not None:
-            packed, measured = _pack_measured(leaf.value, c, **axis_keywords)
+        if kernel_axes is not None:
+            packed, measured = _pack_measured(leaf.value, c, kernel_axes)
             if not traced:
                 rows.append(_report.layer_report(who, leaf.where, leaf.value, packed, measured))
         done.append(packed)
@@ -86,9 +86,14 @@ def pack_params(
     return tree, _report.PackReport(tuple(rows), _report.nbytes(before), _report.nbytes(done))
 
 
-@functools.partial(jax.jit, static_argnums=1, static_argnames=("contracting_axes", "batch_axes"))
-def _pack_measured(w, config, *, contracting_axes=None, batch_axes=()):
-    axes = pack_axes("pack_params", w, contracting_axes, batch_axes)
+def _pack_axes(who: str, leaf: _boxes.Leaf, config: TernaryConfig, axes: AxesOf | None):
+    named = _axes_of(who, leaf, axes)
+    contracting, batch = named.get("contracting_axes"), named.get("batch_axes", ())
+    return pack_axes(f"{who}: {leaf.where}", leaf.value, config, contracting, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _pack_measured(w, config, axes):
     t, packed = pack_quantized(w, config, axes)
     return packed, _report.measure(w, t, packed)
 

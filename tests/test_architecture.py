@@ -1,0 +1,172 @@
+"""The shape of the code: imports go down, exports are frozen, everything public is documented."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import bitnet_jax as bj
+
+ROOT = pathlib.Path(bj.__file__).parent
+FLOORS = {
+    "_checks": 0,
+    "_axes": 1,
+    "_dot": 1,
+    "_guard": 1,
+    "_packing": 1,
+    "_ternary": 1,
+    "_packed": 2,
+    "_ste": 2,
+    "_boxes": 3,
+    "_matmul": 3,
+    "_select": 3,
+    "_layers": 4,
+    "linen": 4,
+    "nnx": 4,
+    "_report": 5,
+    "_tree": 5,
+    "io": 6,
+}
+EXPORTS = [
+    "B158",
+    "PHASE4",
+    "TWN",
+    "ActivationConfig",
+    "GradientFlow",
+    "LayerReport",
+    "LeafGradient",
+    "PackReport",
+    "PackedTernary",
+    "PreparedTernary",
+    "Ternary",
+    "TernaryConfig",
+    "combine",
+    "exclude",
+    "fake_quantize",
+    "fake_quantize_activations",
+    "fake_quantize_params",
+    "gradient_flow",
+    "io",
+    "linen",
+    "matmul",
+    "nnx",
+    "only",
+    "pack",
+    "pack_params",
+    "partition",
+    "prepare",
+    "quantize",
+    "quantize_activations",
+    "ternary_dot",
+    "unpack",
+    "unpack_params",
+]
+MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "bitnet_jax."))
+
+
+def room(module):
+    """The room a module of the package is in: ``bitnet_jax._matmul.api`` is in ``_matmul``."""
+    return module.split(".")[1] if "." in module else None
+
+
+def imported(path):
+    """The modules of the package that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("bitnet_jax"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bitnet_jax"):
+            if node.module == "bitnet_jax":
+                yield from (f"bitnet_jax.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def arrows():
+    """Pairs of rooms, the importing and the imported one."""
+    for path in ROOT.rglob("*.py"):
+        if path == ROOT / "__init__.py":
+            continue
+        here = path.relative_to(ROOT).with_suffix("").parts[0]
+        for module in imported(path):
+            if room(module) != here:
+                yield here, room(module)
+
+
+def test_every_room_has_a_floor():
+    rooms = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert rooms - {"__init__", "__pycache__", "py"} - {"CHANGELOG"} == set(FLOORS)
+
+
+def test_imports_go_down():
+    drawn = set(arrows())
+    assert ("_ste", "_ternary") in drawn  # the reader of imports reads
+    assert {(a, b) for a, b in drawn if FLOORS[a] < FLOORS[b]} == set()
+
+
+def test_no_two_rooms_import_each_other():
+    drawn = set(arrows())
+    assert {(a, b) for a, b in drawn if (b, a) in drawn} == set()
+
+
+def test_exports_are_frozen():
+    assert sorted(EXPORTS) == sorted(bj.__all__)
+    assert all(hasattr(bj, name) for name in EXPORTS)
+    assert bj.io.__all__ == ["FormatError", "load", "save"]
+    assert bj.linen.__all__ == ["BitDense"]
+    assert bj.nnx.__all__ == ["BitLinear", "trainable"]
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        bj.nope  # noqa: B018
+
+
+def public():
+    for module in (bj, bj.io, bj.linen, bj.nnx):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                yield pytest.param(value, id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("value", list(public()))
+def test_public_names_are_documented(value):
+    text = inspect.getdoc(value)
+    if inspect.isfunction(value):
+        assert text.split("\n")[0].endswith(".")
+        assert "Args:" in text
+        assert "Returns:" in text or value is bj.io.save
+        assert "Example:" in text
+        assert ">>>" in text
+        for parameter in inspect.signature(value).parameters.values():
+            assert f"{parameter.name}:" in text, parameter
+    else:
+        own = vars(value)
+        assert "__doc__" in own
+        assert text
+        for name, member in own.items():
+            if not name.startswith("_") and (callable(member) or isinstance(member, property)):
+                assert inspect.getdoc(member), name
+
+
+@pytest.mark.parametrize("name", ["bitnet_jax", *MODULES])
+def test_doctests(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    assert doctest.testmod(module).failed == 0
+
+
+def test_doctests_are_there():
+    tried = sum(doctest.testmod(importlib.import_module(name)).attempted for name in MODULES)
+    assert tried > 80
+
+
+def test_import_stays_light():
+    code = (
+        "import sys, bitnet_jax; heavy = {'flax.nnx', 'matplotlib', 'sklearn', 'orbax', 'tqdm'};"
+        "found = heavy & set(sys.modules); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
