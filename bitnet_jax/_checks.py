@@ -231,6 +231,14 @@ def selector_matched(who: str, what: str, paths: Sequence[str], near_to: Sequenc
     raise ValueError(f"{who}: {what} matches nothing. Near paths: {shown}.")
 
 
+def selector(who: str, value: Any) -> None:
+    """Reports a selector that cannot be called."""
+    raise TypeError(
+        f"{who}: `select` must be a function of path and leaf, got {_describe(value)}. Build one "
+        "with bj.only('name') or bj.exclude('name')."
+    )
+
+
 def selection_value(who: str, path: str, value: Any) -> None:
     """Reports a selector that returned something that is no decision."""
     raise TypeError(

@@ -100,6 +100,8 @@ def choose(
     select: Select | None,
 ) -> list[TernaryConfig | None]:
     """The config of each leaf, or None; refuses a selection that matches nothing."""
+    if select is not None and not callable(select):
+        _checks.selector(who, select)
     paths = ["/".join(path) for path, _ in leaves]
     if isinstance(select, Patterns):
         for pattern in select.patterns:
