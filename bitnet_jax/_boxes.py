@@ -8,6 +8,7 @@ box, change the value and close it again.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,14 +32,18 @@ class Leaf(NamedTuple):
 
 
 def flatten(
-    who: str, name: str, tree: Any, *, none_is_leaf: bool = False
+    who: str,
+    name: str,
+    tree: Any,
+    *,
+    is_leaf: Callable[[Any], bool] | None = None,
 ) -> tuple[list[Leaf], Any]:
     """The leaves of a tree, packed kernels whole, and its structure; refuses an empty one."""
 
-    def is_leaf(leaf: Any) -> bool:
-        return is_packed(leaf) or is_box(leaf) or (none_is_leaf and leaf is None)
+    def whole(leaf: Any) -> bool:
+        return is_packed(leaf) or is_box(leaf) or (is_leaf is not None and is_leaf(leaf))
 
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)
     _checks.tree_not_empty(who, name, len(flat))
     return [Leaf(_names(path), leaf, opened(leaf)) for path, leaf in flat], treedef
 

@@ -1,4 +1,4 @@
-"""The integer contraction and the one epilogue, shared by training and serving.
+"""The integer product and the one epilogue, shared by training and serving.
 
 The sums are int32 and exact, whatever the order, the batch and the device. The
 epilogue is the only place where they become floating point, so a network gives
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,15 +130,47 @@ def finish(
     return lax.scan(add, start, (sums, jnp.moveaxis(scale, -2, 0)))[0]
 
 
-def contract(
-    x: Int8[Array, "*b *m k"],
-    gamma: Float32[Array, "*b *m 1"],
-    w: Int8[Array, "*b k n"],
-    scale: Float32[Array, "*b g n"],
-    qmax: int,
-) -> Float32[Array, "*b *m n"]:
-    """Integer product of unpacked codes, and its epilogue."""
-    return finish(group_sums(x, w, scale.shape[-2]), gamma, scale, qmax)
+class Product(NamedTuple):
+    """The operator of a dense layer: x (*b, *m, K) times a canonical kernel (*b, K, N).
+
+    An operator is what a layer does with codes and with floats, once each: its
+    integer sums, its float form, and that form's two transposes.
+    """
+
+    @property
+    def token_axes(self) -> tuple[int, ...]:
+        """The axes of x that share one gamma."""
+        return (-1,)
+
+    def sums(
+        self, x: Int8[Array, "*b *m k"], w: Int8[Array, "*b k n"], groups: int
+    ) -> Int32[Array, "g *b *m n"]:
+        """Exact int32 sums of codes, one for each group along the contraction."""
+        return group_sums(x, w, groups)
+
+    def apply(self, x: jax.Array, w: jax.Array, precision: lax.PrecisionLike = None) -> jax.Array:
+        """The product of floats."""
+        lead = tuple(range(w.ndim - 2))
+        dims = (((x.ndim - 1,), (len(lead),)), (lead, lead))
+        return lax.dot_general(x, w, dims, precision=precision)
+
+    def to_input(self, g, w, x_shape: tuple[int, ...], dtype) -> Float32[Array, "*b *m k"]:
+        """``g w^T``, with operands in ``dtype``, summed in float32."""
+        del x_shape
+        lead = tuple(range(w.ndim - 2))
+        dims = (((g.ndim - 1,), (len(lead) + 1,)), (lead, lead))
+        return _float32_dot(g, w, dims, dtype)
+
+    def to_kernel(self, x, g, w_shape: tuple[int, ...], dtype) -> Float32[Array, "*b k n"]:
+        """``x^T g`` over every row axis."""
+        batch = len(w_shape) - 2
+        lead, rows = tuple(range(batch)), tuple(range(batch, g.ndim - 1))
+        return _float32_dot(x, g, ((rows, rows), (lead, lead)), dtype)
+
+
+def _float32_dot(a, b, dims, dtype):
+    a, b = a.astype(dtype), b.astype(dtype)
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 def align(scale: jax.Array, ndim: int) -> jax.Array:

@@ -1,6 +1,6 @@
-"""`PackedTernary`, a kernel at two bits a weight, and its kernel-ready forms.
+"""`PackedTernary`, a kernel at two bits a weight, `PackedInt8`, and prepared forms.
 
-Both are pytree nodes: their arrays are traced, sliced, stacked, donated and
+All are pytree nodes: their arrays are traced, sliced, stacked, donated and
 sharded like any others, and what is static never mentions a batch axis, so that
 ``nn.scan`` may slice stacked layers and ``vmap`` may stack them.
 """
@@ -8,23 +8,86 @@ sharded like any others, and what is static never mentions a batch axis, so that
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int8, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int8, UInt8
 
 from bitnet_jax import _axes, _checks, _guard, _packing
-from bitnet_jax._ternary import B158, Ternary, TernaryConfig, quantize_as, scale_grid, spread
+from bitnet_jax._int8 import Int8Config
+from bitnet_jax._ternary import B158, TernaryConfig, spread
 
 _FLOAT32 = np.dtype(np.float32)
+_INT8_CONFIG = Int8Config()
+
+
+class _Stored:
+    """What a kernel in storage layout knows about itself, at two bits or at eight."""
+
+    codes: Array
+    scale: Array
+    contracting_axes: tuple[int, ...]
+    kernel_ndim: int
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float kernel this leaf stands for."""
+        raise NotImplementedError
+
+    def int8_codes(self) -> Int8[Array, "..."]:
+        """The codes as int8, in the kernel's shape."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """The kernel's rank, batch axes included."""
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        """How many weights it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scale."""
+        return _nbytes(self.codes) + _nbytes(self.scale)
+
+    @property
+    def axes(self) -> _axes.KernelAxes:
+        """The kernel's axes, non-negative, as they are in this slice or stack."""
+        contracting = tuple(a + self.ndim for a in self.contracting_axes)
+        batch = tuple(range(self.ndim - self.kernel_ndim))
+        taken = {*contracting, *batch}
+        return _axes.KernelAxes(
+            contracting, batch, tuple(a for a in range(self.ndim) if a not in taken)
+        )
+
+    def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "..."]:
+        """Codes times scale as a float kernel; by default in the kernel's own dtype."""
+        w = self.int8_codes().astype(jnp.float32) * spread(self.scale, self.shape)
+        return w.astype(dtype or self.dtype)
+
+    def canonical_scale(self) -> Float32[Array, "*b g m"]:
+        """The scale with its contraction on axis -2 and its outputs on axis -1."""
+        return _axes.canonical(self.scale, self.axes)
+
+    def __repr__(self) -> str:
+        try:
+            return (
+                f"{type(self).__name__}(shape={self.shape}, scale={tuple(self.scale.shape)}, "
+                f"{self.nbytes} bytes)"
+            )
+        except (AttributeError, TypeError, IndexError):  # leaves replaced by a tree.map
+            return f"{type(self).__name__}(codes={self.codes!r}, scale={self.scale!r})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class PackedTernary:
+class PackedTernary(_Stored):
     """A ternary kernel in storage layout: what files hold and meshes shard.
 
     Invariants:
@@ -66,58 +129,83 @@ class PackedTernary:
     dtype: Any = _FLOAT32
 
     @property
-    def ndim(self) -> int:
-        """The kernel's rank, batch axes included."""
-        return self.codes.ndim
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the float kernel this leaf stands for."""
         shape = list(self.codes.shape)
         shape[self.contracting_axes[-1]] = self.length
         return tuple(shape)
 
-    @property
-    def size(self) -> int:
-        """How many weights it holds."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scale."""
-        return _nbytes(self.codes) + _nbytes(self.scale)
-
-    @property
-    def axes(self) -> _axes.KernelAxes:
-        """The kernel's axes, non-negative, as they are in this slice or stack."""
-        contracting = tuple(a + self.ndim for a in self.contracting_axes)
-        batch = tuple(range(self.ndim - self.kernel_ndim))
-        taken = {*contracting, *batch}
-        return _axes.KernelAxes(
-            contracting, batch, tuple(a for a in range(self.ndim) if a not in taken)
-        )
-
-    def trits(self) -> Int8[Array, "..."]:
+    def int8_codes(self) -> Int8[Array, "..."]:
         """The int8 codes in {-1, 0, +1}, in the kernel's shape."""
         return _packing.unpack_trits(self.codes, self.contracting_axes[-1], self.length)
 
-    def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "..."]:
-        """Codes times scale as a float kernel; by default in the kernel's own dtype."""
-        w = self.trits().astype(jnp.float32) * spread(self.scale, self.shape)
-        return w.astype(dtype or self.dtype)
 
-    def canonical_scale(self) -> Float32[Array, "*b g m"]:
-        """The scale with its contraction on axis -2 and its outputs on axis -1."""
-        return _axes.canonical(self.scale, self.axes)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PackedInt8(_Stored):
+    """A kernel or an embedding at eight bits a weight, one scale per output channel.
 
-    def __repr__(self) -> str:
-        try:
-            return (
-                f"PackedTernary(shape={self.shape}, scale={tuple(self.scale.shape)}, "
-                f"{self.nbytes} bytes)"
-            )
-        except (AttributeError, TypeError, IndexError):  # leaves replaced by a tree.map
-            return f"PackedTernary(codes={self.codes!r}, scale={self.scale!r})"
+    Invariants:
+      - ``codes`` is int8 in [-127, 127] and has the kernel's shape.
+      - ``scale`` is float32 and has the kernel's rank, with length 1 on the
+        contracting axes: a code's value is ``code * scale``.
+      - Batch axes, ``contracting_axes``, ``kernel_ndim`` and ``dtype`` are as in
+        ``PackedTernary``. An embedding (vocabulary, features) contracts over
+        its features: one scale per row.
+      - It is not trainable: codes have no gradient.
+
+    Attributes:
+      codes: int8 array.
+      scale: float32 array.
+      contracting_axes: the axes that meet x.
+      kernel_ndim: the rank of one kernel, batch axes not counted.
+      config: the quantiser that made it.
+      dtype: the float dtype of the kernel this leaf stands for.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> w = jax.random.normal(jax.random.key(0), (64, 10))
+      >>> head = bj.pack(w, bj.Int8Config())
+      >>> head
+      PackedInt8(shape=(64, 10), scale=(1, 10), 680 bytes)
+      >>> bj.matmul(jax.numpy.ones((2, 64)), head).shape
+      (2, 10)
+    """
+
+    codes: Int8[Array, "..."]
+    scale: Float32[Array, "..."]
+    contracting_axes: tuple[int, ...] = (-2,)
+    kernel_ndim: int = 2
+    config: Int8Config = _INT8_CONFIG
+    dtype: Any = _FLOAT32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float kernel this leaf stands for."""
+        return tuple(self.codes.shape)
+
+    def int8_codes(self) -> Int8[Array, "..."]:
+        """The codes themselves."""
+        return self.codes
+
+    def rows(self, index: Int[Array, "..."]) -> Float[Array, "... features"]:
+        """The embedding look-up: rows of the dequantised kernel, without dequantising it.
+
+        An index outside the vocabulary gives NaN, as ``jnp.take`` does.
+
+        Args:
+          index: integers, any shape.
+
+        Returns:
+          (*index, features) of :attr:`dtype`.
+
+        Raises:
+          TypeError: the index is not of integers.
+          ValueError: a kernel that is no (vocabulary, features).
+        """
+        _checks.embedding("PackedInt8.rows", index, self.shape)
+        codes = jnp.take(self.codes, index, axis=0, mode="clip").astype(jnp.float32)
+        scale = jnp.take(jnp.broadcast_to(self.scale, (self.shape[0], 1)), index, axis=0)
+        return (codes * scale).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -178,7 +266,8 @@ class PreparedTernary:
         return f"PreparedTernary(shape={kernel}, for {self.implementation!r})"
 
 
-Packed = PackedTernary | PreparedTernary
+Stored = PackedTernary | PackedInt8
+Packed = Stored | PreparedTernary
 
 
 def _nbytes(array: Any) -> int:
@@ -186,9 +275,21 @@ def _nbytes(array: Any) -> int:
     return math.prod(array.shape) * array.dtype.itemsize
 
 
-def is_packed(leaf: Any) -> bool:
+def split(packed: Packed) -> tuple[tuple[int, ...], ...]:
+    """The lengths of the batch, contracting and output axes of a packed kernel."""
+    if isinstance(packed, PreparedTernary):
+        return packed.batch, packed.contraction, packed.outputs
+    return packed.axes.split(packed.shape)
+
+
+def is_packed(leaf: Any) -> TypeGuard[Packed]:
     """Whether a leaf is a packed kernel, stored or prepared."""
-    return isinstance(leaf, (PackedTernary, PreparedTernary))
+    return isinstance(leaf, (PackedTernary, PackedInt8, PreparedTernary))
+
+
+def is_stored(leaf: Any) -> TypeGuard[Stored]:
+    """Whether a leaf is a packed kernel in storage layout."""
+    return isinstance(leaf, (PackedTernary, PackedInt8))
 
 
 def _register(cls: type, static: tuple[str, ...]) -> None:
@@ -210,98 +311,8 @@ def _register(cls: type, static: tuple[str, ...]) -> None:
 
 
 _register(PackedTernary, ("length", "contracting_axes", "kernel_ndim", "config", "dtype"))
+_register(PackedInt8, ("contracting_axes", "kernel_ndim", "config", "dtype"))
 _register(PreparedTernary, ("contraction", "outputs", "implementation", "config", "dtype"))
-
-
-def pack(
-    w: Float[Array, "..."],
-    config: TernaryConfig = B158,
-    *,
-    contracting_axes: _axes.AxesLike | None = None,
-    batch_axes: _axes.AxesLike = (),
-) -> PackedTernary:
-    """Quantises a kernel and packs its codes to two bits.
-
-    Args:
-      w: float32, bfloat16 or float16 kernel. 2-D: (in, out).
-      config: the quantiser.
-      contracting_axes: the axes that meet x; needed for ranks other than 2.
-      batch_axes: leading axes that carry slices, each with its own scale.
-
-    Returns:
-      A ``PackedTernary`` whose ``unpack`` is ``quantize(w).dequantize()``, to
-      the bit.
-
-    Raises:
-      TypeError: ``w`` is not floating point.
-      ValueError: as :func:`quantize`; or batch axes that are not the first.
-
-    Example:
-      >>> import jax, bitnet_jax as bj
-      >>> w = jax.random.normal(jax.random.key(0), (64, 16))
-      >>> bool((bj.unpack(bj.pack(w)) == bj.quantize(w).dequantize()).all())
-      True
-    """
-    axes = pack_axes("pack", w, config, contracting_axes, batch_axes)
-    return pack_quantized(w, config, axes)[1]
-
-
-def pack_axes(
-    who: str,
-    w: Any,
-    config: TernaryConfig,
-    contracting_axes: _axes.AxesLike | None,
-    batch_axes: _axes.AxesLike,
-) -> _axes.KernelAxes:
-    """The axes of a kernel to pack; all that can be refused by its shape is refused here."""
-    _checks.instance(who, "config", config, TernaryConfig, "Use bj.B158 or your own.")
-    _checks.kernel(who, w)
-    axes = _axes.resolve(who, w, contracting_axes, batch_axes)
-    _checks.batch_leads(who, axes.batch)
-    scale_grid(who, axes.split(w.shape)[1], config)
-    return axes
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def pack_quantized(
-    w: Float[Array, "..."], config: TernaryConfig, axes: _axes.KernelAxes
-) -> tuple[Ternary, PackedTernary]:
-    """A kernel's codes and scale, and the same packed."""
-    t = quantize_as("pack", w, config, axes.contracting, axes.batch)
-    last = axes.contracting[-1]
-    return t, PackedTernary(
-        codes=_packing.pack_trits(t.codes, last),
-        scale=t.scale,
-        length=w.shape[last],
-        contracting_axes=tuple(a - w.ndim for a in axes.contracting),
-        kernel_ndim=w.ndim - len(axes.batch),
-        config=config,
-        dtype=np.dtype(w.dtype),
-    )
-
-
-def unpack(packed: PackedTernary, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "..."]:
-    """The float kernel of a packed one: codes times scale.
-
-    Args:
-      packed: a stored kernel.
-      dtype: of the result; by default that of the kernel that was packed.
-
-    Returns:
-      An array of ``packed.shape``.
-
-    Raises:
-      TypeError: ``packed`` is no ``PackedTernary``, or is prepared.
-
-    Example:
-      >>> import jax.numpy as jnp, bitnet_jax as bj
-      >>> bj.unpack(bj.pack(jnp.array([[0.9, -0.1], [-0.8, 0.2]]))).tolist()
-      [[0.5, 0.0], [-0.5, 0.0]]
-    """
-    if isinstance(packed, PreparedTernary):
-        _checks.stored_layout("unpack", "`packed`", packed.implementation)
-    _checks.instance("unpack", "packed", packed, PackedTernary, "Make one with bj.pack(w).")
-    return packed.dequantize(dtype)
 
 
 def canonical_bytes(packed: PackedTernary) -> UInt8[Array, "*b r n"]:

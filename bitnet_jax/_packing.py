@@ -17,10 +17,12 @@ float one: any cut at a multiple of four rows is a cut between bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int8, Int32, UInt8
+from jaxtyping import Array, Bool, Float32, Int8, Int32, UInt8
 
 PER_BYTE = 4
 ZEROS = np.uint8(0x55)
@@ -29,6 +31,13 @@ ZEROS = np.uint8(0x55)
 def packed_length(length: int) -> int:
     """Bytes for so many codes."""
     return -(-length // PER_BYTE)
+
+
+def packed_shape(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """The shape of packed codes, for codes of a shape that are packed along ``axis``."""
+    packed = list(shape)
+    packed[axis] = packed_length(packed[axis])
+    return tuple(packed)
 
 
 def pack_trits(codes: Int8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
@@ -71,6 +80,13 @@ def invalid(packed: UInt8[np.ndarray, "..."], axis: int, length: int) -> Bool[np
         pad = (0xFF << 2 * used) & 0xFF
         np.moveaxis(wrong, axis, -1)[..., -1] |= (last & np.uint8(pad)) != (0x55 & pad)
     return wrong
+
+
+def differ(a: UInt8[Array, "... n"], b: UInt8[Array, "... n"]) -> Float32[Array, ""]:
+    """How many fields of two packed arrays differ; bits are counted, as in :func:`count`."""
+    x = a ^ b
+    bits = jax.lax.population_count((x | (x >> 1)) & np.uint8(0x55))
+    return bits.astype(jnp.float32).sum()
 
 
 def count(packed: UInt8[Array, "... n"]) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:

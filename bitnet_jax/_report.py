@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from bitnet_jax import _boxes, _checks, _packing
-from bitnet_jax._packed import PackedTernary
-from bitnet_jax._ternary import Ternary, TernaryConfig
+from bitnet_jax._int8 import Int8Config
+from bitnet_jax._packed import PackedInt8, PackedTernary, Stored, is_packed
+from bitnet_jax._ternary import KernelConfig, Ternary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,9 @@ class LayerReport:
       path: names joined by ``/``.
       shape: of the float kernel.
       config: the quantiser.
-      minus: count of code -1.
-      zero: count of code 0.
-      plus: count of code +1.
+      minus: count of codes below 0.
+      zero: count of codes 0.
+      plus: count of codes above 0.
       scale_min: the smallest scale, in units of the weights.
       scale_max: the largest scale.
       error: relative squared error, ``sum((w - w_hat)**2) / sum(w**2)``; NaN
@@ -41,7 +42,7 @@ class LayerReport:
 
     path: str
     shape: tuple[int, ...]
-    config: TernaryConfig
+    config: KernelConfig
     minus: int
     zero: int
     plus: int
@@ -55,6 +56,18 @@ class LayerReport:
     def ratio(self) -> float:
         """Bytes before over bytes after."""
         return self.bytes_before / self.bytes_after
+
+    @property
+    def kind(self) -> str:
+        """``ternary`` or ``int8``."""
+        return kind(self.config)
+
+
+def kind(config: KernelConfig | None) -> str:
+    """How a kernel is kept: ``ternary``, ``int8`` or ``float``."""
+    if config is None:
+        return "float"
+    return "int8" if isinstance(config, Int8Config) else "ternary"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,34 +118,43 @@ class PackReport:
         """Every number as plain Python, ready for ``json.dumps`` or a logger.
 
         Returns:
-          ``{"layers": [...], "ternary": {...}, "model": {...}}``; an error that
-          is NaN (a kernel of zeros) is None.
+          ``{"layers": [...], "ternary": {...}, "model": {...}}``, with ``"int8"``
+          where there are such kernels; an error that is NaN (a kernel of zeros)
+          is None.
         """
 
         def row(layer: LayerReport) -> dict[str, Any]:
-            error = None if math.isnan(layer.error) else layer.error
-            plain = {"shape": list(layer.shape), "error": error, "ratio": layer.ratio}
-            return dataclasses.asdict(layer) | plain
+            more = {"shape": list(layer.shape), "ratio": layer.ratio, "kind": layer.kind}
+            return plain(dataclasses.asdict(layer) | more)
 
         def totals(before: int, after: int) -> dict[str, Any]:
             return {"bytes_before": before, "bytes_after": after, "ratio": before / after}
 
         return {
             "layers": [row(layer) for layer in self.layers],
-            "ternary": totals(self.bytes_before, self.bytes_after),
+            **{name: totals(*size) for name, size in self._by_kind().items()},
             "model": totals(self.model_bytes_before, self.model_bytes_after),
+        }
+
+    def _by_kind(self) -> dict[str, tuple[int, int]]:
+        """Bytes before and after of the kernels of each kind that there are."""
+        kinds = sorted({layer.kind for layer in self.layers}, reverse=True)
+        return {
+            name: (
+                sum(layer.bytes_before for layer in self.layers if layer.kind == name),
+                sum(layer.bytes_after for layer in self.layers if layer.kind == name),
+            )
+            for name in kinds
         }
 
     def __str__(self) -> str:
         """The report as a table, one row a kernel, then the totals."""
         header = ("path", "shape", "-1", "0", "+1", "scale", "error", "before", "after", "ratio")
         rows = [_row(layer) for layer in self.layers]
-        totals = (
-            ("ternary kernels", self.bytes_before, self.bytes_after),
-            ("whole model", self.model_bytes_before, self.model_bytes_after),
-        )
+        totals = [(f"{name} kernels", *size) for name, size in self._by_kind().items()]
+        totals.append(("whole model", self.model_bytes_before, self.model_bytes_after))
         for name, before, after in totals:
-            sizes = (_size(before), _size(after), f"{before / after:.2f}x")
+            sizes = (size_text(before), size_text(after), f"{before / after:.2f}x")
             rows.append((name, *("",) * 6, *sizes))
         return table(header, rows)
 
@@ -149,9 +171,10 @@ class PackReport:
         figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def measure(w: jax.Array, t: Ternary, packed: PackedTernary) -> dict[str, jax.Array]:
+def measure(w: jax.Array, t: Ternary, packed: Stored) -> dict[str, jax.Array]:
     """The numbers of one layer that need its values; runs inside jit."""
-    zero, plus = _packing.count(packed.codes)
+    is_ternary = isinstance(packed, PackedTernary)
+    zero, plus = _packing.count(packed.codes) if is_ternary else _int8_count(packed)
     # Dividing by the largest weight keeps the squares of huge and tiny ones finite.
     wide = w.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide))
@@ -167,15 +190,27 @@ def measure(w: jax.Array, t: Ternary, packed: PackedTernary) -> dict[str, jax.Ar
     }
 
 
+def _int8_count(packed: PackedInt8) -> tuple[jax.Array, jax.Array]:
+    """How many codes are 0, and how many above, in each row."""
+    # XLA's CPU backend sums integers many times slower than float32.
+    rows = packed.codes.reshape(-1, packed.codes.shape[-1])
+
+    def count(mask: jax.Array) -> jax.Array:
+        return mask.astype(jnp.float32).sum(axis=-1).astype(jnp.int32)
+
+    return count(rows == 0), count(rows > 0)
+
+
 def layer_report(
-    who: str, path: str, w: jax.Array, packed: PackedTernary, measured: dict[str, jax.Array]
+    who: str, path: str, w: jax.Array, packed: Stored, measured: dict[str, jax.Array]
 ) -> LayerReport:
     """Reads the measured numbers; refuses weights that are not finite."""
     values = jax.device_get(measured)
     if not values["finite"]:
         _checks.not_finite(who, path, int((~jnp.isfinite(w)).sum()))
     plus = int(values["plus"].sum(dtype=int))
-    padding = _packing.PER_BYTE * packed.codes.size - packed.size
+    fields = _packing.PER_BYTE if isinstance(packed, PackedTernary) else 1
+    padding = fields * packed.codes.size - packed.size
     zero = int(values["zero"].sum(dtype=int)) - padding
     return LayerReport(
         path=path,
@@ -245,7 +280,7 @@ def gradient_flow(grads: Any, *, exploding: float = 1e3) -> GradientFlow:
 
     Returns:
       A :class:`GradientFlow`: for each leaf its norm, its largest magnitude,
-      and a state: ``"missing"`` (None, or no gradient for integers),
+      and a state: ``"missing"`` (None, or no gradient: integers, packed kernels),
       ``"dead"`` (all zeros), ``"nan"`` (NaN or Inf), ``"exploding"``, ``"ok"``.
 
     Raises:
@@ -263,14 +298,15 @@ def gradient_flow(grads: Any, *, exploding: float = 1e3) -> GradientFlow:
       c      nan      nan  missing
     """
     _checks.positive("gradient_flow", "exploding", exploding)
-    leaves = _boxes.flatten("gradient_flow", "grads", grads, none_is_leaf=True)[0]
+    leaves = _boxes.flatten("gradient_flow", "grads", grads, is_leaf=lambda x: x is None)[0]
     return GradientFlow(tuple(_leaf_gradient(leaf.where, leaf.value, exploding) for leaf in leaves))
 
 
 def _leaf_gradient(path: str, g: Any, exploding: float) -> LeafGradient:
-    if g is None or g.dtype == jax.dtypes.float0:
+    if g is None or is_packed(g) or g.dtype == jax.dtypes.float0:
         return LeafGradient(path, math.nan, math.nan, "missing")
-    wide = jnp.asarray(g, jnp.float32)
+    parts = (jnp.real(g), jnp.imag(g)) if jnp.iscomplexobj(g) else (g,)
+    wide = jnp.stack([jnp.asarray(part, jnp.float32) for part in parts])
     largest = float(jnp.max(jnp.abs(wide), initial=0.0))
     if not math.isfinite(largest):
         return LeafGradient(path, math.nan, largest, "nan")
@@ -280,6 +316,19 @@ def _leaf_gradient(path: str, g: Any, exploding: float) -> LeafGradient:
     unit = 2.0 ** -min(max(math.frexp(largest)[1], -100), 100)
     norm = float(jnp.linalg.norm((wide * unit).reshape(-1))) / unit
     return LeafGradient(path, norm, largest, "exploding" if norm > exploding else "ok")
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for JSON, which has no NaN and no Inf: None instead."""
+    lost = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return {k: None if k in lost else v for k, v in row.items()}
+
+
+def right(head: str, cells: Iterable[str]) -> list[str]:
+    """Cells of one width: a column with signs is aligned to the right too."""
+    column = [head, *cells]
+    width = max(map(len, column))
+    return [cell.rjust(width) for cell in column]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -301,20 +350,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
     total = layer.minus + layer.zero + layer.plus
-    shares = (f"{100 * n / total:.1f}%" for n in (layer.minus, layer.zero, layer.plus))
+    shares = [f"{100 * n / total:.1f}%" for n in (layer.minus, layer.zero, layer.plus)]
+    if layer.kind == "int8":  # the signs of 255 codes say little
+        shares = ["", "int8", ""]
     return (
         layer.path,
         "x".join(map(str, layer.shape)),
         *shares,
         f"{layer.scale_min:.3g}..{layer.scale_max:.3g}",
         f"{layer.error:.3f}",
-        _size(layer.bytes_before),
-        _size(layer.bytes_after),
+        size_text(layer.bytes_before),
+        size_text(layer.bytes_after),
         f"{layer.ratio:.2f}x",
     )
 
 
-def _size(n: int) -> str:
+def size_text(n: int) -> str:
+    """Bytes in units that are read at a glance."""
     value, units = float(n), ("B", "kB", "MB", "GB", "TB")
     for unit in units:
         if value < 1000 or unit == units[-1]:
@@ -323,17 +375,21 @@ def _size(n: int) -> str:
     raise AssertionError
 
 
-def _draw(report: PackReport) -> Any:
+def blank_figure(who: str, size: tuple[float, float]) -> Any:
+    """An empty matplotlib figure of so many inches; matplotlib is an extra."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "PackReport.plot: matplotlib is missing. Install it with: pip install "
-            "'bitnet_jax[plot]'."
+            f"{who}: matplotlib is missing. Install it with: pip install 'bitnet_jax[plot]'."
         ) from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def _draw(report: PackReport) -> Any:
     layers = report.layers[::-1]
-    names = [layer.path for layer in layers]
-    figure = Figure(figsize=(11, 1.8 + 0.32 * len(layers)), layout="constrained")
+    names = [f"{x.path} (int8)" if x.kind == "int8" else x.path for x in layers]
+    figure = blank_figure("PackReport.plot", (11, 1.8 + 0.32 * len(layers)))
     codes, error, size = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 2))
 
     start = [0.0] * len(layers)
@@ -358,9 +414,9 @@ def _draw(report: PackReport) -> Any:
     labels = [str(handle.get_label()) for handle in handles]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     figure.suptitle(
-        f"{len(layers)} ternary kernels {_size(report.bytes_before)} to "
-        f"{_size(report.bytes_after)} ({report.ratio:.2f}x), whole model "
-        f"{_size(report.model_bytes_before)} to {_size(report.model_bytes_after)} "
+        f"{len(layers)} packed kernels {size_text(report.bytes_before)} to "
+        f"{size_text(report.bytes_after)} ({report.ratio:.2f}x), whole model "
+        f"{size_text(report.model_bytes_before)} to {size_text(report.model_bytes_after)} "
         f"({report.model_ratio:.2f}x)"
     )
     return figure

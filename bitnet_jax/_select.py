@@ -1,8 +1,8 @@
 """Which leaves of a tree are quantised, and how.
 
 A selector is any function ``select(path, leaf)``, with ``path`` a tuple of
-names, that returns True or a ``TernaryConfig`` to quantise the leaf, False or
-None to leave it. :func:`exclude` and :func:`only` build the common ones.
+names, that returns True, a ``TernaryConfig`` or an ``Int8Config`` to quantise the
+leaf, False or None to leave it. :func:`exclude` and :func:`only` build the common ones.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from bitnet_jax import _checks
-from bitnet_jax._ternary import TernaryConfig
+from bitnet_jax._int8 import Int8Config
+from bitnet_jax._ternary import KernelConfig, TernaryConfig
 
 Path = tuple[str, ...]
-Select = Callable[[Path, Any], "bool | TernaryConfig | None"]
+Select = Callable[[Path, Any], "bool | KernelConfig | None"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,33 +97,39 @@ def match(pattern: str, path: Path) -> bool:
 def choose(
     who: str,
     leaves: Sequence[tuple[Path, Any]],
-    config: TernaryConfig,
+    config: KernelConfig,
     select: Select | None,
-) -> list[TernaryConfig | None]:
+) -> list[KernelConfig | None]:
     """The config of each leaf, or None; refuses a selection that matches nothing."""
-    if select is not None and not callable(select):
-        _checks.selector(who, select)
-    paths = ["/".join(path) for path, _ in leaves]
-    if isinstance(select, Patterns):
-        for pattern in select.patterns:
-            if not any(match(pattern, path) for path, _ in leaves):
-                _checks.selector_matched(who, f"the pattern {pattern!r}", paths, [pattern])
-    decide = is_kernel if select is None else select
-    chosen = [_config(who, path, decide(path, leaf), config) for path, leaf in leaves]
-    if not any(chosen):
-        what = "the default selection (2-D leaves named 'kernel')" if select is None else "`select`"
-        patterns = select.patterns if isinstance(select, Patterns) else ("kernel",)
-        _checks.selector_matched(who, what, paths, patterns)
+    chosen = [decide(who, path, leaf, config, select) for path, leaf in leaves]
+    matched(who, [path for path, _ in leaves], any(chosen), select)
     return chosen
 
 
-def _config(who: str, path: Path, decision: Any, config: TernaryConfig) -> TernaryConfig | None:
-    if isinstance(decision, TernaryConfig):
+def decide(
+    who: str, path: Path, leaf: Any, config: KernelConfig, select: Select | None
+) -> KernelConfig | None:
+    """The config of one leaf, or None."""
+    _checks.selector(who, select)
+    decision = (is_kernel if select is None else select)(path, leaf)
+    if isinstance(decision, (TernaryConfig, Int8Config)):
         return decision
     if decision is None or isinstance(decision, (bool, jnp.bool_)):
         return config if decision else None
     _checks.selection_value(who, "/".join(path), decision)
     raise AssertionError  # selection_value always raises
+
+
+def matched(who: str, paths: Sequence[Path], some: bool, select: Select | None) -> None:
+    """Refuses a selection that chose nothing, and patterns that match no path."""
+    names = ["/".join(path) for path in paths]
+    patterns = select.patterns if isinstance(select, Patterns) else ()
+    for pattern in patterns:
+        if not any(match(pattern, path) for path in paths):
+            _checks.selector_matched(who, f"the pattern {pattern!r}", names, [pattern])
+    if not some:
+        what = "the default selection (2-D leaves named 'kernel')" if select is None else "`select`"
+        _checks.selector_matched(who, what, names, patterns or ("kernel",))
 
 
 def _nonempty(who: str, patterns: tuple[str, ...]) -> tuple[str, ...]:

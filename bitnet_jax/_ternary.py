@@ -1,4 +1,4 @@
-"""Ternary weights and int8 activations: pure maths, no gradients, no layout.
+"""Ternary weights: pure maths, no gradients, no layout.
 
 A kernel ``W`` becomes codes in {-1, 0, +1} and a float32 scale ``s``::
 
@@ -7,9 +7,7 @@ A kernel ``W`` becomes codes in {-1, 0, +1} and a float32 scale ``s``::
     code = 0 where |r| <= threshold, else sign(r)
 
 With threshold 0.5 this is ``clip(round(W / s), -1, 1)``, the b1.58 quantiser
-[1, eq. 1-3]. A token ``x`` becomes codes in [-qmax, qmax] and its ``gamma``::
-
-    gamma = max(max|x|, eps),   code = round(x * (qmax / gamma))
+[1, eq. 1-3].
 
 One last bit of a scale changes every output of a layer, and ``jnp.mean`` gives
 another last bit in eager mode, under jit, under vmap and on shards. So the sum
@@ -27,8 +25,9 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +35,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int8
 
 from bitnet_jax import _axes, _checks
+from bitnet_jax._int8 import Int8Config, quantize_channels
 
 _SHIFT = np.float32(2.0**-32)
 _UNSHIFT = np.float32(2.0**32)
@@ -84,40 +84,10 @@ got 'absmaen'. Did you mean 'absmean'?
         _checks.epsilon("TernaryConfig", self.eps)
 
 
-@dataclasses.dataclass(frozen=True)
-class ActivationConfig:
-    """How activations are quantised, one scale per token.
-
-    Args:
-      bits: 2 to 8; codes lie in [-qmax, qmax] with qmax = 2**(bits-1) - 1.
-      eps: the smallest gamma, in units of the activations.
-
-    Raises:
-      ValueError: bits or eps out of range.
-
-    Example:
-      >>> import bitnet_jax as bj
-      >>> bj.ActivationConfig(bits=4).qmax
-      7
-    """
-
-    bits: int = 8
-    eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        _checks.bits("ActivationConfig", self.bits)
-        _checks.epsilon("ActivationConfig", self.eps)
-
-    @property
-    def qmax(self) -> int:
-        """The largest code."""
-        return 2 ** (self.bits - 1) - 1
-
-
 B158 = TernaryConfig()
 PHASE4 = TernaryConfig(threshold=0.1, granularity="channel", eps=1e-8)
 TWN = TernaryConfig(scale="survivors", threshold=0.7, granularity="channel")
-INT8 = ActivationConfig()
+KernelConfig = TernaryConfig | Int8Config
 
 
 class Ternary(NamedTuple):
@@ -184,20 +154,19 @@ def quantize(
     References:
       Ma et al., arXiv:2402.17764, eq. 1-3; Li et al., arXiv:1605.04711, eq. 5-6.
     """
+    _checks.instance("quantize", "config", config, TernaryConfig, "Use bj.B158 or your own.")
     return quantize_as("quantize", w, config, contracting_axes, batch_axes)
 
 
 def quantize_as(
     who: str,
     w: Float[Array, "..."],
-    config: TernaryConfig,
+    config: KernelConfig,
     contracting_axes: _axes.AxesLike | None,
     batch_axes: _axes.AxesLike,
 ) -> Ternary:
-    """:func:`quantize` on behalf of another function, which its errors name."""
-    _checks.instance(who, "config", config, TernaryConfig, "Use bj.B158 or your own.")
-    _checks.kernel(who, w)
-    axes = _axes.resolve(who, w, contracting_axes, batch_axes)
+    """:func:`quantize`, by any config, for a function that its errors name."""
+    axes = kernel_axes(who, w, config, contracting_axes, batch_axes)
     _, contraction, outputs = axes.split(w.shape)
     grid = scale_grid(who, contraction, config)
     codes, scale = quantize_canonical(_axes.canonical(jax.lax.stop_gradient(w), axes), config)
@@ -207,26 +176,57 @@ def quantize_as(
     )
 
 
-def scale_grid(who: str, contraction: tuple[int, ...], config: TernaryConfig) -> tuple[int, ...]:
+def check_config(who: str, config: Any) -> None:
+    """Refuses what says nothing about how to quantise a kernel."""
+    kinds = (TernaryConfig, Int8Config)
+    _checks.instance(who, "config", config, kinds, "Use bj.B158 or your own.")
+
+
+def kernel_axes(
+    who: str,
+    w: Any,
+    config: KernelConfig,
+    contracting_axes: _axes.AxesLike | None,
+    batch_axes: _axes.AxesLike,
+) -> _axes.KernelAxes:
+    """The axes of a kernel to quantise; what its config and shape refuse is refused here."""
+    check_config(who, config)
+    _checks.kernel(who, w)
+    axes = _axes.resolve(who, w, contracting_axes, batch_axes)
+    scale_grid(who, axes.split(w.shape)[1], config)
+    return axes
+
+
+def contracted_axes(
+    who: str,
+    w: Any,
+    config: KernelConfig,
+    contracting_axes: _axes.AxesLike | None,
+    batch_axes: _axes.AxesLike,
+) -> _axes.KernelAxes:
+    """:func:`kernel_axes` of a kernel whose codes are to be summed in int32."""
+    axes = kernel_axes(who, w, config, contracting_axes, batch_axes)
+    if isinstance(config, Int8Config):
+        _checks.int32_holds(who, math.prod(axes.split(w.shape)[1]))
+    return axes
+
+
+def scale_grid(who: str, contraction: tuple[int, ...], config: KernelConfig) -> tuple[int, ...]:
     """The lengths of a scale along the contracting axes."""
     if isinstance(config.granularity, int):
         return _axes.group_grid(who, contraction, config.granularity)
     return (1,) * len(contraction)
 
 
+@functools.partial(jax.jit, static_argnums=1)  # traced once for all layers of a shape
 def quantize_canonical(
-    w: Float[Array, "*b k n"], config: TernaryConfig
+    w: Float[Array, "*b k n"], config: KernelConfig
 ) -> tuple[Int8[Array, "*b k n"], Float32[Array, "*b g m"]]:
     """Codes and scale of a canonical kernel; g groups, m = 1 or n scales across."""
-    group = config.granularity if isinstance(config.granularity, int) else w.shape[-2]
-    wide = w.astype(jnp.float32)
-    wide = wide.reshape(*w.shape[:-2], w.shape[-2] // group, group, w.shape[-1])
+    if isinstance(config, Int8Config):
+        return quantize_channels(w, config)
+    wide, r, floor = _ratio(w, config)
     across = config.granularity == "tensor"
-    statistic = _median if config.scale == "absmedian" else _mean
-    floor = jnp.maximum(statistic(jnp.abs(wide) * _SHIFT, across) * _UNSHIFT, config.eps)
-    # 1 / floor underflows for the largest floats, unless both factors are shifted.
-    shift = jnp.where(floor > _HUGE, _SHIFT, 1.0)
-    r = (wide * shift) * (1.0 / (floor * shift))
     keep = ~(jnp.abs(r) <= np.float32(config.threshold))
     codes = jnp.where(keep, jnp.where(r < 0, jnp.int8(-1), jnp.int8(1)), jnp.int8(0))
     if config.scale == "survivors":
@@ -235,67 +235,30 @@ def quantize_canonical(
     return codes.reshape(w.shape), floor[..., 0, :]
 
 
+def ratio_canonical(w: Float[Array, "*b k n"], config: TernaryConfig) -> Float32[Array, "*b k n"]:
+    """``r``, a canonical kernel over its statistic: what the threshold is compared with."""
+    return _ratio(w, config)[1].reshape(w.shape)
+
+
+def _ratio(w: Float[Array, "*b k n"], config: TernaryConfig):
+    """A kernel in its groups (*b, G, K/G, N), the same over its statistic, and the statistic."""
+    group = config.granularity if isinstance(config.granularity, int) else w.shape[-2]
+    wide = w.astype(jnp.float32)
+    wide = wide.reshape(*w.shape[:-2], w.shape[-2] // group, group, w.shape[-1])
+    across = config.granularity == "tensor"
+    statistic = _median if config.scale == "absmedian" else _mean
+    floor = jnp.maximum(statistic(jnp.abs(wide) * _SHIFT, across) * _UNSHIFT, config.eps)
+    # 1 / floor underflows for the largest floats, unless both factors are shifted.
+    shift = jnp.where(floor > _HUGE, _SHIFT, 1.0)
+    return wide, (wide * shift) * (1.0 / (floor * shift)), floor
+
+
 def spread(scale: Float32[Array, "..."], shape: tuple[int, ...]) -> Float32[Array, "..."]:
     """Repeats each group's scale over the codes it belongs to; ones broadcast."""
     for axis, (have, want) in enumerate(zip(scale.shape, shape, strict=True)):
         if have not in (1, want):
             scale = jnp.repeat(scale, want // have, axis=axis)
     return scale
-
-
-def quantize_activations(
-    x: Float[Array, "..."], config: ActivationConfig = INT8, *, axes: _axes.AxesLike = -1
-) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
-    """Int8 codes of each token, and its scale gamma.
-
-    ``gamma = max(max|x|, eps)``, ``codes = round(x * (qmax / gamma))``, half to
-    even; x is approximately ``codes * gamma / qmax``.
-
-    Args:
-      x: (..., features), floating point.
-      config: bits and eps.
-      axes: the axes that share one gamma: the last for tokens, every axis but
-        the first for a convolution's examples.
-
-    Returns:
-      Codes, int8, of x's shape, and gamma, float32, with length 1 on ``axes``.
-      A token with NaN or Inf has a gamma that is not finite.
-
-    Raises:
-      TypeError: ``x`` is not floating point.
-
-    Example:
-      >>> import jax.numpy as jnp, bitnet_jax as bj
-      >>> codes, gamma = bj.quantize_activations(jnp.array([[0.5, -1.0, 0.25]]))
-      >>> codes.tolist(), gamma.tolist()
-      ([[64, -127, 32]], [[1.0]])
-
-    References:
-      Ma et al., arXiv:2402.17764, section 2, without the clip, which a code
-      scaled by its own maximum never reaches.
-    """
-    return quantize_activations_as("quantize_activations", x, config, axes)
-
-
-def quantize_activations_as(
-    who: str, x: Float[Array, "..."], config: ActivationConfig, axes: _axes.AxesLike = -1
-) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
-    """:func:`quantize_activations` on behalf of another function, which its errors name."""
-    _checks.instance(who, "config", config, ActivationConfig, "Use bj.ActivationConfig().")
-    _checks.float_array(who, "x", x)
-    shared = _checks.axes_in_range(who, "axes", axes, x.ndim)
-    x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=shared, keepdims=True, initial=0.0)
-    gamma = jnp.maximum(largest, np.float32(config.eps))
-    codes = jnp.round(x * (np.float32(config.qmax) / gamma)).astype(jnp.int8)
-    return codes, gamma
-
-
-def dequantize_activations(
-    codes: Int8[Array, "..."], gamma: Float32[Array, "..."], config: ActivationConfig
-) -> Float32[Array, "..."]:
-    """Codes times their step ``gamma * float32(1 / qmax)``."""
-    return codes.astype(jnp.float32) * (gamma * np.float32(1 / config.qmax))
 
 
 def rms(x: Float32[Array, "... k"], eps: float) -> Float32[Array, "... 1"]:

@@ -15,40 +15,44 @@ import jax.numpy as jnp
 from jax import core
 
 from bitnet_jax import _boxes, _checks, _report, _select
+from bitnet_jax._axes import AxesLike, KernelAxes
+from bitnet_jax._pack import pack_axes, pack_quantized
 from bitnet_jax._packed import (
-    PackedTernary,
     PreparedTernary,
     is_packed,
-    pack_axes,
-    pack_quantized,
+    is_stored,
 )
-from bitnet_jax._ste import Strength, fake_quantize
-from bitnet_jax._ternary import B158, TernaryConfig
+from bitnet_jax._phase import Strength
+from bitnet_jax._ste import fake_quantize_as
+from bitnet_jax._ternary import B158, KernelConfig, check_config
 
-AxesOf = Callable[[_select.Path, Any], Mapping[str, Any]]
+AxesOf = Callable[[_select.Path, Any], "Mapping[str, Any] | None"]
 
 
 def pack_params(
     params: Any,
-    config: TernaryConfig = B158,
+    config: KernelConfig = B158,
     *,
     select: _select.Select | None = None,
     axes: AxesOf | None = None,
 ) -> tuple[Any, _report.PackReport]:
     """Rewrites the kernels of a parameter tree to two bits, and says what that did.
 
+    Kernels that two bits would hurt, a head or an embedding, may have eight: the
+    selector returns an ``Int8Config`` for them.
+
     Args:
       params: a tree of arrays. It is not changed.
       config: the quantiser of the selected leaves.
       select: which leaves; see :func:`exclude` and :func:`only`. A function of
-        path and leaf may return a config of its own. By default the leaves
-        named ``kernel``.
+        path and leaf may return a config of its own for each (``TernaryConfig``,
+        ``Int8Config`` or None). By default the leaves named ``kernel``.
       axes: a function of path and leaf that returns the keywords of
         :func:`pack` (``contracting_axes``, ``batch_axes``) for a kernel. By
         default a 2-D kernel is (in, out), and other ranks are refused.
 
     Returns:
-      The tree with ``PackedTernary`` leaves, boxes kept, and a
+      The tree with ``PackedTernary`` and ``PackedInt8`` leaves, boxes kept, and a
       :class:`PackReport`. While tracing (``jax.eval_shape``, ``jit``) there are
       no values to report or to check, and the report is None.
 
@@ -67,14 +71,14 @@ def pack_params(
       12.8
     """
     who = "pack_params"
-    chosen, treedef = _chosen(who, params, config, select)
-    resolved = [None if c is None else _pack_axes(who, leaf, c, axes) for leaf, c in chosen]
+    chosen, treedef = chosen_leaves(who, params, config, select)
+    resolved = [c and kernel_axes(who, leaf, c, axes) for leaf, c in chosen]
     traced = any(isinstance(leaf.value, core.Tracer) for leaf, _ in chosen)
     done, rows = [], []
-    for (leaf, c), kernel_axes in zip(chosen, resolved, strict=True):
+    for (leaf, c), found in zip(chosen, resolved, strict=True):
         packed = leaf.value
-        if kernel_axes is not None:
-            packed, measured = _pack_measured(leaf.value, c, kernel_axes)
+        if found is not None:
+            packed, measured = _pack_measured(leaf.value, c, found)
             if not traced:
                 rows.append(_report.layer_report(who, leaf.where, leaf.value, packed, measured))
         done.append(packed)
@@ -86,9 +90,11 @@ def pack_params(
     return tree, _report.PackReport(tuple(rows), _report.nbytes(before), _report.nbytes(done))
 
 
-def _pack_axes(who: str, leaf: _boxes.Leaf, config: TernaryConfig, axes: AxesOf | None):
-    named = _axes_of(who, leaf, axes)
-    contracting, batch = named.get("contracting_axes"), named.get("batch_axes", ())
+def kernel_axes(
+    who: str, leaf: _boxes.Leaf, config: KernelConfig, axes: AxesOf | None
+) -> KernelAxes:
+    """The axes of one kernel to pack; all that can be refused by its shape is refused here."""
+    contracting, batch = named_axes(who, leaf, axes)
     return pack_axes(f"{who}: {leaf.where}", leaf.value, config, contracting, batch)
 
 
@@ -127,7 +133,7 @@ def unpack_params(packed: Any, *, dtype: jax.typing.DTypeLike | None = None) -> 
             _checks.stored_layout("unpack_params", leaf.where, leaf.value.implementation)
     done = [
         _boxes.closed(leaf.boxed, leaf.value.dequantize(dtype))
-        if isinstance(leaf.value, PackedTernary)
+        if is_stored(leaf.value)
         else leaf.boxed
         for leaf in leaves
     ]
@@ -136,7 +142,7 @@ def unpack_params(packed: Any, *, dtype: jax.typing.DTypeLike | None = None) -> 
 
 def fake_quantize_params(
     params: Any,
-    config: TernaryConfig = B158,
+    config: KernelConfig = B158,
     *,
     select: _select.Select | None = None,
     axes: AxesOf | None = None,
@@ -169,20 +175,22 @@ def fake_quantize_params(
       [[1.0], [1.0]]
     """
     who = "fake_quantize_params"
-    chosen, treedef = _chosen(who, params, config, select)
+    chosen, treedef = chosen_leaves(who, params, config, select)
     done = []
     for leaf, c in chosen:
         if c is None:
             done.append(leaf.boxed)
             continue
-        w = fake_quantize(leaf.value, c, strength=strength, **_axes_of(who, leaf, axes))
+        contracting, batch = named_axes(who, leaf, axes)
+        name = f"{who}: {leaf.where}"
+        w = fake_quantize_as(name, leaf.value, c, contracting, batch, strength)
         done.append(_boxes.closed(leaf.boxed, w))
     return jax.tree.unflatten(treedef, done)
 
 
-def _chosen(who: str, params: Any, config: TernaryConfig, select: _select.Select | None):
+def chosen_leaves(who: str, params: Any, config: KernelConfig, select: _select.Select | None):
     """Every leaf with its config or None, and the structure; all checked."""
-    _checks.instance(who, "config", config, TernaryConfig, "Use bj.B158 or your own.")
+    check_config(who, config)
     leaves, treedef = _boxes.flatten(who, "params", params)
     chosen = _select.choose(who, [(leaf.path, leaf.value) for leaf in leaves], config, select)
     for leaf, c in zip(leaves, chosen, strict=True):
@@ -193,15 +201,18 @@ def _chosen(who: str, params: Any, config: TernaryConfig, select: _select.Select
     return list(zip(leaves, chosen, strict=True)), treedef
 
 
-def _axes_of(who: str, leaf: _boxes.Leaf, axes: AxesOf | None) -> dict[str, Any]:
-    """The axis keywords of one kernel, hashable."""
+def named_axes(
+    who: str, leaf: _boxes.Leaf, axes: AxesOf | None
+) -> tuple[AxesLike | None, AxesLike]:
+    """The contracting and the batch axes that ``axes`` gives one kernel."""
+    _checks.axes_function(who, axes)
     given = axes(leaf.path, leaf.value) if axes is not None else None
     if given is None:
         if leaf.value.ndim != 2:
             _checks.rank_two(who, leaf.where, leaf.value.shape)
-        return {}
+        return None, ()
     _checks.axis_keywords(who, leaf.where, given)
-    return {k: v if isinstance(v, int) else tuple(v) for k, v in given.items()}
+    return given.get("contracting_axes"), given.get("batch_axes", ())
 
 
 def partition(params: Any) -> tuple[Any, Any]:

@@ -17,36 +17,57 @@ ROOT = pathlib.Path(bj.__file__).parent
 FLOORS = {
     "_checks": 0,
     "_axes": 1,
+    "_conv": 1,
     "_dot": 1,
     "_guard": 1,
+    "_int8": 1,
     "_packing": 1,
+    "_phase": 1,
     "_ternary": 1,
+    "_adapted": 2,
+    "_contract": 2,
+    "_pack": 2,
     "_packed": 2,
     "_ste": 2,
     "_boxes": 3,
+    "_calls": 3,
     "_matmul": 3,
     "_select": 3,
     "_layers": 4,
-    "linen": 4,
-    "nnx": 4,
     "_report": 5,
+    "_coverage": 5,
     "_tree": 5,
+    "_compare": 6,
+    "_survive": 6,
+    "_watch": 6,
+    "linen": 6,
+    "lora": 6,
+    "nnx": 6,
     "io": 6,
+    "optim": 7,
 }
 EXPORTS = [
     "B158",
     "PHASE4",
     "TWN",
     "ActivationConfig",
+    "Comparison",
     "GradientFlow",
+    "Int8Config",
     "LayerReport",
+    "LayerSensitivity",
+    "LayerTrits",
     "LeafGradient",
     "PackReport",
+    "PackedInt8",
     "PackedTernary",
     "PreparedTernary",
+    "Sensitivity",
     "Ternary",
     "TernaryConfig",
+    "TritStats",
     "combine",
+    "compare",
     "exclude",
     "fake_quantize",
     "fake_quantize_activations",
@@ -54,16 +75,21 @@ EXPORTS = [
     "gradient_flow",
     "io",
     "linen",
+    "lora",
     "matmul",
     "nnx",
     "only",
+    "optim",
     "pack",
     "pack_params",
     "partition",
+    "phase_in",
     "prepare",
     "quantize",
     "quantize_activations",
+    "sensitivity",
     "ternary_dot",
+    "trit_stats",
     "unpack",
     "unpack_params",
 ]
@@ -118,14 +144,34 @@ def test_exports_are_frozen():
     assert sorted(EXPORTS) == sorted(bj.__all__)
     assert all(hasattr(bj, name) for name in EXPORTS)
     assert bj.io.__all__ == ["FormatError", "load", "save"]
-    assert bj.linen.__all__ == ["BitDense"]
-    assert bj.nnx.__all__ == ["BitLinear", "trainable"]
+    assert bj.linen.__all__ == [
+        "BitConv",
+        "BitDense",
+        "BitDenseGeneral",
+        "BitEinsum",
+        "TernaryDotGeneral",
+        "explain",
+        "learn",
+        "pack",
+        "ternarize",
+    ]
+    assert bj.nnx.__all__ == [
+        "BitConv",
+        "BitEinsum",
+        "BitLinear",
+        "BitLinearGeneral",
+        "TernaryDotGeneral",
+        "learn",
+        "pack",
+        "ternarize",
+        "trainable",
+    ]
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         bj.nope  # noqa: B018
 
 
 def public():
-    for module in (bj, bj.io, bj.linen, bj.nnx):
+    for module in (bj, bj.io, bj.linen, bj.lora, bj.nnx, bj.optim):
         for name in module.__all__:
             value = getattr(module, name)
             if inspect.isclass(value) or inspect.isfunction(value):
@@ -152,6 +198,7 @@ def test_public_names_are_documented(value):
                 assert inspect.getdoc(member), name
 
 
+@pytest.mark.standard_promotion  # a doctest is a user's session, with JAX's defaults
 @pytest.mark.parametrize("name", ["bitnet_jax", *MODULES])
 def test_doctests(name):
     module = importlib.import_module(name)

@@ -141,7 +141,7 @@ def test_packed_kernels_are_leaves_and_none_is_one_on_request():
     tree = {"kernel": bj.pack(jnp.asarray(VALUE)), "missing": None}
     (only,) = _boxes.flatten("test", "tree", tree)[0]
     assert only.value is tree["kernel"]
-    both = _boxes.flatten("test", "tree", tree, none_is_leaf=True)[0]
+    both = _boxes.flatten("test", "tree", tree, is_leaf=lambda leaf: leaf is None)[0]
     assert [leaf.where for leaf in both] == ["kernel", "missing"]
 
 

@@ -1,6 +1,9 @@
 """BitDense: nn.Dense's fields and parameters, and one set of bits from float and packed kernels."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import chex
 import flax
@@ -8,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 from flax import linen as nn
 from flax.training.train_state import TrainState
@@ -276,3 +280,316 @@ def test_what_is_refused():
     complex_x = x.astype(jnp.complex64)
     with pytest.raises(TypeError, match="complex64"), jax.numpy_dtype_promotion("standard"):
         layer.apply({"params": params}, complex_x)
+
+
+def test_fields_stand_in_the_order_of_dense():
+    theirs = [f.name for f in dataclasses.fields(nn.Dense) if f.name not in ("parent", "name")]
+    ours = [f.name for f in dataclasses.fields(BitDense) if f.name not in ("parent", "name")]
+    added = ["weights", "activations", "norm", "backward_dtype"]
+    assert ours == theirs + added  # so positional arguments mean the same
+    assert issubclass(BitDense, nn.Dense)
+    layer = BitDense(N, False)
+    assert (layer.features, layer.use_bias) == (N, False)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(use_bias=False),
+        dict(param_dtype=jnp.bfloat16),
+        dict(kernel_init=nn.initializers.normal(0.3), bias_init=nn.initializers.normal(0.1)),
+    ],
+    ids=["no bias", "bf16", "initializers"],
+)
+def test_init_has_the_bits_of_dense(fields):
+    x = inputs(1, K, dtype=fields.get("param_dtype", jnp.float32))
+    ours, theirs = (init(layer, x) for layer in (BitDense(N, **fields), nn.Dense(N, **fields)))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for name, leaf in theirs.items():
+        assert_same_bits(ours[name], leaf)
+
+
+class FloatNet(nn.Module):
+    """``Net`` before anyone made it ternary: the same names, in the same order."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(16, name="BitDense_0")(x))
+        x = x + nn.Dense(16, name="BitDense_1")(x)
+        return nn.Dense(4, name="BitDense_2")(nn.relu(x))
+
+
+def test_a_float_net_drops_in_whole():
+    x = inputs(2, K)
+    theirs, ours = (jax.jit(net.init)(jax.random.key(1), x) for net in (FloatNet(), Net()))
+    chex.assert_trees_all_equal_shapes_and_dtypes(theirs, ours)
+    chex.assert_trees_all_equal(theirs, ours)
+    packed, report = bj.pack_params(theirs)
+    paths = [f"params/BitDense_{i}/kernel" for i in range(3)]
+    assert [layer.path for layer in report.layers] == paths
+    assert_same_bits(jax.jit(Net().apply)(packed, x), jax.jit(Net().apply)(theirs, x))
+
+
+@pytest.mark.parametrize(
+    "config", [bj.B158, bj.PHASE4, bj.TernaryConfig(granularity=8)], ids=["b158", "channel", "8"]
+)
+def test_outputs_and_gradients_are_those_of_the_equations(config):
+    x, g = inputs(3, 2, K), inputs(3, 2, N, seed=4)
+    layer, params, packed, _ = ready(dict(weights=config), x)
+
+    def apply(params, x):
+        return layer.apply({"params": params}, x)
+
+    y, pull = jax.vjp(apply, params, x)
+    kernel, bias = params["kernel"], np.asarray(params["bias"])
+    wanted = oracles.dot32(x, kernel, config, layer.activations) + bias
+    assert_same_bits(y, wanted)
+    grads, dx = pull(g)
+    dx_wanted, dw_wanted = oracles.gradients64(x, kernel, g, config, layer.activations)
+    np.testing.assert_allclose(dx, dx_wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grads["kernel"], dw_wanted, rtol=1e-5, atol=1e-5)
+    db_wanted = np.asarray(g, np.float64).sum((0, 1))
+    np.testing.assert_allclose(grads["bias"], db_wanted, rtol=1e-5, atol=1e-5)
+    assert_same_bits(jax.vjp(lambda x: apply(packed, x), x)[1](g)[0], dx)
+
+
+def test_backward_dtype_rounds_the_gradients_only():
+    x = inputs(4, K)
+    layer, params, *_ = ready({}, x)
+    low = BitDense(N, backward_dtype=jnp.bfloat16)
+
+    def grads(layer):
+        return jax.value_and_grad(
+            lambda p: jnp.square(layer.apply({"params": p}, x)).sum(), allow_int=False
+        )(params)
+
+    (y, exact), (y_low, rough) = grads(layer), grads(low)
+    assert_same_bits(y_low, y)
+    assert not np.array_equal(rough["kernel"], exact["kernel"])
+    largest = float(abs(exact["kernel"]).max())
+    np.testing.assert_allclose(rough["kernel"], exact["kernel"], atol=0.02 * largest)
+    assert_same_bits(rough["bias"], exact["bias"])
+
+
+def test_packed_kernels_are_ternary_whatever_the_strength():
+    x = inputs(4, K)
+    layer, params, packed, fast = ready({}, x)
+    wanted = layer.apply({"params": params}, x)
+    for form in (packed, fast):
+        for strength in (0.0, jnp.float32(0.5)):
+            assert_same_bits(layer.apply({"params": form}, x, strength=strength), wanted)
+
+
+def test_a_schedule_of_strength_does_not_retrace_a_training_step():
+    x, target = inputs(8, K), inputs(8, N, seed=2)
+    layer, params, *_ = ready({}, x)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, strength):
+        def loss(p):
+            return jnp.square(layer.apply({"params": p}, x, strength=strength) - target).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), value, grads
+
+    for strength in (0.0, 0.25, 0.5, 1.0):
+        params, value, grads = step(params, jnp.float32(strength))
+        assert np.isfinite(value)
+        assert bj.gradient_flow(grads).ok
+
+
+def test_norm_is_close_to_float64_and_keeps_its_bits_for_any_batch():
+    """Zero tokens, large and tiny ones among them."""
+    x = np.array(inputs(6, K))
+    x[1], x[2], x[3] = 0.0, x[2] * 1e4, x[3] * 1e-4
+    wide = x.astype(np.float64)
+    exact = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
+    layer, params, packed, fast = ready(dict(norm=True), jnp.asarray(x))
+    # The codes are those of the normalised token, so y is within one code step a feature.
+    kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
+    near = oracles.dot64(exact.astype(np.float32), kernel, bj.B158, layer.activations) + bias
+    step = np.maximum(abs(exact).max(-1, keepdims=True), 1e-5) / 127
+    y = layer.apply({"params": params}, jnp.asarray(x))
+    off = abs(np.asarray(y) - near)
+    assert (off <= step * np.asarray(packed["kernel"].scale) + 1e-5).all()
+    assert (off.max(-1) < 1e-4).sum() >= 4  # most tokens flip no code
+    for rows in (slice(0, 1), slice(2, 3), slice(1, 4)):
+        for form in (params, packed, fast):
+            some = jax.jit(layer.apply)({"params": form}, jnp.asarray(x[rows]))
+            assert_same_bits(some, y[rows])
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.bool_], ids=lambda d: d.__name__)
+def test_small_integers_and_booleans_are_inputs(dtype):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (3, K)), dtype)
+    layer, params, packed, _ = ready({}, x.astype(jnp.float32))
+    wanted = layer.apply({"params": params}, x.astype(jnp.float32))
+    assert wanted.dtype == nn.Dense(N).apply({"params": params}, x).dtype
+    assert_same_bits(layer.apply({"params": params}, x), wanted)
+    assert_same_bits(layer.apply({"params": packed}, x), wanted)
+
+
+def test_no_rows():
+    layer, params, packed, fast = ready({}, inputs(2, K))
+    for form in (params, packed, fast):
+        assert layer.apply({"params": form}, jnp.zeros((0, K))).shape == (0, N)
+
+
+class Loop(nn.Module):
+    """The layers of ``Stack`` one by one."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            x, _ = Block(name=f"block_{i}")(x, None)
+        return x
+
+
+def test_a_scan_is_the_loop_over_its_slices():
+    x = inputs(4, K)
+    params = init(Stack(), x)
+    packed, _ = bj.pack_params(params, axes=leading)
+    wanted = jax.jit(Stack().apply)({"params": params}, x)
+    for form in (params, packed):
+        # is_leaf stays out: a slice of a packed leaf is a packed leaf.
+        slices = {
+            f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], form["blocks"]) for i in range(3)
+        }
+        assert_same_bits(jax.jit(Loop().apply)({"params": slices}, x), wanted)
+
+
+def test_boxes_of_a_scan_are_opened():
+    """nn.scan adds an axis name to each box, around packed and prepared kernels too."""
+
+    class Boxed(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            start = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+            return x + BitDense(K, kernel_init=start)(x), None
+
+    class Boxes(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layers = nn.scan(
+                Boxed,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return layers(name="blocks")(x, None)[0]
+
+    x = inputs(4, K)
+    params = init(Boxes(), x)
+    box = params["blocks"]["BitDense_0"]["kernel"]
+    assert box.names == ("layers", "in", "out")
+    packed, _ = bj.pack_params(params, axes=leading)
+    assert packed["blocks"]["BitDense_0"]["kernel"].names == box.names
+    wanted = jax.jit(Boxes().apply)({"params": params}, x)
+    for form in (packed, bj.prepare(packed)):
+        assert_same_bits(jax.jit(Boxes().apply)({"params": form}, x), wanted)
+
+
+def test_module_tools_see_packed_kernels():
+    x = inputs(2, K)
+    params = jax.jit(Net().init)(jax.random.key(1), x)["params"]
+    packed, _ = bj.pack_params(params)
+    wanted = Net().apply({"params": packed}, x)
+    y, state = Net().apply(
+        {"params": packed}, x, capture_intermediates=True, mutable=["intermediates"]
+    )
+    assert_same_bits(y, wanted)
+    assert_same_bits(state["intermediates"]["__call__"][0], wanted)
+    y, state = Net().apply({"params": packed}, x, mutable=["params"])
+    chex.assert_trees_all_equal(state["params"], packed)
+    first = BitDense(16).bind({"params": packed["BitDense_0"]})
+    assert isinstance(first.variables["params"]["kernel"], bj.PackedTernary)
+    assert_same_bits(
+        nn.jit(Net)().apply({"params": packed}, x), jax.jit(Net().apply)({"params": packed}, x)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dot_general", jax.lax.dot_general),
+        ("dot_general_cls", object),
+        ("promote_dtype", lambda *args, **_: args),
+    ],
+)
+def test_fields_without_a_use_are_refused_at_init_and_at_apply(name, value):
+    x = inputs(2, K)
+    packed = ready({}, x)[2]
+    with pytest.raises(ValueError, match=rf"^BitDense: `{name}` cannot be used"):
+        init(BitDense(N, **{name: value}), x)
+    with pytest.raises(ValueError, match=rf"^BitDense: `{name}` cannot be used"):
+        BitDense(N, **{name: value}).apply({"params": packed}, x)
+
+
+def test_refusals_name_the_kernel_by_its_path():
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Net(name="net")(x)
+
+    x = inputs(2, K)
+    params = jax.jit(Outer().init)(jax.random.key(1), x)["params"]
+    packed, _ = bj.pack_params(params)
+    other, _ = bj.pack_params(params, bj.PHASE4)
+    mixed = {"net": {**packed["net"], "BitDense_1": other["net"]["BitDense_1"]}}
+    with pytest.raises(ValueError, match=r"^BitDense: the kernel at net/BitDense_1/kernel was pa"):
+        Outer().apply({"params": mixed}, x)
+    with pytest.raises(ValueError, match=r"^BitDense: the kernel at net/BitDense_1/kernel was pa"):
+        Outer().apply({"params": bj.prepare(mixed)}, x)
+    swapped = {"net": {**packed["net"], "BitDense_2": packed["net"]["BitDense_1"]}}
+    with pytest.raises(ValueError, match=r"at net/BitDense_2/kernel stands for shape \(16, 16\)"):
+        Outer().apply({"params": swapped}, x)
+
+
+def test_a_square_kernel_packed_along_its_other_axis_is_refused():
+    """Its shape is right; the product would be with the transposed kernel."""
+    x, w = inputs(2, K), inputs(K, K, seed=1)
+    layer = BitDense(K, use_bias=False)
+    right, wrong = bj.pack(w), bj.pack(w, contracting_axes=1)
+    layer.apply({"params": {"kernel": right}}, x)
+    with pytest.raises(ValueError, match=r"^BitDense: the packed kernel at kernel"):
+        layer.apply({"params": {"kernel": wrong}}, x)
+
+
+SHARDED_BOXES = """
+import jax, jax.numpy as jnp, numpy as np, bitnet_jax as bj
+from flax import linen as nn
+mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 16)), jnp.float32)
+plain = bj.linen.BitDense(8)
+wanted = np.asarray(plain.apply(plain.init(jax.random.key(0), x), x))
+for names in (("model", None), (None, "model")):
+    start = nn.with_partitioning(nn.linear.default_kernel_init, names)
+    layer = bj.linen.BitDense(8, kernel_init=start)
+    with jax.set_mesh(mesh):
+        params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
+        params = jax.device_put(params, nn.get_sharding(params, mesh))
+        assert not params["kernel"].value.sharding.is_fully_replicated
+        packed, _ = bj.pack_params(params)
+        for form in (params, packed, bj.prepare(packed)):
+            for apply in (jax.jit(layer.apply), layer.apply):
+                try:
+                    np.testing.assert_array_equal(apply({"params": form}, x), wanted)
+                except Exception as error:
+                    raise AssertionError((names, type(form["kernel"].value), apply)) from error
+"""
+
+
+def test_partitioned_kernels_run_on_a_mesh_in_jit_and_eager():
+    """Two devices need a process of their own; the float kernel runs in all of these."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED_BOXES],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-1500:]

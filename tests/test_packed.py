@@ -74,7 +74,7 @@ def test_invariants_and_bytes(shape, config, axes):
     oracles.assert_same_bits(
         packed.codes, oracles.pack_bytes(exact.codes, packed.contracting_axes[-1])
     )
-    oracles.assert_same_bits(packed.trits(), exact.codes)
+    oracles.assert_same_bits(packed.int8_codes(), exact.codes)
     oracles.assert_same_bits(bj.unpack(packed), exact.codes * exact.scale)
     assert (packed.config, packed.dtype) == (config, np.float32)
 
@@ -220,7 +220,7 @@ def test_prepared_kernels_keep_the_codes_and_the_scale(shape, config, axes):
     assert (prepared.batch, prepared.contraction, prepared.outputs) == (batch, contraction, outputs)
     assert (prepared.implementation, prepared.config) == ("xla", config)
     order = packed.axes.order
-    want = np.asarray(packed.trits()).transpose(order)
+    want = np.asarray(packed.int8_codes()).transpose(order)
     got = np.asarray(xla.codes_of(prepared))
     np.testing.assert_array_equal(got.ravel(), want.ravel())
 

@@ -1,5 +1,6 @@
 """The report counts what is there: codes, scales, errors, bytes, gradients."""
 
+import itertools
 import json
 import math
 import sys
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import bitnet_jax as bj
+from bitnet_jax import _report
 
 
 def normal(*shape, seed=0):
@@ -162,3 +165,265 @@ def test_gradient_flow_reads_nnx_states_and_refuses_nothing():
         bj.gradient_flow({})
     with pytest.raises(ValueError, match="`exploding` must be a finite number > 0"):
         bj.gradient_flow({"a": jnp.ones(2)}, exploding=-1.0)
+
+
+def mixed():
+    """Three kernels with their own configs and dtypes, among float leaves."""
+    params = {
+        "a": {"kernel": normal(30, 7), "bias": jnp.zeros(7)},
+        "b": {"kernel": normal(16, 8, seed=1).astype(jnp.bfloat16)},
+        "c": {"kernel": normal(33, 5, seed=2), "norm": jnp.ones(5, jnp.bfloat16)},
+        "embed": {"embedding": normal(9, 4, seed=3)},
+    }
+    configs = {"a": bj.PHASE4, "b": bj.B158, "c": bj.TernaryConfig(granularity=11)}
+
+    def select(path, leaf):
+        return configs.get(path[0]) if path[-1] == "kernel" else None
+
+    return params, *bj.pack_params(params, select=select)
+
+
+def test_totals_are_sums_of_the_arrays():
+    params, packed, report = mixed()
+    assert [layer.path for layer in report.layers] == ["a/kernel", "b/kernel", "c/kernel"]
+    kernels = [params[name]["kernel"] for name in "abc"]
+    # ceil(K / 4) bytes a column, and 4 bytes a scale.
+    after = [8 * 7 + 4 * 7, 4 * 8 + 4, 9 * 5 + 4 * 15]
+    assert [layer.bytes_before for layer in report.layers] == [4 * 210, 2 * 128, 4 * 165]
+    assert [layer.bytes_after for layer in report.layers] == after
+    assert report.bytes_before == sum(w.nbytes for w in kernels)
+    assert report.bytes_after == sum(after)
+    rest = 4 * 7 + 2 * 5 + 4 * 36
+    assert report.model_bytes_before == report.bytes_before + rest
+    assert report.model_bytes_after == report.bytes_after + rest
+    assert report.model_bytes_before == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert report.model_bytes_after == sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
+    assert report.ratio == report.bytes_before / report.bytes_after
+    assert report.model_ratio == report.model_bytes_before / report.model_bytes_after
+    for layer, w in zip(report.layers, kernels, strict=True):
+        leaf = packed[layer.path[0]]["kernel"]
+        codes = np.asarray(leaf.int8_codes())
+        counts = [(codes == code).sum() for code in (-1, 0, 1)]
+        assert [layer.minus, layer.zero, layer.plus] == counts
+        assert sum(counts) == w.size
+        scale = np.asarray(leaf.scale)
+        assert (layer.scale_min, layer.scale_max) == (scale.min(), scale.max())
+        exact, hat = np.asarray(w, np.float64), np.asarray(leaf.dequantize(jnp.float32), np.float64)
+        wanted = ((exact - hat) ** 2).sum() / (exact**2).sum()
+        np.testing.assert_allclose(layer.error, wanted, rtol=1e-5)
+
+
+def test_keys_and_counters_in_a_state_are_counted_or_passed_over():
+    params = {"layer": {"kernel": normal(16, 8)}, "count": 3, "steps": np.int32(7)}
+    _, report = bj.pack_params(params)
+    assert report.model_bytes_before == 4 * 128 + 4
+    packed, report = bj.pack_params({"layer": {"kernel": normal(16, 8)}, "rng": jax.random.key(0)})
+    assert jax.dtypes.issubdtype(packed["rng"].dtype, jax.dtypes.prng_key)
+    assert report.model_bytes_before - report.model_bytes_after == 4 * 128 - (4 * 8 + 4)
+
+
+def test_every_number_of_the_dict_is_plain_python():
+    _, _, report = mixed()
+    plain = report.to_dict()
+
+    def kinds(value):
+        if isinstance(value, dict):
+            return set().union(*map(kinds, value.values()))
+        if isinstance(value, (list, tuple)):
+            return set().union(*map(kinds, value))
+        return {type(value)}
+
+    assert kinds(plain) <= {int, float, str}
+    again = json.loads(json.dumps(plain, allow_nan=False))
+    for layer, row in zip(report.layers, again["layers"], strict=True):
+        assert row.pop("shape") == list(layer.shape)
+        assert row.pop("config")["granularity"] == layer.config.granularity
+        assert row == {name: getattr(layer, name) for name in row}
+        assert set(row) > {"path", "minus", "zero", "plus", "scale_min", "scale_max", "error"}
+    assert again["ternary"] == {
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "ratio": report.ratio,
+    }
+    assert again["model"]["bytes_after"] == report.model_bytes_after
+    assert again["model"]["ratio"] == report.model_ratio
+
+
+def test_the_table_holds_the_numbers():
+    _, _, report = mixed()
+    _, *lines = str(report).splitlines()
+    *rows, kernels, whole = [line.split("  ") for line in lines]
+    rows, kernels, whole = ([c.strip() for c in r if c.strip()] for r in (rows[0], kernels, whole))
+    layer = report.layers[0]
+    assert rows == [
+        "a/kernel",
+        "30x7",
+        *(f"{100 * n / 210:.1f}%" for n in (layer.minus, layer.zero, layer.plus)),
+        f"{layer.scale_min:.3g}..{layer.scale_max:.3g}",
+        f"{layer.error:.3f}",
+        "840 B",
+        "84 B",
+        "10.00x",
+    ]
+    assert kernels == ["ternary kernels", "1.8 kB", "225 B", f"{report.ratio:.2f}x"]
+    assert whole == ["whole model", "1.9 kB", "407 B", f"{report.model_ratio:.2f}x"]
+    assert [line.split()[0] for line in lines[:3]] == ["a/kernel", "b/kernel", "c/kernel"]
+
+
+def test_a_kernel_of_zeros_is_shown():
+    _, report = bj.pack_params({"z": {"kernel": jnp.zeros((8, 8))}})
+    (layer,) = report.layers
+    assert (layer.minus, layer.zero, layer.plus) == (0, 64, 0)
+    assert "nan" in str(report)
+    assert json.dumps(report.to_dict(), allow_nan=False)
+
+
+def drawn(report):
+    """The three panels of a report's figure, laid out, and the canvas that measures them."""
+    figure = _report._draw(report)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return figure.axes, canvas.get_renderer()
+
+
+@pytest.mark.parametrize("layers", [3, 30])
+def test_labels_of_a_plot_do_not_overlap(layers):
+    report = report_of(layers)
+    (codes, error, size), renderer = drawn(report)
+
+    def boxes(texts):
+        return [text.get_window_extent(renderer) for text in texts]
+
+    labels = codes.get_yticklabels()
+    assert [text.get_text() for text in labels][::-1] == [layer.path for layer in report.layers]
+    names = sorted(boxes(labels), key=lambda box: box.y0)
+    assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(names))
+    assert all(box.x1 <= codes.get_window_extent(renderer).x0 for box in names)
+    frame, ratios = size.get_window_extent(renderer), boxes(size.texts)
+    assert len(ratios) == layers
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in ratios)
+    titles = boxes(axes.title for axes in (codes, error, size))
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(titles))
+
+
+def test_a_plot_draws_the_numbers():
+    _, _, report = mixed()
+    codes, error, size = drawn(report)[0]
+    widths = {c.get_label(): [bar.get_width() for bar in c][::-1] for c in codes.containers}
+    assert list(widths) == ["-1", "0", "+1"]
+    for label, name in (("-1", "minus"), ("0", "zero"), ("+1", "plus")):
+        shares = [100 * getattr(x, name) / (x.minus + x.zero + x.plus) for x in report.layers]
+        np.testing.assert_allclose(widths[label], shares)
+    errors = [bar.get_width() for bar in error.patches][::-1]
+    np.testing.assert_allclose(errors, [layer.error for layer in report.layers])
+    widths = {c.get_label(): [bar.get_width() for bar in c][::-1] for c in size.containers}
+    assert widths["float"] == [layer.bytes_before for layer in report.layers]
+    assert widths["packed"] == [layer.bytes_after for layer in report.layers]
+    ratios = [text.get_text().strip() for text in size.texts][::-1]
+    assert ratios == [f"{layer.ratio:.1f}x" for layer in report.layers]
+
+
+@pytest.mark.parametrize(("ending", "starts"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_the_ending_chooses_the_format(tmp_path, ending, starts):
+    path = tmp_path / f"weights.{ending}"
+    bj.pack_params({"z": {"kernel": jnp.zeros((8, 8))}})[1].plot(path)  # its error is NaN
+    assert path.read_bytes().startswith(starts)
+
+
+def test_norms_and_largest_agree_with_float64():
+    rng = np.random.default_rng(0)
+    grads = {
+        "small": rng.standard_normal((7, 5)) * 1e-30,
+        "plain": rng.standard_normal((4, 3, 2)),
+        "large": rng.standard_normal(9) * 1e30,
+        "scalar": np.array(-2.5),
+    }
+    grads = {name: g.astype(np.float32) for name, g in grads.items()}
+    for leaf in bj.gradient_flow(jax.tree.map(jnp.asarray, grads), exploding=1e38).leaves:
+        exact = np.asarray(grads[leaf.path], np.float64)
+        np.testing.assert_allclose(leaf.norm, np.sqrt((exact**2).sum()), rtol=1e-5)
+        assert leaf.largest == np.float32(abs(exact).max())
+        assert leaf.state == "ok"
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_gradients_are_summed_in_float32(dtype):
+    # In the gradient's own dtype this sum stops at 256 (bfloat16) or overflows (float16).
+    (leaf,) = bj.gradient_flow({"a": jnp.full(10_000, 16.0, dtype)}, exploding=1e4).leaves
+    assert leaf.norm == pytest.approx(1600.0)
+    assert leaf.state == "ok"
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        assert bj.gradient_flow({"a": jnp.ones(3, dtype).at[1].set(bad)}).paths("nan") == ("a",)
+
+
+def test_exploding_is_above_the_bound_and_not_at_it():
+    grads = {"a": jnp.array([3.0, 4.0])}
+    assert bj.gradient_flow(grads, exploding=5.0).ok
+    assert bj.gradient_flow(grads, exploding=4.99).paths("exploding") == ("a",)
+    assert bj.gradient_flow({"a": jnp.full(1, 1001.0)}).paths("exploding") == ("a",)
+    for bad in (0.0, -1.0, math.nan, math.inf, "1", True):
+        with pytest.raises(ValueError, match=r"^gradient_flow: `exploding` must be a finite"):
+            bj.gradient_flow(grads, exploding=bad)
+
+
+def test_gradient_flow_of_a_partitioned_tree_names_the_frozen_leaves():
+    packed, _ = bj.pack_params({"layer": {"kernel": normal(16, 8), "bias": jnp.zeros(8)}})
+    trainable, frozen = bj.partition(packed)
+
+    def loss(trainable):
+        params = bj.combine(trainable, frozen)["layer"]
+        return jnp.square(bj.matmul(jnp.ones((2, 16)), params["kernel"]) + params["bias"][None])
+
+    flow = bj.gradient_flow(jax.grad(lambda t: loss(t).sum())(trainable))
+    assert {leaf.path: leaf.state for leaf in flow.leaves} == {
+        "layer/bias": "ok",
+        "layer/kernel": "missing",
+    }
+
+
+def test_gradient_flow_takes_the_gradients_of_a_packed_tree():
+    packed, _ = bj.pack_params({"layer": {"kernel": normal(16, 8), "bias": jnp.zeros(8)}})
+
+    def loss(params):
+        layer = params["layer"]
+        y = bj.matmul(jnp.ones((2, 16)), layer["kernel"]) + layer["bias"][None]
+        return jnp.square(y).sum()
+
+    grads = jax.grad(loss, allow_int=True)(packed)  # what the guard lets pass
+    flow = bj.gradient_flow(grads)
+    assert flow.paths("ok") == ("layer/bias",)
+    assert flow.paths("missing") == ("layer/kernel",)
+
+
+def test_gradient_flow_sees_imaginary_parts():
+    flow = bj.gradient_flow({"a": jnp.array([3j, 4 + 0j], jnp.complex64)})
+    (leaf,) = flow.leaves
+    assert (leaf.state, leaf.norm, leaf.largest) == ("ok", 5.0, 4.0)
+
+
+def test_gradient_flow_of_an_nnx_gradient():
+    model = nnx.Sequential(
+        bj.nnx.BitLinear(4, 3, rngs=nnx.Rngs(0)), bj.nnx.BitLinear(3, 2, rngs=nnx.Rngs(1))
+    )
+    grads = nnx.grad(lambda m: (m(normal(2, 4)) * jnp.array([[1.0, 3.0]])).sum())(model)
+    assert type(grads) is nnx.State
+    assert bj.gradient_flow(grads).ok
+    bias = grads["layers"][1]["bias"]
+    bias.set_value(bias.get_value().at[0].set(jnp.inf))
+    flow = bj.gradient_flow(grads)
+    assert flow.paths("nan") == ("layers/1/bias",)
+    assert not flow.ok
+
+
+def test_gradient_flow_of_complex_and_packed_leaves():
+    grads = {"c": jnp.array([3.0 + 4.0j, 0.0j])}
+    (leaf,) = bj.gradient_flow(grads).leaves
+    assert (leaf.norm, leaf.state) == (5.0, "ok")
+    params = {"kernel": bj.pack(jnp.ones((8, 4))), "bias": jnp.ones(4)}
+
+    def loss(p):
+        return bj.matmul(jnp.ones((2, 8)), p["kernel"]).sum() + p["bias"].sum()
+
+    flow = bj.gradient_flow(jax.grad(loss, allow_int=True)(params))
+    assert flow.paths("missing") == ("kernel",)
+    assert flow.paths("ok") == ("bias",)

@@ -406,7 +406,7 @@ CUBE = np.ones((2, 4, 3), np.float32)
         (TypeError, (np.ones((4, 3), bool),), {}, r"`w` must be floating point"),
         (TypeError, (np.ones((4, 3), np.complex64),), {}, r"`w` must be floating point"),
         (TypeError, ([[1.0, 2.0]],), {}, r"`w` .*got list.*Pass a jax.Array"),
-        (TypeError, (W, "b158"), {}, r"`config` must be a TernaryConfig, got str.*bj.B158"),
+        (TypeError, (W, "b158"), {}, r"`config` must be a TernaryConfig.*, got str.*bj.B158"),
         (ValueError, (CUBE,), {}, r"\(2, 4, 3\) does not tell.*Pass contracting_axes="),
         (ValueError, (W,), {"contracting_axes": 2}, r"`contracting_axes` .*rank-2 .*got 2"),
         (ValueError, (W,), {"contracting_axes": -3}, r"`contracting_axes` .*\(-2 to 1\), got -3"),

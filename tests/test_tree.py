@@ -222,3 +222,298 @@ def test_prepare_changes_packed_leaves_only():
     assert fast["embed"]["embedding"] is packed["embed"]["embedding"]
     same = bj.prepare(packed, implementation="reference")
     assert isinstance(same["head"]["kernel"], bj.PackedTernary)
+
+
+def of_every_kind():
+    """One kernel for each dtype and shape that a byte, a group or a cast could get wrong."""
+    return {
+        "a": {"kernel": array(7, 5, dtype=jnp.bfloat16)},
+        "b": {"kernel": array(8, 4, seed=1, dtype=jnp.float16)},
+        "c": {"kernel": np.asarray(array(9, 3, seed=2))},
+    }
+
+
+CONFIGS = {
+    "a": bj.TWN,
+    "b": bj.TernaryConfig(scale="absmedian", granularity=4),
+    "c": bj.PHASE4,
+}
+
+
+def test_unpacked_is_fake_quantized_to_the_bit_for_every_dtype_and_config():
+    params = of_every_kind()
+
+    def select(path, leaf):
+        return CONFIGS[path[0]]
+
+    packed, report = bj.pack_params(params, select=select)
+    assert [layer.config for layer in report.layers] == list(CONFIGS.values())
+    faked = bj.fake_quantize_params(params, select=select)
+    jitted = jax.jit(lambda p: bj.fake_quantize_params(p, select=select))(params)
+    back = bj.unpack_params(packed)
+    wide = bj.unpack_params(packed, dtype=jnp.float32)
+    for name, leaf in back.items():
+        w = params[name]["kernel"]
+        assert leaf["kernel"].dtype == w.dtype
+        exact = np.asarray(bj.quantize(jnp.asarray(w), CONFIGS[name]).dequantize())
+        assert_same_bits(wide[name]["kernel"], exact)
+        assert_same_bits(leaf["kernel"], exact.astype(w.dtype))
+        assert_same_bits(leaf["kernel"], faked[name]["kernel"])
+        assert_same_bits(leaf["kernel"], jitted[name]["kernel"])
+
+
+def test_a_convolution_and_a_stack_of_attention_kernels():
+    params = {"conv": {"kernel": array(3, 3, 5, 4)}, "out": {"kernel": array(2, 3, 6, 4, seed=1)}}
+    axes = {
+        "conv": {"contracting_axes": (0, 1, 2)},
+        "out": {"contracting_axes": [-3, -2], "batch_axes": 0},
+    }
+    config = bj.TernaryConfig(granularity="channel")
+    packed, report = bj.pack_params(params, config, axes=lambda path, _: axes[path[0]])
+    conv, out = packed["conv"]["kernel"], packed["out"]["kernel"]
+    assert conv.codes.shape == (3, 3, 2, 4)  # five input channels fill two bytes
+    assert conv.scale.shape == (1, 1, 1, 4)
+    assert out.codes.shape == (2, 3, 2, 4)
+    assert out.scale.shape == (2, 1, 1, 4)
+    # Padding is not counted as zeros, wherever in the kernel it lies.
+    for layer, leaf in zip(report.layers, (conv, out), strict=True):
+        codes = np.asarray(leaf.int8_codes())
+        assert layer.minus == (codes == -1).sum()
+        assert layer.zero == (codes == 0).sum()
+        assert layer.plus == (codes == 1).sum()
+    faked = bj.fake_quantize_params(params, config, axes=lambda path, _: axes[path[0]])
+    chex.assert_trees_all_equal(bj.unpack_params(packed), faked)
+
+
+def test_an_axis_function_may_leave_a_matrix_to_its_shape():
+    params = {"blocks": {"kernel": array(3, 8, 4)}, "head": {"kernel": array(8, 4)}}
+
+    def axes(path, leaf):
+        return {"batch_axes": 0} if leaf.ndim == 3 else None
+
+    packed, _ = bj.pack_params(params, axes=axes)
+    assert packed["blocks"]["kernel"].scale.shape == (3, 1, 1)
+    assert packed["head"]["kernel"].scale.shape == (1, 1)
+    one = bj.pack(params["blocks"]["kernel"][1])
+    assert_same_bits(packed["blocks"]["kernel"].codes[1], one.codes)
+    assert_same_bits(packed["blocks"]["kernel"].scale[1], one.scale)
+
+
+def test_an_axis_may_be_a_numpy_integer_as_for_pack():
+    w = array(3, 8, 4)
+    named = {"contracting_axes": np.int64(1), "batch_axes": np.int64(0)}
+    wanted = bj.pack(w, **named)
+    packed, _ = bj.pack_params({"kernel": w}, axes=lambda *_: named)
+    chex.assert_trees_all_equal(packed["kernel"], wanted)
+
+
+@pytest.mark.parametrize("call", [bj.pack_params, bj.fake_quantize_params])
+def test_the_remedy_for_an_unknown_rank_works(call):
+    params = {"blocks": {"kernel": array(3, 8, 4)}, "head": {"kernel": array(8, 4)}}
+    with pytest.raises(ValueError, match=r"blocks/kernel has shape \(3, 8, 4\)") as caught:
+        call(params)
+    assert str(caught.value).startswith(call.__name__)
+    assert "select=bj.exclude('blocks/kernel')" in str(caught.value)
+    call(params, select=bj.exclude("blocks/kernel"))
+    call(params, axes=lambda path, leaf: {"batch_axes": 0} if leaf.ndim == 3 else None)
+
+
+@pytest.mark.parametrize("call", [bj.pack_params, bj.fake_quantize_params])
+@pytest.mark.parametrize(
+    ("shape", "keywords", "text"),
+    [
+        ((3, 8, 4), dict(axes=lambda *_: {"contracting_axes": 5}), "rank-3 array"),
+        ((3, 8, 4), dict(axes=lambda *_: {"contracting_axes": 0, "batch_axes": 0}), r"axes \[0\]"),
+        ((8, 4), dict(config=bj.TernaryConfig(granularity=3)), "`granularity`=3"),
+        ((8, 4), dict(axes=lambda *_: {"contracting": 0}), "`axes` returned dict"),
+        ((0, 4), {}, "no elements"),
+    ],
+)
+def test_a_bad_kernel_is_named_with_its_path_by_the_function_called(call, shape, keywords, text):
+    params = {"q": {"kernel": jnp.zeros(shape)}, "bias": jnp.zeros(4)}
+    with pytest.raises((TypeError, ValueError), match=text) as caught:
+        call(params, **keywords)
+    assert str(caught.value).startswith(f"{call.__name__}: ")
+    assert "q/kernel" in str(caught.value)
+
+
+@pytest.mark.parametrize("axes", [{"contracting_axes": 0}, (0,), 0])
+def test_axes_that_are_no_function_are_refused_with_a_remedy(axes):
+    with pytest.raises(TypeError, match=r"^pack_params: `axes` must be .*function"):
+        bj.pack_params({"kernel": array(8, 4)}, axes=axes)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("config", [bj.B158, bj.TWN, bj.TernaryConfig(scale="absmedian")], ids=str)
+def test_bad_weights_are_named_and_the_tree_is_untouched(bad, config):
+    params = tree()
+    params["body"]["dense"]["kernel"] = params["body"]["dense"]["kernel"].at[3, 2].set(bad)
+    before = jax.tree.map(lambda leaf: np.array(leaf), params)
+    leaves = jax.tree.leaves(params)
+    with pytest.raises(ValueError, match=r"^pack_params: body/dense/kernel has 1 NaN or Inf"):
+        bj.pack_params(params, config)
+    assert all(a is b for a, b in zip(leaves, jax.tree.leaves(params), strict=True))
+    for now, then in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True):
+        assert_same_bits(now, then)
+    # A leaf that is not selected may hold anything.
+    packed, _ = bj.pack_params(params, config, select=bj.only("head"))
+    assert packed["body"]["dense"]["kernel"] is params["body"]["dense"]["kernel"]
+
+
+def test_leaves_that_are_not_selected_are_the_same_objects():
+    params = tree()
+    packed, _ = bj.pack_params(params, select=bj.only("head"))
+    for path in (("embed", "embedding"), ("body", "dense", "kernel"), ("body", "dense", "bias")):
+        ours, theirs = packed, params
+        for name in path:
+            ours, theirs = ours[name], theirs[name]
+        assert ours is theirs
+
+
+def test_the_report_is_none_while_tracing():
+    shapes, report = jax.eval_shape(bj.pack_params, tree())
+    assert report is None
+    leaf = shapes["body"]["dense"]["kernel"]
+    assert isinstance(leaf, bj.PackedTernary)
+    assert (leaf.shape, leaf.codes.shape, leaf.scale.shape) == ((16, 8), (4, 8), (1, 1))
+    assert (leaf.codes.dtype, leaf.scale.dtype) == (jnp.uint8, jnp.float32)
+    packed, report = jax.jit(bj.pack_params)(tree())
+    assert report is None
+    for ours, theirs in zip(
+        jax.tree.leaves(packed), jax.tree.leaves(bj.pack_params(tree())[0]), strict=True
+    ):
+        assert_same_bits(ours, theirs)
+    # Tracing cannot see values, so it refuses no value; shapes it does.
+    jax.eval_shape(bj.pack_params, {"kernel": jnp.full((4, 4), jnp.nan)})
+    with pytest.raises(ValueError, match="blocks/kernel has shape"):
+        jax.eval_shape(bj.pack_params, {"blocks": {"kernel": array(3, 8, 4)}})
+
+
+def test_strength_ends_are_the_float_kernel_and_the_ternary_one():
+    params = tree()
+    chex.assert_trees_all_equal(bj.fake_quantize_params(params, strength=0.0), params)
+    full = bj.fake_quantize_params(params)
+    for strength in (1.0, jnp.float32(1.0)):
+        some = bj.fake_quantize_params(params, strength=strength)
+        assert_same_bits(some["head"]["kernel"], full["head"]["kernel"])
+    half = bj.fake_quantize_params(params, strength=0.5)["head"]["kernel"]
+    middle = (np.asarray(params["head"]["kernel"]) + np.asarray(full["head"]["kernel"])) / 2
+    np.testing.assert_allclose(half, middle, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"`strength` must be from 0 to 1, got 1\.5"):
+        bj.fake_quantize_params(params, strength=1.5)
+
+
+CONTAINERS = {
+    "dict": lambda packed: packed,
+    "FrozenDict": flax.core.freeze,
+    "list": lambda packed: [packed, (packed["head"],)],
+    "Partitioned": lambda packed: {
+        "kernel": nn.Partitioned(packed["head"]["kernel"], names=("in", "out")),
+        "bias": nn.Partitioned(packed["body"]["dense"]["bias"], names=("out",)),
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("prepare", [False, True])
+def test_partition_and_combine_are_inverse(name, prepare):
+    packed, _ = bj.pack_params(tree())
+    whole = CONTAINERS[name](bj.prepare(packed) if prepare else packed)
+    trainable, frozen = bj.partition(whole)
+    assert type(trainable) is type(frozen) is type(whole)
+    # No leaf is lost or doubled, and each is on the side it belongs to.
+    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(trainable))
+    sizes = [len(jax.tree.leaves(part)) for part in (trainable, frozen, whole)]
+    assert sizes[0] + sizes[1] == sizes[2]
+    assert min(sizes) > 0
+    again = bj.combine(trainable, frozen)
+    assert jax.tree.structure(again) == jax.tree.structure(whole)
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        assert ours is theirs
+    jitted = jax.jit(bj.combine)(trainable, frozen)
+    chex.assert_trees_all_equal(jitted, whole)
+
+
+def test_what_has_no_gradient_is_frozen():
+    params = {
+        "float": jnp.ones(2),
+        "half": jnp.ones(2, jnp.bfloat16),
+        "complex": jnp.ones(2, jnp.complex64),
+        "python": 1.0,
+        "int": jnp.ones(2, jnp.int32),
+        "bool": np.array(True),
+        "count": 3,
+        "key": jax.random.key(0),
+        "packed": bj.pack(array(8, 4)),
+    }
+    trainable, frozen = bj.partition(params)
+    trains = {name for name, leaf in trainable.items() if leaf is not None}
+    assert trains == {"float", "half", "complex", "python"}
+    assert {name for name, leaf in frozen.items() if leaf is not None} == set(params) - trains
+
+
+def test_partition_and_combine_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"^partition: `params` holds no arrays"):
+        bj.partition({})
+    trainable, frozen = bj.partition(bj.pack_params(tree())[0])
+    del frozen["head"]
+    with pytest.raises(ValueError, match="pytree"):
+        bj.combine(trainable, frozen)
+
+
+def test_grad_of_a_packed_tree_names_the_way_and_the_way_works():
+    packed, _ = bj.pack_params(tree())
+
+    def loss(params):
+        x = params["embed"]["embedding"]
+        return bj.matmul(x, params["body"]["dense"]["kernel"]).sum()
+
+    with pytest.raises(TypeError, match=r"^jax\.grad: .*bj\.partition\(params\)"):
+        jax.grad(loss)(packed)
+    trainable, frozen = bj.partition(packed)
+    grads = jax.grad(lambda t: loss(bj.combine(t, frozen)))(trainable)
+    assert jax.tree.structure(grads) == jax.tree.structure(trainable)
+    w_q = np.asarray(packed["body"]["dense"]["kernel"].dequantize(), np.float64)
+    wanted = np.ones((10, 8)) @ w_q.T
+    np.testing.assert_allclose(grads["embed"]["embedding"], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_prepare_keeps_containers_and_boxes():
+    packed, _ = bj.pack_params(tree())
+    for name in ("FrozenDict", "list", "Partitioned"):
+        whole = CONTAINERS[name](packed)
+        fast = bj.prepare(whole)
+        assert type(fast) is type(whole)
+        kinds = [
+            type(leaf)
+            for leaf in jax.tree.leaves(fast, is_leaf=lambda n: isinstance(n, bj.PreparedTernary))
+        ]
+        assert bj.PreparedTernary in kinds
+        assert bj.PackedTernary not in kinds
+    box = bj.prepare(CONTAINERS["Partitioned"](packed))["kernel"]
+    assert box.names == ("in", "out")
+    x = array(3, 8, seed=9)
+    assert_same_bits(bj.matmul(x, box.value), bj.matmul(x, packed["head"]["kernel"]))
+    fast = bj.prepare(packed)
+    with pytest.raises(TypeError, match=r"^prepare: \['body'\]\['dense'\]\['kernel'\] is prepared"):
+        bj.prepare(fast)
+    with pytest.raises(TypeError, match=r"^unpack_params: body/dense/kernel is prepared"):
+        bj.unpack_params(fast)
+
+
+def test_metadata_of_an_nnx_state_survives_the_round():
+    model = nnx.Linear(16, 8, rngs=nnx.Rngs(0), kernel_metadata={"note": "mine"})
+    state = nnx.state(model, nnx.Param)
+    packed, _ = bj.pack_params(state)
+    for some in (packed, bj.prepare(packed), bj.unpack_params(packed)):
+        assert type(some) is type(state)
+        assert some["kernel"].note == "mine"
+    assert_same_bits(
+        bj.unpack_params(packed)["kernel"].get_value(),
+        bj.fake_quantize_params(state)["kernel"].get_value(),
+    )
+    again = bj.combine(*bj.partition(packed))
+    assert type(again) is type(state)
+    assert jax.tree.structure(again) == jax.tree.structure(packed)
+    with pytest.raises(TypeError, match=r"^pack_params: kernel is packed already"):
+        bj.pack_params(packed)

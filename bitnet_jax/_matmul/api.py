@@ -17,10 +17,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bitnet_jax import _axes, _checks
+from bitnet_jax._contract import contract_codes, dequantize_canonical, input_gradient
+from bitnet_jax._conv import Convolution
+from bitnet_jax._dot import Product
+from bitnet_jax._int8 import (
+    INT8,
+    ActivationConfig,
+    check_activations,
+    quantize_activations_as,
+)
 from bitnet_jax._matmul import reference, xla
-from bitnet_jax._packed import Packed, PackedTernary, PreparedTernary, is_packed
-from bitnet_jax._ste import dequantize_canonical, input_gradient, product
-from bitnet_jax._ternary import INT8, ActivationConfig, quantize_activations
+from bitnet_jax._packed import (
+    Packed,
+    PackedInt8,
+    PackedTernary,
+    PreparedTernary,
+    is_packed,
+    is_stored,
+    split,
+)
 
 
 class Implementation(NamedTuple):
@@ -35,7 +50,7 @@ class Implementation(NamedTuple):
 
     contract: Callable[..., jax.Array]
     cannot: Callable[[Packed], str | None]
-    prepare: Callable[[PackedTernary], PreparedTernary] | None = None
+    prepare: Callable[[Any], PreparedTernary] | None = None
     codes_of: Callable[[PreparedTernary], jax.Array] | None = None
 
 
@@ -54,7 +69,7 @@ def matmul(
     dtype: jax.typing.DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*b *m n"]:
-    """x times a packed kernel, from its two-bit codes.
+    """x times a packed kernel, from its two-bit (or int8) codes.
 
     The same int8 codes, int32 sums and epilogue as :func:`ternary_dot`, so the
     same bits. Differentiable in x, straight through: ``dx = g w_q^T``.
@@ -88,24 +103,47 @@ def matmul(
       Ma et al., arXiv:2402.17764.
     """
     who = "matmul"
-    _checks.float_array(who, "x", x)
-    kinds = (PackedTernary, PreparedTernary)
-    _checks.instance(who, "packed", packed, kinds, "Make one with bj.pack(w).")
-    _checks.instance(
-        who, "activations", activations, (ActivationConfig, type(None)), "Use ActivationConfig()."
-    )
+    _operands(who, x, packed, activations)
     _checks.implementation_known(who, implementation, IMPLEMENTATIONS)
-    batch, contraction, outputs = _split(packed)
+    batch, contraction, outputs = split(packed)
     _checks.contraction(who, x.shape, contraction, batch)
     dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
     lead = x.shape[: x.ndim - len(contraction)]
     x = x.reshape(*lead, math.prod(contraction))
     if activations is None:
-        y = product(x.astype(dtype), _float_kernel(packed).astype(dtype), batch, precision)
+        y = Product().apply(x.astype(dtype), _float_kernel(packed).astype(dtype), precision)
     else:
         name = _choose(packed, implementation)
         y = cast(jax.Array, _matmul(activations, name, x, packed))  # custom_vjp loses the type
     return y.astype(dtype).reshape(*lead, *outputs)
+
+
+def convolve(
+    x: Float[Array, "b *space c"],
+    packed: Packed,
+    convolution: Convolution,
+    *,
+    activations: ActivationConfig | None = INT8,
+    dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "b *space n"]:
+    """A convolution with a packed kernel, unpacked to int8 where it is used.
+
+    The bits of :func:`bitnet_jax._contract.ternary_conv`; differentiable in x.
+    """
+    _operands("convolve", x, packed, activations)
+    dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
+    if activations is None:
+        w = _float_kernel(packed).astype(dtype)
+        return convolution.apply(x.astype(dtype), w, precision)
+    return cast(jax.Array, _convolve(convolution, activations, x, packed)).astype(dtype)
+
+
+def _operands(who: str, x: Any, packed: Any, activations: Any) -> None:
+    _checks.float_array(who, "x", x)
+    kinds = (PackedTernary, PackedInt8, PreparedTernary)
+    _checks.instance(who, "packed", packed, kinds, "Make one with bj.pack(w).")
+    check_activations(who, activations)
 
 
 def prepare(tree: Any, implementation: str | None = None) -> Any:
@@ -147,7 +185,7 @@ def _prepare_leaf(path, leaf: Any, implementation: str | None) -> Any:
     if isinstance(leaf, PreparedTernary):
         where = jax.tree_util.keystr(path) or "`tree`"
         _checks.stored_layout("prepare", where, leaf.implementation)
-    if not isinstance(leaf, PackedTernary):
+    if not is_stored(leaf):
         return leaf
     make = IMPLEMENTATIONS[_choose(leaf, implementation)].prepare
     return leaf if make is None else make(leaf)
@@ -162,35 +200,58 @@ def _choose(packed: Packed, implementation: str | None) -> str:
     return next(name for name, row in IMPLEMENTATIONS.items() if row.cannot(packed) is None)
 
 
-def _split(packed: Packed) -> tuple[tuple[int, ...], ...]:
-    if isinstance(packed, PreparedTernary):
-        return packed.batch, packed.contraction, packed.outputs
-    return packed.axes.split(packed.shape)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(activations: ActivationConfig, name: str, x: jax.Array, packed: Packed) -> jax.Array:
-    codes, gamma = quantize_activations(x, activations)
+    codes, gamma = quantize_activations_as("matmul", x, activations)
     return IMPLEMENTATIONS[name].contract(codes, gamma, packed, activations.qmax)
 
 
 def _matmul_forward(activations, name, x, packed):
-    return _matmul(activations, name, x, packed), (packed, jnp.zeros(0, x.dtype))
+    return _matmul(activations, name, x, packed), (packed, _like(x))
 
 
 def _matmul_backward(activations, name, residuals, g):
     del activations, name
-    packed, x_like = residuals
-    dx = input_gradient(g, _canonical_codes(packed), _canonical_scale(packed))
-    return dx.astype(x_like.dtype), None
+    return _input_gradient(Product(), residuals, g), None
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _convolve(convolution: Convolution, activations: ActivationConfig, x, packed) -> jax.Array:
+    axes = convolution.token_axes
+    codes, gamma = quantize_activations_as("convolve", x, activations, axes)
+    w, scale = _canonical_codes(packed), _canonical_scale(packed)
+    return contract_codes(convolution, codes, gamma, w, scale, activations.qmax)
+
+
+def _convolve_forward(convolution, activations, x, packed):
+    return _convolve(convolution, activations, x, packed), (packed, _like(x))
+
+
+def _convolve_backward(convolution, activations, residuals, g):
+    del activations
+    return _input_gradient(convolution, residuals, g), None
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _like(x: jax.Array) -> jax.Array:
+    """An array without elements that remembers a shape and a dtype."""
+    return jnp.zeros((0, *x.shape), x.dtype)
+
+
+def _input_gradient(operator, residuals, g):
+    packed, like = residuals
+    codes, scale = _canonical_codes(packed), _canonical_scale(packed)
+    return input_gradient(operator, g, codes, scale, like.shape[1:]).astype(like.dtype)
+
+
 def _canonical_codes(packed: Packed) -> jax.Array:
-    if isinstance(packed, PackedTernary):
-        return _axes.canonical(packed.trits(), packed.axes)
+    if not isinstance(packed, PreparedTernary):
+        return _axes.canonical(packed.int8_codes(), packed.axes)
     codes_of = IMPLEMENTATIONS[packed.implementation].codes_of
     assert codes_of is not None  # whoever prepares can undo it
     return codes_of(packed)

@@ -23,7 +23,13 @@ from jax import lax
 from jaxtyping import Array, Float32, Int8, Int32, UInt8
 
 from bitnet_jax import _dot, _packing
-from bitnet_jax._packed import PackedTernary, PreparedTernary, canonical_bytes
+from bitnet_jax._packed import (
+    Packed,
+    PackedInt8,
+    PackedTernary,
+    PreparedTernary,
+    canonical_bytes,
+)
 
 _COLUMNS = 512
 
@@ -63,6 +69,9 @@ def contract(
     Raises:
       NotImplementedError: groups that do not start on a byte.
     """
+    reason = cannot(packed)
+    if reason is not None:
+        raise NotImplementedError(f"matmul: {reason}")
     if isinstance(packed, PackedTernary):
         codes = canonical_bytes(packed)[..., None, :, :]
         scale = packed.canonical_scale()
@@ -70,16 +79,15 @@ def contract(
     else:
         codes, scale = packed.codes, packed.scale
         contraction, outputs = packed.contraction, packed.outputs
-    reason = cannot(packed)
-    if reason is not None:
-        raise NotImplementedError(f"matmul: {reason}")
     rows = _byte_rows(x, contraction, scale.shape[-2])
     sums = _sums(rows, codes)[..., : math.prod(outputs)]
     return _dot.finish(sums, gamma, scale, qmax)
 
 
-def cannot(packed: PackedTernary | PreparedTernary) -> str | None:
+def cannot(packed: Packed) -> str | None:
     """Why this implementation cannot run a kernel; None if it can."""
+    if isinstance(packed, PackedInt8):
+        return "implementation 'xla' unpacks two-bit codes. Use implementation='reference'."
     group = packed.config.granularity
     if isinstance(packed, PreparedTernary) or not isinstance(group, int):
         return None

@@ -7,14 +7,14 @@ value is a string::
 
     format    "bitnet_jax"
     version   "1"
-    leaves    canonical JSON, one object a leaf: its kind (array, packed, empty), its path
-              as a list of str and int keys, its dtype and logical shape, and for a packed
+    leaves    canonical JSON, one object a leaf: its kind (array, packed, int8, empty), its
+              path as a list of str and int keys, its dtype and logical shape, and for a packed
               kernel all of its static data
     sha256    over everything else (_container)
 
 Nothing in a file is executed or unpickled, and nothing in it is trusted: what
 ``leaves`` declares and what the tensors are must agree, and a packed kernel must
-keep the invariants of ``PackedTernary``.
+keep the invariants of ``PackedTernary`` or ``PackedInt8``.
 Left out: boxes. linen's ``Partitioned`` and ``nnx.Variable`` are opened when a
 tree is saved: sharding belongs to the mesh of a run, not to its weights.
 """
@@ -45,7 +45,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     Args:
       path: the file; by custom ``*.bitnet.safetensors``.
       tree: nested mappings with str or int keys. Leaves are arrays of any dtype
-        or ``PackedTernary``. An empty mapping in it is kept.
+        or packed kernels. An empty mapping in it is kept.
 
     Raises:
       TypeError: a list, tuple, None, Python number, tracer, random key or
@@ -112,7 +112,7 @@ def load(path: str | os.PathLike[str]) -> Any:
       path: the file.
 
     Returns:
-      Nested dicts with ``jax.Array`` and ``PackedTernary`` leaves, the latter
+      Nested dicts with ``jax.Array`` and packed leaves, the latter
       with the static data that they had. A 64-bit array is a ``numpy.ndarray``
       where jax_enable_x64 is off, for JAX would make it 32 bits.
 

@@ -2,7 +2,7 @@
 
 What is refused on the way in is refused on the way out, by the same functions:
 a packed kernel in a file keeps the invariants in the docstring of
-``PackedTernary``, or there is no file.
+``PackedTernary`` or ``PackedInt8``, or there is no file.
 
 A dtype that safetensors has no name for (int4, complex128, some float8) is
 stored as its bytes, uint8 with one more axis.
@@ -22,19 +22,22 @@ import numpy as np
 from jax import core
 
 from bitnet_jax import _checks, _packing
-from bitnet_jax._packed import PackedTernary, PreparedTernary
+from bitnet_jax._int8 import Int8Config
+from bitnet_jax._packed import PackedInt8, PackedTernary, PreparedTernary, is_stored
 from bitnet_jax._ternary import TernaryConfig
 from bitnet_jax.io import _container
 from bitnet_jax.io._container import Tensor, damaged
 
 _RAW = ("complex128", "int4", "uint4", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz")
 _DTYPES = {name: np.dtype(jnp.dtype(name)) for name in (*_container.TAGS, *_RAW)}
-_STATIC = {"config", "contracting_axes", "kernel_ndim", "length"}
+_STATIC = {"config", "contracting_axes", "kernel_ndim"}
 _FIELDS = {
     "array": {"kind", "path", "dtype", "shape"},
-    "packed": {"kind", "path", "dtype", "shape"} | _STATIC,
+    "packed": {"kind", "path", "dtype", "shape", "length"} | _STATIC,
+    "int8": {"kind", "path", "dtype", "shape"} | _STATIC,
     "empty": {"kind", "path"},
 }
+_CONFIGS = {"packed": TernaryConfig, "int8": Int8Config}
 
 Path = tuple[str | int, ...]
 
@@ -59,7 +62,7 @@ def describe(path: Path, value: Any) -> Leaf:
         return Leaf({**described, "kind": "empty"}, {})
     if isinstance(value, PreparedTernary):
         _checks.stored_layout("save", where, value.implementation)
-    if not isinstance(value, PackedTernary):
+    if not is_stored(value):
         array = _numpy(where, value)
         about = {"kind": "array", "dtype": array.dtype.name, "shape": list(array.shape)}
         return Leaf({**described, **about}, {"": array})
@@ -68,14 +71,15 @@ def describe(path: Path, value: Any) -> Leaf:
         ".scale": _numpy(f"{where}.scale", value.scale),
     }
     described |= {
-        "kind": "packed",
+        "kind": "packed" if isinstance(value, PackedTernary) else "int8",
         "dtype": np.dtype(value.dtype).name,
         "shape": list(value.shape) if value.ndim >= value.kernel_ndim else list(value.codes.shape),
-        "length": value.length,
         "contracting_axes": list(value.contracting_axes),
         "kernel_ndim": value.kernel_ndim,
         "config": dataclasses.asdict(value.config),
     }
+    if isinstance(value, PackedTernary):
+        described["length"] = value.length
     fault = _packed_fault(described) or _arrays_fault(described, arrays)
     if fault:
         raise ValueError(f"save: {where} {fault}. Make packed kernels with bj.pack.")
@@ -111,7 +115,7 @@ def _refuse_leaf(where: str, value: Any) -> NoReturn:
         what, remedy = "None", "Leave it out, or put bj.partition's trees together (bj.combine)."
     else:
         what, remedy = f"a {type(value).__name__}", "Wrap a number in jnp.asarray."
-    raise TypeError(f"save: {where} must be an array or a PackedTernary, got {what}. {remedy}")
+    raise TypeError(f"save: {where} must be an array or a packed kernel, got {what}. {remedy}")
 
 
 def _stored(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -137,7 +141,7 @@ def descriptions(text: str) -> list[dict[str, Any]]:
         damaged("does not describe its leaves in canonical JSON")
     for leaf in leaves:
         kind = leaf.get("kind") if isinstance(leaf, dict) else None
-        if kind not in ("array", "packed", "empty") or set(leaf) != _FIELDS[kind]:
+        if kind not in list(_FIELDS) or set(leaf) != _FIELDS[kind]:
             damaged(f"has a leaf that it describes wrongly, {leaf!r}")
         path = leaf["path"]
         if not isinstance(path, list) or not path or any(type(k) not in (str, int) for k in path):
@@ -147,7 +151,7 @@ def descriptions(text: str) -> list[dict[str, Any]]:
         where = name_of(path)
         if leaf["dtype"] not in list(_DTYPES) or not _container.is_ints(leaf["shape"]):
             damaged(f"declares {where!r} as {leaf['dtype']!r} of shape {leaf['shape']!r}")
-        fault = _packed_fault(leaf) if kind == "packed" else None
+        fault = _packed_fault(leaf) if kind in _CONFIGS else None
         if fault:
             damaged(f"declares a kernel wrongly: {where!r} {fault}")
     return leaves
@@ -162,7 +166,9 @@ def arrays(described: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, n
         return {"": _array(where, described["dtype"], described["shape"], tensors)}
     scale = tensors.get(f"{where}.scale")
     found = {
-        ".codes": _array(f"{where}.codes", "uint8", _codes_shape(described), tensors),
+        ".codes": _array(
+            f"{where}.codes", _codes_dtype(described), _codes_shape(described), tensors
+        ),
         ".scale": _array(f"{where}.scale", "float32", scale.shape if scale else (), tensors),
     }
     fault = _arrays_fault(described, found)
@@ -196,52 +202,60 @@ def value(leaf: Leaf) -> Any:
     if described["kind"] == "array":
         array = jnp.asarray(arrays[""])
         return array if array.dtype == arrays[""].dtype else arrays[""]
-    return PackedTernary(
-        codes=jnp.asarray(arrays[".codes"]),
-        scale=jnp.asarray(arrays[".scale"]),
-        length=described["length"],
-        contracting_axes=tuple(described["contracting_axes"]),
-        kernel_ndim=described["kernel_ndim"],
-        config=TernaryConfig(**described["config"]),
-        dtype=_DTYPES[described["dtype"]],
-    )
+    static: dict[str, Any] = {
+        "contracting_axes": tuple(described["contracting_axes"]),
+        "kernel_ndim": described["kernel_ndim"],
+        "config": _CONFIGS[described["kind"]](**described["config"]),
+        "dtype": _DTYPES[described["dtype"]],
+    }
+    codes, scale = jnp.asarray(arrays[".codes"]), jnp.asarray(arrays[".scale"])
+    if described["kind"] == "int8":
+        return PackedInt8(codes, scale, **static)
+    return PackedTernary(codes, scale, length=described["length"], **static)
 
 
 def _packed_fault(described: dict[str, Any]) -> str | None:
     """What is wrong with a packed kernel's static data, if anything is."""
-    shape, ndim, length = described["shape"], described["kernel_ndim"], described["length"]
+    shape, ndim = described["shape"], described["kernel_ndim"]
     if not _container.is_ints(shape, 1) or type(ndim) is not int or not 2 <= ndim <= len(shape):
         return f"has shape {shape!r} and a kernel_ndim of {ndim!r}"
     axes = described["contracting_axes"]
     if not _container.is_ints(axes, -ndim) or not axes or max(axes) >= 0 or axes != sorted({*axes}):
         return f"has contracting_axes {axes!r}; they are negative and ascending"
+    length = described.get("length", shape[axes[-1]])
     if type(length) is not int or length != shape[axes[-1]]:
         return f"has a length of {length!r} and shape {shape!r}"
     if not jnp.issubdtype(_DTYPES.get(described["dtype"], np.dtype(object)), jnp.floating):
         return f"stands for a kernel of dtype {described['dtype']!r}, not floating point"
-    config, fields = described["config"], {f.name for f in dataclasses.fields(TernaryConfig)}
+    kind = _CONFIGS[described["kind"]]
+    config, fields = described["config"], {f.name for f in dataclasses.fields(kind)}
     if not isinstance(config, dict) or set(config) != fields:
         return f"has a config {config!r}; its fields are {sorted(fields)}"
     try:
-        TernaryConfig(**config)
+        kind(**config)
     except (TypeError, ValueError) as error:
         return f"has no valid config: {str(error).rstrip('.')}"
     return None
 
 
+def _codes_dtype(described: dict[str, Any]) -> str:
+    return "uint8" if described["kind"] == "packed" else "int8"
+
+
 def _codes_shape(described: dict[str, Any]) -> tuple[int, ...]:
-    shape = list(described["shape"])
-    shape[described["contracting_axes"][-1]] = _packing.packed_length(described["length"])
-    return tuple(shape)
+    if described["kind"] == "int8":
+        return tuple(described["shape"])
+    return _packing.packed_shape(described["shape"], described["contracting_axes"][-1])
 
 
 def _arrays_fault(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
     """What is wrong with a packed kernel's codes and scale, if anything is."""
     codes, scale, shape = arrays[".codes"], arrays[".scale"], described["shape"]
-    if codes.dtype != np.uint8 or codes.shape != _codes_shape(described):
+    dtype = _codes_dtype(described)
+    if codes.dtype != dtype or codes.shape != _codes_shape(described):
         return (
             f"has codes that are {codes.dtype} of shape {codes.shape}; shape {tuple(shape)} "
-            f"needs uint8 of shape {_codes_shape(described)}"
+            f"needs {dtype} of shape {_codes_shape(described)}"
         )
     batch = len(shape) - described["kernel_ndim"]
     fits = len(scale.shape) == len(shape) and scale.shape[:batch] == tuple(shape[:batch])
@@ -251,6 +265,9 @@ def _arrays_fault(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> s
         return f"has a {scale.dtype} scale; it must be float32"
     if not (np.isfinite(scale) & (scale > 0)).all():
         return "has a scale that is not finite and > 0"
+    if described["kind"] == "int8":
+        wrong = (codes == -128).sum()
+        return f"has {int(wrong)} codes of -128; they are -127 to 127" if wrong else None
     wrong = _packing.invalid(codes, described["contracting_axes"][-1], described["length"])
     if wrong.any():
         return f"has {int(wrong.sum())} bytes with a code of 3, or padding that is not zero"

@@ -1,0 +1,251 @@
+"""The training op: int8 x int8 -> int32 forward, straight-through float backward.
+
+One pair of ``jax.custom_vjp`` serves every layer; what differs between a dense
+layer and a convolution is the operator (``_dot.Product``, ``_conv.Convolution``).
+Only int8 codes and scales are saved for the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from bitnet_jax import _axes, _checks, _dot
+from bitnet_jax._conv import Convolution
+from bitnet_jax._int8 import (
+    INT8,
+    ActivationConfig,
+    check_activations,
+    dequantize_activations,
+    quantize_activations_as,
+)
+from bitnet_jax._phase import Strength
+from bitnet_jax._ste import blend, through, traced_strength
+from bitnet_jax._ternary import B158, KernelConfig, contracted_axes, quantize_canonical
+
+DTypeLike = jax.typing.DTypeLike
+Operator = _dot.Product | Convolution
+
+
+def ternary_dot(
+    x: Float[Array, "*b *m k"],
+    w: Float[Array, "..."],
+    config: KernelConfig = B158,
+    activations: ActivationConfig | None = INT8,
+    *,
+    strength: Strength = 1.0,
+    contracting_axes: _axes.AxesLike | None = None,
+    batch_axes: _axes.AxesLike = (),
+    dtype: DTypeLike | None = None,
+    backward_dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "*b *m n"]:
+    """The training op: ``x @ w`` in int8 x int8 -> int32, with float gradients.
+
+    Forward: the codes of x (per token) times the codes of w, summed in int32,
+    then scaled once. Backward, with g the output's gradient and x_q, w_q the
+    dequantised operands: ``dw = x_q^T g`` and ``dx = g w_q^T``; nothing flows
+    through a scale. Only int8 codes and scales are saved for the backward pass.
+
+    Sums are exact; they round once on their way to float32 where
+    ``127 * K >= 2**24``. A token with NaN or Inf gives a NaN row.
+
+    Args:
+      x: activations; the last axes meet w's contracting axes, in order. With
+        batch axes, x starts with them.
+      w: kernel, quantised from the dtype it has. 2-D: (in, out).
+      config: the weights' quantiser.
+      activations: the activations' quantiser, or None for weight-only, a float
+        product with the dequantised kernel.
+      strength: 0 (float) to 1 (ternary), for x and w alike; static or traced.
+        Only the static 1.0 saves int8 residuals.
+      contracting_axes: the axes of w that meet x; needed for ranks other than 2.
+      batch_axes: axes of w that carry slices (experts).
+      dtype: of the output; by default what x and w promote to.
+      backward_dtype: of the backward products' operands, for example bfloat16;
+        they are summed in float32. By default float32.
+      precision: of the float product, where there is one.
+
+    Returns:
+      (*batch, ..., *outputs) of ``dtype``.
+
+    Raises:
+      TypeError: x or w is not floating point.
+      ValueError: shapes that do not meet; as :func:`quantize`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bitnet_jax as bj
+      >>> x, w = jnp.ones((2, 4)), jnp.array([[0.9], [-0.1], [-0.8], [0.6]])
+      >>> bj.ternary_dot(x, w).tolist()
+      [[0.6000000238418579], [0.6000000238418579]]
+      >>> jax.grad(lambda w: bj.ternary_dot(x, w).sum())(w).tolist()
+      [[2.0], [2.0], [2.0], [2.0]]
+
+    References:
+      Ma et al., arXiv:2402.17764; Bengio et al., arXiv:1308.3432.
+    """
+    who = "ternary_dot"
+    axes = _operands(who, x, w, config, activations, contracting_axes, batch_axes)
+    batch, contraction, outputs = axes.split(w.shape)
+    _checks.contraction(who, x.shape, contraction, batch)
+    lead = x.shape[: x.ndim - len(contraction)]
+    y = _contract(
+        _Spec(_dot.Product(), config, activations, np.dtype(backward_dtype or jnp.float32)),
+        x.reshape(*lead, math.prod(contraction)),
+        _axes.canonical(w, axes),
+        traced_strength(who, strength),
+        dtype or jnp.promote_types(x.dtype, w.dtype),
+        precision,
+    )
+    return y.reshape(*lead, *outputs)
+
+
+def ternary_conv(
+    x: Float[Array, "b *space c"],
+    w: Float[Array, "*window n"],
+    convolution: Convolution,
+    config: KernelConfig = B158,
+    activations: ActivationConfig | None = INT8,
+    *,
+    strength: Strength = 1.0,
+    dtype: DTypeLike | None = None,
+    backward_dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "b *space n"]:
+    """:func:`ternary_dot` for a convolution: one gamma per example."""
+    who = "ternary_conv"
+    axes = _operands(who, x, w, config, activations, tuple(range(w.ndim - 1)), ())
+    return _contract(
+        _Spec(convolution, config, activations, np.dtype(backward_dtype or jnp.float32)),
+        x,
+        _axes.canonical(w, axes),
+        traced_strength(who, strength),
+        dtype or jnp.promote_types(x.dtype, w.dtype),
+        precision,
+    )
+
+
+def _operands(who, x, w, config, activations, contracting_axes, batch_axes) -> _axes.KernelAxes:
+    """Checks the operands of a contraction and names the kernel's axes."""
+    check_activations(who, activations)
+    _checks.float_array(who, "x", x)
+    return contracted_axes(who, w, config, contracting_axes, batch_axes)
+
+
+class _Spec(NamedTuple):
+    operator: Operator
+    config: KernelConfig
+    activations: Any  # ActivationConfig, or None on the way to a float product
+    backward_dtype: Any
+
+    def quantized(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The codes of x and their gammas."""
+        axes = self.operator.token_axes
+        return quantize_activations_as("ternary_dot", x, self.activations, axes)
+
+
+def _contract(spec: _Spec, x, w, phase, dtype, precision) -> jax.Array:
+    """x times a canonical kernel, by a path for each kind of activations and strength."""
+    if spec.activations is None:
+        w_hat = through(w, _dequantized(w, spec.config), phase)
+        return spec.operator.apply(x.astype(dtype), w_hat.astype(dtype), precision)
+    y = _int8_dot(spec, x, w) if phase is None else _phased_dot(spec, x, w, phase)
+    return cast(jax.Array, y).astype(dtype)  # custom_vjp loses the type
+
+
+def _dequantized(w: Float[Array, "*b k n"], config: KernelConfig) -> Float32[Array, "*b k n"]:
+    return dequantize_canonical(*quantize_canonical(lax.stop_gradient(w), config))
+
+
+def dequantize_canonical(codes: jax.Array, scale: jax.Array) -> Float32[Array, "*b k n"]:
+    """Codes (*b, K, N) times scale (*b, G, 1 or N), in float32."""
+    groups = scale.shape[-2]
+    if groups > 1:
+        scale = jnp.repeat(scale, codes.shape[-2] // groups, axis=-2)
+    return codes.astype(jnp.float32) * scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _int8_dot(spec: _Spec, x: jax.Array, w: jax.Array) -> Float32[Array, "*b *m n"]:
+    return _int8_dot_forward(spec, x, w)[0]
+
+
+def _int8_dot_forward(spec: _Spec, x, w):
+    codes, gamma = spec.quantized(x)
+    w_codes, scale = quantize_canonical(w, spec.config)
+    y = contract_codes(spec.operator, codes, gamma, w_codes, scale, spec.activations.qmax)
+    # An empty array carries a dtype through the residuals at no cost.
+    dtypes = jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype)
+    return y, (codes, gamma, w_codes, scale, dtypes)
+
+
+def _int8_dot_backward(spec: _Spec, residuals, g):
+    codes, gamma, w_codes, scale, (x_like, w_like) = residuals
+    step = gamma * np.float32(1 / spec.activations.qmax)
+    to_kernel, dtype = spec.operator.to_kernel, spec.backward_dtype
+    dw = to_kernel(codes, g * step, w_codes.shape, dtype)
+    dx = input_gradient(spec.operator, g, w_codes, scale, codes.shape, dtype)
+    return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
+
+
+_int8_dot.defvjp(_int8_dot_forward, _int8_dot_backward)
+
+
+def contract_codes(
+    operator: Operator, codes, gamma, w_codes, scale, qmax: int
+) -> Float32[Array, "..."]:
+    """The integer sums of codes, and the epilogue."""
+    sums = operator.sums(codes, w_codes, scale.shape[-2])
+    return _dot.finish(sums, gamma, scale, qmax)
+
+
+def input_gradient(
+    operator: Operator, g, codes, scale, x_shape, dtype: DTypeLike = jnp.float32
+) -> Float32[Array, "..."]:
+    """``g w_q^T``; a scale without groups is applied to g, which is smaller than w."""
+    if scale.shape[-2] == 1:
+        return operator.to_input(g * _dot.align(scale, g.ndim), codes, x_shape, dtype)
+    return operator.to_input(g, dequantize_canonical(codes, scale), x_shape, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _phased_dot(spec: _Spec, x, w, strength) -> Float32[Array, "*b *m n"]:
+    """The int8 path at strength 1, else a float product of the blends.
+
+    The choice lies inside the custom_vjp: a cond outside would save the
+    residuals of both branches.
+    """
+    return lax.cond(
+        strength >= 1.0,
+        lambda x, w: _int8_dot_forward(spec, x, w)[0],
+        lambda x, w: spec.operator.apply(*_blends(spec, x, w, strength)),
+        x,
+        w,
+    )
+
+
+def _blends(spec: _Spec, x, w, strength) -> tuple[jax.Array, jax.Array]:
+    x_hat = dequantize_activations(*spec.quantized(x), spec.activations)
+    return blend(x, x_hat, strength), blend(w, _dequantized(w, spec.config), strength)
+
+
+def _phased_dot_forward(spec: _Spec, x, w, strength):
+    return _phased_dot(spec, x, w, strength), (x, w, strength)
+
+
+def _phased_dot_backward(spec: _Spec, residuals, g):
+    x, w, strength = residuals
+    x_mix, w_mix = _blends(spec, x, w, strength)
+    dw = spec.operator.to_kernel(x_mix, g, w.shape, spec.backward_dtype)
+    dx = spec.operator.to_input(g, w_mix, x.shape, spec.backward_dtype)
+    return dx.astype(x.dtype), dw.astype(w.dtype), jnp.zeros_like(strength)
+
+
+_phased_dot.defvjp(_phased_dot_forward, _phased_dot_backward)

@@ -1,0 +1,105 @@
+"""Kernels into their packed form and back: quantise, pack, unpack."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from bitnet_jax import _axes, _checks, _packing
+from bitnet_jax._int8 import Int8Config
+from bitnet_jax._packed import PackedInt8, PackedTernary, PreparedTernary, Stored
+from bitnet_jax._ternary import B158, KernelConfig, Ternary, contracted_axes, quantize_as
+
+
+def pack(
+    w: Float[Array, "..."],
+    config: KernelConfig = B158,
+    *,
+    contracting_axes: _axes.AxesLike | None = None,
+    batch_axes: _axes.AxesLike = (),
+) -> Stored:
+    """Quantises a kernel and packs its codes to two bits, or to int8.
+
+    Args:
+      w: float32, bfloat16 or float16 kernel. 2-D: (in, out).
+      config: the quantiser: a ``TernaryConfig``, or an ``Int8Config``.
+      contracting_axes: the axes that meet x; needed for ranks other than 2.
+      batch_axes: leading axes that carry slices, each with its own scale.
+
+    Returns:
+      A ``PackedTernary`` (``PackedInt8``) whose ``unpack`` is ``quantize(w).dequantize()``, to
+      the bit.
+
+    Raises:
+      TypeError: ``w`` is not floating point.
+      ValueError: as :func:`quantize`; or batch axes that are not the first.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> w = jax.random.normal(jax.random.key(0), (64, 16))
+      >>> bool((bj.unpack(bj.pack(w)) == bj.quantize(w).dequantize()).all())
+      True
+    """
+    axes = pack_axes("pack", w, config, contracting_axes, batch_axes)
+    return pack_quantized(w, config, axes)[1]
+
+
+def pack_axes(
+    who: str,
+    w: Any,
+    config: KernelConfig,
+    contracting_axes: _axes.AxesLike | None,
+    batch_axes: _axes.AxesLike,
+) -> _axes.KernelAxes:
+    """The axes of a kernel to pack; all that can be refused by its shape is refused here."""
+    axes = contracted_axes(who, w, config, contracting_axes, batch_axes)
+    _checks.batch_leads(who, axes.batch)
+    return axes
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def pack_quantized(
+    w: Float[Array, "..."], config: KernelConfig, axes: _axes.KernelAxes
+) -> tuple[Ternary, Stored]:
+    """A kernel's codes and scale, and the same packed."""
+    t = quantize_as("pack", w, config, axes.contracting, axes.batch)
+    last = axes.contracting[-1]
+    static: dict[str, Any] = {
+        "contracting_axes": tuple(a - w.ndim for a in axes.contracting),
+        "kernel_ndim": w.ndim - len(axes.batch),
+        "config": config,
+        "dtype": np.dtype(w.dtype),
+    }
+    if isinstance(config, Int8Config):
+        return t, PackedInt8(t.codes, t.scale, **static)
+    codes = _packing.pack_trits(t.codes, last)
+    return t, PackedTernary(codes, t.scale, length=w.shape[last], **static)
+
+
+def unpack(packed: Stored, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "..."]:
+    """The float kernel of a packed one: codes times scale.
+
+    Args:
+      packed: a stored kernel.
+      dtype: of the result; by default that of the kernel that was packed.
+
+    Returns:
+      An array of ``packed.shape``.
+
+    Raises:
+      TypeError: ``packed`` is not packed, or is prepared.
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> bj.unpack(bj.pack(jnp.array([[0.9, -0.1], [-0.8, 0.2]]))).tolist()
+      [[0.5, 0.0], [-0.5, 0.0]]
+    """
+    if isinstance(packed, PreparedTernary):
+        _checks.stored_layout("unpack", "`packed`", packed.implementation)
+    kinds = (PackedTernary, PackedInt8)
+    _checks.instance("unpack", "packed", packed, kinds, "Make one with bj.pack(w).")
+    return packed.dequantize(dtype)

@@ -1,0 +1,17 @@
+"""Flax NNX: ternary layers, and any model made ternary in place."""
+
+from bitnet_jax._layers import TernaryDotGeneral
+from bitnet_jax.nnx._layers import BitConv, BitEinsum, BitLinear, BitLinearGeneral, trainable
+from bitnet_jax.nnx._ternarize import learn, pack, ternarize
+
+__all__ = [
+    "BitConv",
+    "BitEinsum",
+    "BitLinear",
+    "BitLinearGeneral",
+    "TernaryDotGeneral",
+    "learn",
+    "pack",
+    "ternarize",
+    "trainable",
+]

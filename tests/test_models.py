@@ -1,0 +1,144 @@
+"""Whole models that nobody edited: every layer call gives the bits of its packed kernel.
+
+A layer call is caught where it happens, inside the jitted network, under scan and
+remat too, with what went in and what came out; then the packed kernel is given the
+same input on its own.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import traverse_util
+from oracles import assert_same_bits
+
+import bitnet_jax as bj
+from bitnet_jax import _layers
+from bitnet_jax.linen import _forward
+
+
+class Block(nn.Module):
+    causal: bool = False
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        mask = nn.make_causal_mask(jnp.ones(x.shape[:-1])) if self.causal else None
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4)(nn.LayerNorm()(x), mask=mask)
+        y = nn.Dense(2 * x.shape[-1])(nn.LayerNorm()(x))
+        return x + nn.Dense(x.shape[-1])(nn.gelu(y)), None
+
+
+class ViT(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(32, (2, 2), strides=2)(x)
+        x = x.reshape(x.shape[0], -1, 32)
+        x = x + self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], 32))
+        for _ in range(2):
+            x, _ = Block()(x)
+        return nn.Dense(10)(nn.LayerNorm()(x).mean(axis=1))
+
+
+class ConvNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(16, (3, 3))(x))
+        x = x + nn.relu(nn.Conv(16, (3, 3), feature_group_count=4)(x))
+        x = nn.relu(nn.GroupNorm(4)(nn.Conv(24, (3, 3), strides=2)(x)))
+        return nn.Dense(10)(x.mean(axis=(1, 2)))
+
+
+class Decoder(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(17, 32)
+        blocks = nn.scan(
+            nn.remat(Block),
+            variable_axes={"params": 0, "caught": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        x, _ = blocks(causal=True)(embed(ids), None)
+        return embed.attend(nn.LayerNorm()(x))
+
+
+def eight_bit_table(path, leaf):
+    return bj.Int8Config() if path[-1] == "embedding" else path[-1] == "kernel"
+
+
+IMAGES = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+IDS = jax.random.randint(jax.random.key(0), (2, 9), 0, 17)
+MODELS = {
+    "vit": (ViT(), None, IMAGES),
+    "convnet": (ConvNet(), None, IMAGES),
+    "decoder": (Decoder(), eight_bit_table, IDS),
+}
+
+
+def leaf_at(tree, path):
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def catching(monkeypatch):
+    """Makes every layer call sow its input and output; returns its static arguments by path."""
+    run, forward, static = _layers.run, _forward.forward, {}
+
+    def run_and_note(who, where, config, call, x, kernel, bias, **how):
+        static[where] = (who, config, call, how)
+        return run(who, where, config, call, x, kernel, bias, **how)
+
+    def forward_and_sow(module, layer, config, inputs, *args, **kwargs):
+        y = forward(module, layer, config, inputs, *args, **kwargs)
+        module.sow("caught", "kernel", (inputs, y))
+        return y
+
+    monkeypatch.setattr(_layers, "run", run_and_note)
+    monkeypatch.setattr(_forward, "forward", forward_and_sow)
+    return static
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_layer_call_gives_the_bits_of_its_packed_kernel(name, monkeypatch):
+    model, select, x = MODELS[name]
+    ternary = bj.linen.ternarize(model, select)
+    params = ternary.init(jax.random.key(1), x)["params"]
+    packed, report = bj.linen.pack(ternary, params, x)
+    static = catching(monkeypatch)
+    _, state = jax.jit(lambda p, x: ternary.apply({"params": p}, x, mutable=["caught"]))(params, x)
+    monkeypatch.undo()
+    called = set()
+    for path, calls in traverse_util.flatten_dict(state["caught"]).items():
+        where = "/".join(path)
+        who, config, call, how = static[where]
+        leaf, bias = leaf_at(packed, where), leaf_at(packed, where[: -len("kernel")] + "bias")
+        for x, y in calls:
+            stacked = leaf.ndim > len(call.kernel_shape)  # one slice a turn of the scan
+            one = partial(_layers.run, who, where, config, call, **how)
+            for i in range(leaf.shape[0]) if stacked else [...]:
+                kernel = jax.tree.map(lambda a, i=i: a[i], leaf)
+                assert_same_bits(one(x[i], kernel, bias[i]), y[i], where)
+        called.add(where)
+    # A table is met in its own way; test_int8.py holds it.
+    tables = {row.path for row in report.layers if row.path.endswith("embedding")}
+    assert called == {row.path for row in report.layers} - tables
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_whole_networks_agree(name):
+    model, select, x = MODELS[name]
+    ternary = bj.linen.ternarize(model, select)
+    params = ternary.init(jax.random.key(1), x)["params"]
+    packed, _ = bj.linen.pack(ternary, params, x)
+    apply = jax.jit(lambda p: ternary.apply({"params": p}, x))
+    trained, served = apply(params), apply(packed)
+    # Norms, softmax and gelu may be fused otherwise; no code flips on these inputs.
+    np.testing.assert_allclose(served, trained, rtol=1e-4, atol=1e-5)
+    grads = jax.grad(lambda p: jnp.square(apply(p)).sum())(params)
+    assert bj.gradient_flow(grads).paths("nan") == ()
+    dead = [path for path in bj.gradient_flow(grads).paths("dead") if "key/bias" not in path]
+    assert dead == []  # softmax does not see a key's bias
