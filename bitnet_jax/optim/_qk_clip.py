@@ -1,0 +1,204 @@
+"""QK-clip: attention logits bounded by rescaling each head's query and key kernels.
+
+Where a head's largest logit ``S`` of a step is above ``tau``, with ``r = tau / S``, its query
+and its key projections (kernel and bias) are both multiplied by ``sqrt(r)``, and so
+its logits by ``r``. Heads below the bound keep their bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bitnet_jax import _boxes, _checks
+
+
+def qk_clip(
+    params: Any, max_logits: Any, tau: float, *, names: tuple[str, str] = ("query", "key")
+) -> Any:
+    """The params with query and key kernels rescaled, so that no logit exceeds ``tau``.
+
+    Ternary kernels with a scale per channel (``granularity="channel"``, ``bj.PHASE4``) keep
+    their codes, and their scales shrink. One scale per tensor (``bj.B158``) belongs to all
+    heads: rescaling one of them moves the codes of the others, and the bound holds
+    only roughly. A norm between projection and logit (qk-norm) undoes the rescaling.
+
+    Args:
+      params: the tree that holds the attentions.
+      max_logits: for each attention the largest absolute logit of each head,
+        (heads,): a dict that is nested like ``params`` down to the attention, or
+        has its path as a key, ``{"block_0/attention": ...}``; the array alone where
+        ``params`` are those of one attention. Under ``nn.scan`` (layers, heads).
+        :func:`attention_max_logits` computes them.
+      tau: the bound, > 0.
+      names: of the query and the key projection in an attention.
+
+    Returns:
+      A tree like ``params``. A head whose logit is NaN or Inf is left alone. Where
+      several query heads share a key head, the key takes the strictest square
+      root and each query the rest.
+
+    Raises:
+      ValueError: ``tau`` not above 0, a path without the two projections, heads
+        that do not divide a projection.
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> params = {name: {"kernel": jnp.ones((4, 2, 3))} for name in ("query", "key")}
+      >>> clipped = bj.optim.qk_clip(params, jnp.array([120.0, 5.0]), tau=30.0)
+      >>> clipped["query"]["kernel"][0, :, 0].tolist()
+      [0.5, 1.0]
+
+    References:
+      Kimi K2: Open Agentic Intelligence (2025), arXiv:2507.20534, section 2.1.
+    """
+    who = "qk_clip"
+    _checks.positive(who, "tau", tau)
+    leaves, treedef = _boxes.flatten(who, "params", params)
+    limits, _ = _boxes.flatten(who, "max_logits", max_logits)
+    kernels = {leaf.path: leaf.value for leaf in leaves}
+    factors: dict[tuple[str, ...], jax.Array] = {}
+    for limit in limits:
+        where = tuple(name for part in limit.path for name in part.split("/") if name)
+        logits = jnp.asarray(limit.value, jnp.float32)
+        sides = [kernels.get((*where, name, "kernel")) for name in names]
+        _checks.attention(who, "/".join(where), names, [k is not None for k in sides])
+        heads = _heads(who, "/".join(where), logits, *sides)
+        for name, factor in zip(names, _factors(logits, heads, tau), strict=True):
+            factors[*where, name] = factor
+    done = [
+        _boxes.closed(leaf.boxed, _scaled(leaf.path[-1], leaf.value, factors[leaf.path[:-1]]))
+        if leaf.path[:-1] in factors and leaf.path[-1] in ("kernel", "bias")
+        else leaf.boxed
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(treedef, done)
+
+
+def clip_by_max_logits(
+    tau: float, *, names: tuple[str, str] = ("query", "key")
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`qk_clip` of what the updates make of the params; the last of a chain.
+
+    ``update`` takes ``max_logits=``, as :func:`qk_clip` does, measured in the
+    forward pass before it, and passes updates after which those logits are bounded;
+    what the step itself adds to them is seen by the next one. A Flax model gives its
+    projections away unedited::
+
+        def is_projection(module, method):
+            return module.name in ("query", "key") and method == "__call__"
+
+        logits, kept = model.apply(
+            {"params": params}, x, capture_intermediates=is_projection
+        )
+        a = kept["intermediates"]["attention"]
+        q, k = (a[name]["__call__"][0] for name in ("query", "key"))
+        largest = {"attention": bj.optim.attention_max_logits(q, k)}
+
+    Args:
+      tau: the bound, > 0.
+      names: as for :func:`qk_clip`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` without state.
+
+    Raises:
+      ValueError: ``tau`` not above 0; in ``update``: no ``params``, no ``max_logits``,
+        or as :func:`qk_clip`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, bitnet_jax as bj
+      >>> params = {name: {"kernel": jnp.ones((4, 1, 2))} for name in ("query", "key")}
+      >>> tx = optax.chain(optax.sgd(0.0), bj.optim.clip_by_max_logits(30.0))
+      >>> grads = jax.tree.map(jnp.zeros_like, params)
+      >>> updates, _ = tx.update(grads, tx.init(params), params, max_logits=jnp.array([120.0]))
+      >>> optax.apply_updates(params, updates)["key"]["kernel"][0].tolist()
+      [[0.5, 0.5]]
+
+    References:
+      As :func:`qk_clip`.
+    """
+    who = "clip_by_max_logits"
+    _checks.positive(who, "tau", tau)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, max_logits: Any = None, **extra: Any
+    ) -> Any:
+        del extra
+        _checks.params_given(who, params)
+        _checks.max_logits_given(who, max_logits)
+        moved = optax.apply_updates(params, updates)
+        clipped = qk_clip(moved, max_logits, tau, names=names)
+
+        def step(u: Any, new: Any, bounded: Any, old: Any) -> Any:
+            return jnp.where(bounded == new, u, (bounded - old).astype(u.dtype))
+
+        return jax.tree.map(step, updates, moved, clipped, params), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def attention_max_logits(
+    query: jax.Array, key: jax.Array, *, mask: jax.Array | None = None, scale: float | None = None
+) -> jax.Array:
+    """The largest absolute attention logit of each head, for :func:`qk_clip`.
+
+    Args:
+      query: (..., queries, heads, depth), as Flax's attention projects it.
+      key: (..., keys, key heads, depth); fewer heads than queries are shared.
+      mask: boolean, broadcast to (..., heads, queries, keys); False is left out.
+      scale: of the products, by default ``1 / sqrt(depth)``.
+
+    Returns:
+      (heads,), float32.
+
+    Raises:
+      ValueError: heads that the key heads do not divide.
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> q, k = 3.0 * jnp.ones((2, 5, 4, 16)), jnp.ones((2, 5, 2, 16))
+      >>> bj.optim.attention_max_logits(q, k).tolist()
+      [12.0, 12.0, 12.0, 12.0]
+    """
+    heads, shared = query.shape[-2], key.shape[-2]
+    _checks.heads_divide("attention_max_logits", "key", shared, heads)
+    by = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = [x.astype(jnp.float32) for x in (query, jnp.repeat(key, heads // shared, axis=-2))]
+    logits = jnp.abs(jnp.einsum("...qhd,...khd->...hqk", *wide, precision="highest")) * by
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.zeros_like(logits))
+    axes = tuple(axis for axis in range(logits.ndim) if axis != logits.ndim - 3)
+    return logits.max(axes)
+
+
+def _heads(who: str, where: str, logits: jax.Array, query: Any, key: Any) -> int:
+    """How many key heads there are; logits (*stacked, heads) name those of the query."""
+    heads, stacked = logits.shape[-1], logits.ndim - 1
+    widths = [math.prod(kernel.shape[stacked + 1 :]) for kernel in (query, key)]
+    _checks.heads_divide(who, f"{where} query", heads, widths[0])
+    depth = widths[0] // heads
+    _checks.heads_divide(who, f"{where} key", depth, widths[1])
+    _checks.heads_divide(who, f"{where} key", widths[1] // depth, heads)
+    return widths[1] // depth
+
+
+def _factors(logits: jax.Array, key_heads: int, tau: float) -> tuple[jax.Array, jax.Array]:
+    """What each query head and each key head is multiplied by."""
+    over = jnp.isfinite(logits) & (logits > tau)
+    ratio = jnp.where(over, tau / jnp.where(over, logits, 1.0), 1.0)
+    shared = ratio.reshape(*ratio.shape[:-1], key_heads, -1)
+    key = jnp.sqrt(shared.min(-1))
+    return (shared / key[..., None]).reshape(ratio.shape), key
+
+
+def _scaled(kind: str, leaf: jax.Array, factor: jax.Array) -> jax.Array:
+    """A kernel (*stacked, in, heads, depth) or a bias without ``in``; the last two may be one."""
+    lead = factor.ndim - 1 + (kind == "kernel")
+    by_head = leaf.reshape(*leaf.shape[:lead], factor.shape[-1], -1)
+    each = factor[..., None, :, None] if kind == "kernel" else factor[..., None]
+    return (by_head.astype(jnp.float32) * each).astype(leaf.dtype).reshape(leaf.shape)

@@ -1,0 +1,30 @@
+"""The grokking example, in pieces; its figures are in the README."""
+
+import numpy as np
+import pytest
+from example_loader import load_example
+from tqdm import tqdm
+
+pytestmark = pytest.mark.standard_promotion
+
+
+def test_halves_are_the_products_and_share_none():
+    x, y, x_val, y_val = (np.asarray(a) for a in load_example("grokking").products(11, 0))
+    both = np.concatenate([x, x_val])
+    assert len({tuple(row) for row in both}) == len(both) == 110
+    np.testing.assert_array_equal(both[:, 0] * both[:, 2] % 11, np.concatenate([y, y_val]))
+
+
+def test_small_runs_learn_the_training_half(tmp_path):
+    example = load_example("grokking")
+    setting = example.Setting(7, 16, 1, 2, 200)
+    results = {}
+    for way in (example.Way("Muon", "muon", 0.0), example.Way("MA", "adam", 0.01, "ma")):
+        for ternary in (False, True):
+            run = example.learn(way, setting, 0, ternary, 200, tqdm(disable=True))
+            assert run.train.max() > 50
+            results.setdefault(way.name, []).append(run)
+    ways = [example.Way("Muon", "muon", 0.0), example.Way("MA", "adam", 0.01, "ma")]
+    assert "ternary" in example.summary(results, ways, 200, True)
+    example.draw(results, ways, "", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
