@@ -17,14 +17,15 @@ def test_halves_are_the_products_and_share_none():
 
 def test_small_runs_learn_the_training_half(tmp_path):
     example = load_example("grokking")
-    setting = example.Setting(7, 16, 1, 2, 200)
+    setting = example.Setting(7, 16, 1, 2, normed_residual=True)
+    muon, ma = example.Way("Muon", "muon", 0.0), example.Way("MA", "adam", 0.01, "ma")
     results = {}
-    for way in (example.Way("Muon", "muon", 0.0), example.Way("MA", "adam", 0.01, "ma")):
-        for ternary in (False, True):
-            run = example.learn(way, setting, 0, ternary, 200, tqdm(disable=True))
-            assert run.train.max() > 50
-            results.setdefault(way.name, []).append(run)
-    ways = [example.Way("Muon", "muon", 0.0), example.Way("MA", "adam", 0.01, "ma")]
-    assert "ternary" in example.summary(results, ways, 200, True)
-    example.draw(results, ways, "", tmp_path / "curves.png")
+    for way, ternary in ((muon, True), (ma, False)):
+        run = example.learn(way, setting, 0, ternary, 200, tqdm(disable=True))
+        assert run.train.max() > 50
+        results[way.name] = [run]
+    table = example.summary(results, (muon, ma), 200, True)
+    assert "ternary" in table
+    assert "float" in table
+    example.draw(results, (muon, ma), "", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
