@@ -26,7 +26,12 @@ INT8 = bj.ActivationConfig()
 ROWS = (1, 2, 5, 33)
 LAYOUTS = ("stored", "prepared")
 # A row without a layout of its own prepares a kernel to itself: nothing more to run.
-RUNS = [(n, lay) for n, r in IMPLEMENTATIONS.items() for lay in LAYOUTS[: 1 + bool(r.prepare)]]
+RUNS = [
+    (name, layout)
+    for name, row in IMPLEMENTATIONS.items()
+    for layout, there in zip(LAYOUTS, (row.reads_stored, row.prepare), strict=True)
+    if there
+]
 
 
 class Case(NamedTuple):

@@ -120,8 +120,9 @@ def test_output_dtypes():
 # The table --------------------------------------------------------------------------------
 
 
-def first_that_can(packed):
-    return next(name for name, row in IMPLEMENTATIONS.items() if row.cannot(packed) is None)
+def first_that_can(packed, preparing=False):
+    rows = {n: row for n, row in IMPLEMENTATIONS.items() if preparing or row.reads_stored}
+    return next(name for name, row in rows.items() if row.cannot(packed) is None)
 
 
 @some("dense", "groups-of-2", "groups-of-7", "groups-conv-odd", "two-batch", "1030-columns")
@@ -135,7 +136,7 @@ def test_none_picks_the_first_row_that_can(case):
     prepared = bj.prepare(packed)
     with suite.counting() as calls:
         y = bj.matmul(x, prepared)
-    assert suite.only(want, calls)
+    assert suite.only(first_that_can(packed, preparing=True), calls)
     oracles.assert_same_bits(y, case.oracle(x))
 
 

@@ -26,7 +26,7 @@ from bitnet_jax._int8 import (
     check_activations,
     quantize_activations_as,
 )
-from bitnet_jax._matmul import reference, xla
+from bitnet_jax._matmul import cpu, reference, xla
 from bitnet_jax._packed import (
     Packed,
     PackedInt8,
@@ -46,15 +46,18 @@ class Implementation(NamedTuple):
       cannot: packed -> the reason why not, or None.
       prepare: stored -> the layout it runs best from; None: the stored one.
       codes_of: prepared -> canonical int8 codes, for the gradient.
+      reads_stored: whether it runs from the stored layout as well.
     """
 
     contract: Callable[..., jax.Array]
     cannot: Callable[[Packed], str | None]
     prepare: Callable[[Any], PreparedTernary] | None = None
     codes_of: Callable[[PreparedTernary], jax.Array] | None = None
+    reads_stored: bool = True
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "cpu": Implementation(cpu.contract, cpu.cannot, cpu.prepare, cpu.codes_of, reads_stored=False),
     "xla": Implementation(xla.contract, xla.cannot, xla.prepare, xla.codes_of),
     "reference": Implementation(reference.contract, reference.cannot),
 }
@@ -80,7 +83,8 @@ def matmul(
       packed: from :func:`pack` or :func:`prepare`.
       activations: as in training, or None for weight-only: a float product with
         the dequantised kernel, which is unpacked whole, whatever the implementation.
-      implementation: None picks; ``"xla"`` or ``"reference"`` runs that one.
+      implementation: None picks; ``"cpu"`` (native, from prepared kernels),
+        ``"xla"`` or ``"reference"`` runs that one.
       dtype: of the output; by default what x and the kernel's dtype promote to.
       precision: of the float product where ``activations`` is None.
 
@@ -155,7 +159,8 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
     Args:
       tree: a packed kernel, or any tree with packed kernels among its leaves;
         other leaves pass through.
-      implementation: None picks the one :func:`matmul` would.
+      implementation: None picks the fastest that is there: ``"cpu"``, the native
+        one, else ``"xla"``.
 
     Returns:
       The tree with ``PreparedTernary`` leaves; where the implementation runs
@@ -170,7 +175,7 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
       >>> import jax, bitnet_jax as bj
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 16))}
       >>> packed, _ = bj.pack_params(params)
-      >>> bj.prepare(packed)
+      >>> bj.prepare(packed, implementation="xla")
       {'kernel': PreparedTernary(shape=(64, 16), for 'xla')}
     """
     _checks.implementation_known("prepare", implementation, IMPLEMENTATIONS)
@@ -187,17 +192,18 @@ def _prepare_leaf(path, leaf: Any, implementation: str | None) -> Any:
         _checks.stored_layout("prepare", where, leaf.implementation)
     if not is_stored(leaf):
         return leaf
-    make = IMPLEMENTATIONS[_choose(leaf, implementation)].prepare
+    make = IMPLEMENTATIONS[_choose(leaf, implementation, preparing=True)].prepare
     return leaf if make is None else make(leaf)
 
 
-def _choose(packed: Packed, implementation: str | None) -> str:
+def _choose(packed: Packed, implementation: str | None, preparing: bool = False) -> str:
     if isinstance(packed, PreparedTernary):
         _checks.implementation_agrees("matmul", implementation, packed.implementation)
         return packed.implementation
     if implementation is not None:
         return implementation
-    return next(name for name, row in IMPLEMENTATIONS.items() if row.cannot(packed) is None)
+    rows = ((n, row) for n, row in IMPLEMENTATIONS.items() if preparing or row.reads_stored)
+    return next(name for name, row in rows if row.cannot(packed) is None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,0 +1,89 @@
+"""Loads the compiled product and registers it with XLA; says why where it cannot.
+
+The library is built when the package is installed (``CMakeLists.txt`` beside this
+file) and loaded with ctypes, so one wheel serves every Python. XLA stops the whole
+CPU backend when a library was compiled against a newer FFI than its own. So the
+versions are compared before anything is registered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+
+TARGET = "bitnet_jax_sums"
+OFF = "BITNET_JAX_NATIVE"
+# No suffix of a Python extension: it is none, and nothing should try to import it.
+_FILE = "product.native"
+_log = logging.getLogger(__name__)
+
+
+class Native(NamedTuple):
+    """The library, or the reason why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str | None
+
+    def paths(self) -> list[str]:
+        """Instruction sets that it has a path for and this processor runs, fastest first."""
+        names = []
+        if self.library is not None:
+            while (name := self.library.bitnet_path(len(names))) is not None:
+                names.append(name.decode())
+        supported = self.library.bitnet_path_supported if self.library is not None else None
+        return [n for i, n in enumerate(names) if supported is not None and supported(i)]
+
+    def choose(self, path: str | None) -> None:
+        """Takes one of :meth:`paths` from now on, in every thread; None: the fastest."""
+        path = path or self.paths()[0]
+        if self.library is None or self.library.bitnet_choose_path(path.encode()):
+            raise ValueError(f"path: no {path!r} here, got one of {self.paths()}")
+
+
+@functools.cache
+def load() -> Native:
+    """The registered library; asked once a process."""
+    if os.environ.get(OFF) == "0":
+        return Native(None, f"{OFF}=0 turns it off")
+    # An editable install has two folders, that of the sources and that of what was built.
+    files = (pathlib.Path(folder, _FILE) for folder in __path__)
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        return _without("it was not built: there was no C++ compiler when bitnet_jax was installed")
+    library = ctypes.CDLL(str(file))
+    built, runs = library.bitnet_ffi_version(), _runtime_version()
+    if built // 1000 != runs // 1000 or built > runs:
+        return _without(
+            f"it was built for XLA FFI {_dotted(built)}, and this jaxlib has {_dotted(runs)}. "
+            "Install bitnet_jax again"
+        )
+    for function in (library.bitnet_path, library.bitnet_path_chosen):
+        function.restype = ctypes.c_char_p
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.bitnet_sums), platform="cpu")
+    return Native(library, None)
+
+
+def _without(reason: str) -> Native:
+    _log.info("The native CPU product is not used, 'xla' serves instead: %s.", reason)
+    return Native(None, reason)
+
+
+def _runtime_version() -> int:
+    """1000 * major + minor of the FFI that this jaxlib runs, from the header it ships."""
+    header = pathlib.Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
+    major, minor = (
+        int(re.findall(rf"#define XLA_FFI_API_{part} (\d+)", header)[0])
+        for part in ("MAJOR", "MINOR")
+    )
+    return 1000 * major + minor
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000}"
