@@ -127,8 +127,8 @@ WAYS = (
     Way("Adam + L2 + MA", "adam", 0.01, "ma"),
     Way("AdamW", "adamw", 1.0),
     Way("AdamW + EMA", "adamw", 1.0, "ema"),
-    Way("Muon", "muon", 0.0),
-    Way("Muon + EMA", "muon", 0.0, "ema"),
+    Way("Muon", "muon", 1.0),
+    Way("Muon + EMA", "muon", 1.0, "ema"),
 )
 
 

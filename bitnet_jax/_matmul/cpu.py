@@ -121,11 +121,12 @@ def _sums(
     x: Int8[Array, "*b *m k"], codes: UInt8[Array, "*b g p d 16 64"], outputs: int
 ) -> Int32[Array, "g *b *m n"]:
     *batch, groups = codes.shape[:-4]
-    rows = x.shape[len(batch) : -1]
-    slices = x.reshape(math.prod(batch), math.prod(rows), groups, x.shape[-1] // groups)
-    slices = slices.swapaxes(1, 2).reshape(-1, math.prod(rows), slices.shape[-1])
+    rows, k = x.shape[len(batch) : -1], x.shape[-1] // groups
+    count = math.prod(batch)
+    slices = x.reshape(count, math.prod(rows), groups, k).swapaxes(1, 2)
+    slices = slices.reshape(count * groups, math.prod(rows), k)
     like = jnp.zeros((outputs, 0), jnp.int8)  # carries a length through the rule of vmap
-    sums = _product(slices, codes.reshape(-1, *codes.shape[-4:]), like)
+    sums = _product(slices, codes.reshape(count * groups, *codes.shape[-4:]), like)
     return jnp.moveaxis(sums.reshape(*batch, groups, *rows, outputs), len(batch), 0)
 
 
@@ -142,9 +143,11 @@ def _one_call(size, mapped, x, codes, like):
     """Mapped rows are more rows, mapped kernels are more slices: one call, and no loop."""
     x_mapped, codes_mapped, _ = mapped
     if not codes_mapped:
-        rows = x.shape[2]
-        y = _product(x.swapaxes(0, 1).reshape(x.shape[1], size * rows, x.shape[-1]), codes, like)
-        return y.reshape(y.shape[0], size, rows, y.shape[-1]).swapaxes(0, 1), True
+        _, slices, rows, k = x.shape
+        y = _product(x.swapaxes(0, 1).reshape(slices, size * rows, k), codes, like)
+        return y.reshape(slices, size, rows, y.shape[-1]).swapaxes(0, 1), True
     x = x if x_mapped else jnp.broadcast_to(x, (size, *x.shape))
-    y = _product(x.reshape(-1, *x.shape[2:]), codes.reshape(-1, *codes.shape[2:]), like)
-    return y.reshape(size, -1, *y.shape[1:]), True
+    slices = x.shape[1]
+    codes = codes.reshape(size * slices, *codes.shape[2:])
+    y = _product(x.reshape(size * slices, *x.shape[2:]), codes, like)
+    return y.reshape(size, slices, *y.shape[1:]), True

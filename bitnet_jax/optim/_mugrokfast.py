@@ -90,8 +90,9 @@ def mugrokfast(
     have no gradient; a latent weight gathers slow gradient for many steps before
     its code flips once. Nothing has to be switched on for it.
 
-    The filter speeds weakly regularised Adam up and slows Muon down on the task of
-    ``examples/grokking.py``; ``lamb=0`` is plain Muon, routed.
+    On the task of ``examples/grokking.py`` the filter in front of Muon makes ternary
+    kernels generalise where Muon alone does not, and slows float ones down a little;
+    ``lamb=0`` is plain Muon, routed.
 
     Args:
       learning_rate: of Muon; a number or a schedule.
