@@ -167,6 +167,23 @@ def test_without_a_library_one_line_says_so(monkeypatch, tmp_path, caplog):
     ]
 
 
+def test_a_library_that_does_not_load_is_a_reason_and_no_crash(monkeypatch, tmp_path):
+    (tmp_path / "product.native").write_bytes(b"\x7fELF junk")
+    monkeypatch.setattr(native, "__path__", [str(tmp_path)])
+    found = native.load.__wrapped__()
+    assert "it does not load" in found.reason
+    with pytest.raises(ValueError, match="got one of"):
+        found.choose(None)
+
+
+@needs_it
+def test_the_portable_path_alone_is_not_picked_but_runs_by_name(monkeypatch):
+    monkeypatch.setattr(native.Native, "paths", lambda self: ["portable"])
+    packed = suite.CASES["dense"].pack()
+    assert bj.prepare(packed).implementation == "xla"
+    assert bj.prepare(packed, "cpu").implementation == "cpu"
+
+
 @needs_it
 @pytest.mark.parametrize("version", [0, 1001])
 def test_another_version_of_the_ffi_is_found_before_anything_is_registered(monkeypatch, version):

@@ -26,7 +26,7 @@ from bitnet_jax._int8 import (
     check_activations,
     quantize_activations_as,
 )
-from bitnet_jax._matmul import cpu, reference, xla
+from bitnet_jax._matmul import cpu, native, reference, xla
 from bitnet_jax._packed import (
     Packed,
     PackedInt8,
@@ -159,8 +159,9 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
     Args:
       tree: a packed kernel, or any tree with packed kernels among its leaves;
         other leaves pass through.
-      implementation: None picks the fastest that is there: ``"cpu"``, the native
-        one, else ``"xla"``.
+      implementation: None picks ``"cpu"``, the native one, where this processor has
+        more than its portable path, else ``"xla"``. ``"cpu"`` pads each group to 256
+        weights along the contraction; ``jax.export`` wants ``"xla"``.
 
     Returns:
       The tree with ``PreparedTernary`` leaves; where the implementation runs
@@ -203,7 +204,9 @@ def _choose(packed: Packed, implementation: str | None, preparing: bool = False)
     if implementation is not None:
         return implementation
     rows = ((n, row) for n, row in IMPLEMENTATIONS.items() if preparing or row.reads_stored)
-    return next(name for name, row in rows if row.cannot(packed) is None)
+    # The portable path is there for its bits: 'xla' is faster wherever it is all there is.
+    slow = ("cpu",) if native.load().paths() == ["portable"] else ()
+    return next(n for n, row in rows if n not in slow and row.cannot(packed) is None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

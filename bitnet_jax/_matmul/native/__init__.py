@@ -42,7 +42,7 @@ class Native(NamedTuple):
 
     def choose(self, path: str | None) -> None:
         """Takes one of :meth:`paths` from now on, in every thread; None: the fastest."""
-        path = path or self.paths()[0]
+        path = path or (self.paths() or ["path"])[0]
         if self.library is None or self.library.bitnet_choose_path(path.encode()):
             raise ValueError(f"path: no {path!r} here, got one of {self.paths()}")
 
@@ -56,8 +56,11 @@ def load() -> Native:
     files = (pathlib.Path(folder, _FILE) for folder in __path__)
     file = next((file for file in files if file.exists()), None)
     if file is None:
-        return _without("it was not built: there was no C++ compiler when bitnet_jax was installed")
-    library = ctypes.CDLL(str(file))
+        return _without("it was not built: no GCC or Clang when bitnet_jax was installed")
+    try:
+        library = ctypes.CDLL(str(file))
+    except OSError as error:
+        return _without(f"it does not load: {error}")
     built, runs = library.bitnet_ffi_version(), _runtime_version()
     if built // 1000 != runs // 1000 or built > runs:
         return _without(
