@@ -315,6 +315,22 @@ _register(PackedInt8, ("contracting_axes", "kernel_ndim", "config", "dtype"))
 _register(PreparedTernary, ("contraction", "outputs", "implementation", "config", "dtype"))
 
 
+def lay_out(
+    packed: PackedTernary, codes: UInt8[Array, "..."], implementation: str
+) -> PreparedTernary:
+    """The prepared kernel of a stored one, from its codes in an implementation's layout."""
+    _, contraction, outputs = packed.axes.split(packed.shape)
+    return PreparedTernary(
+        codes=codes,
+        scale=packed.canonical_scale(),
+        contraction=contraction,
+        outputs=outputs,
+        implementation=implementation,
+        config=packed.config,
+        dtype=packed.dtype,
+    )
+
+
 def canonical_bytes(packed: PackedTernary) -> UInt8[Array, "*b r n"]:
     """The bytes of a stored kernel as (*batch, byte rows, outputs)."""
     return _axes.canonical(packed.codes, packed.axes)

@@ -26,7 +26,7 @@ from bitnet_jax._int8 import (
     check_activations,
     quantize_activations_as,
 )
-from bitnet_jax._matmul import cpu, native, reference, xla
+from bitnet_jax._matmul import cpu, reference, xla
 from bitnet_jax._packed import (
     Packed,
     PackedInt8,
@@ -47,6 +47,7 @@ class Implementation(NamedTuple):
       prepare: stored -> the layout it runs best from; None: the stored one.
       codes_of: prepared -> canonical int8 codes, for the gradient.
       reads_stored: whether it runs from the stored layout as well.
+      picked: whether it may be taken here without being named.
     """
 
     contract: Callable[..., jax.Array]
@@ -54,10 +55,13 @@ class Implementation(NamedTuple):
     prepare: Callable[[Any], PreparedTernary] | None = None
     codes_of: Callable[[PreparedTernary], jax.Array] | None = None
     reads_stored: bool = True
+    picked: Callable[[], bool] = lambda: True
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "cpu": Implementation(cpu.contract, cpu.cannot, cpu.prepare, cpu.codes_of, reads_stored=False),
+    "cpu": Implementation(
+        cpu.contract, cpu.cannot, cpu.prepare, cpu.codes_of, reads_stored=False, picked=cpu.picked
+    ),
     "xla": Implementation(xla.contract, xla.cannot, xla.prepare, xla.codes_of),
     "reference": Implementation(reference.contract, reference.cannot),
 }
@@ -203,10 +207,11 @@ def _choose(packed: Packed, implementation: str | None, preparing: bool = False)
         return packed.implementation
     if implementation is not None:
         return implementation
-    rows = ((n, row) for n, row in IMPLEMENTATIONS.items() if preparing or row.reads_stored)
-    # The portable path is there for its bits: 'xla' is faster wherever it is all there is.
-    slow = ("cpu",) if native.load().paths() == ["portable"] else ()
-    return next(n for n, row in rows if n not in slow and row.cannot(packed) is None)
+    return next(
+        name
+        for name, row in IMPLEMENTATIONS.items()
+        if (preparing or row.reads_stored) and row.cannot(packed) is None and row.picked()
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

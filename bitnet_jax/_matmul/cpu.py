@@ -18,10 +18,10 @@ from jaxtyping import Array, Float32, Int8, Int32, UInt8
 
 from bitnet_jax import _axes, _dot, _packing
 from bitnet_jax._matmul import native
-from bitnet_jax._packed import Packed, PackedInt8, PackedTernary, PreparedTernary
+from bitnet_jax._packed import Packed, PackedInt8, PackedTernary, PreparedTernary, lay_out
 
 _OUTPUTS, _DEPTH = 16, 256  # of a panel, and of a block: native/product.h
-_MOST = 2**18  # weights of one group along the contraction
+_MOST = 2**18  # weights along the contraction: kMostDepth
 
 
 def cannot(packed: Packed) -> str | None:
@@ -47,23 +47,18 @@ def cannot(packed: Packed) -> str | None:
     return None
 
 
+def picked() -> bool:
+    """Not where the portable path is all there is: it is there for its bits, slower than XLA."""
+    return native.load().paths() != ["portable"]
+
+
 def prepare(packed: PackedTernary) -> PreparedTernary:
     """Lays codes out in panels of outputs and blocks of the contraction."""
     reason = cannot(packed)
     if reason is not None:
         raise NotImplementedError(f"prepare: {reason}")
-    _, contraction, outputs = packed.axes.split(packed.shape)
-    scale = packed.canonical_scale()
     codes = _axes.canonical(packed.int8_codes(), packed.axes)
-    return PreparedTernary(
-        codes=_panels(codes, groups=scale.shape[-2]),
-        scale=scale,
-        contraction=contraction,
-        outputs=outputs,
-        implementation="cpu",
-        config=packed.config,
-        dtype=packed.dtype,
-    )
+    return lay_out(packed, _panels(codes, packed.canonical_scale().shape[-2]), "cpu")
 
 
 def contract(
@@ -108,10 +103,8 @@ def _panels(codes: Int8[Array, "*b k n"], groups: int) -> UInt8[Array, "*b g p d
     lead = codes.ndim - 2
     codes = jnp.pad(codes, [(0, 0)] * lead + [(0, s) for s in short])
     blocks, panels = codes.shape[-2] // _DEPTH, codes.shape[-1] // _OUTPUTS
-    fields = (codes + jnp.int8(1)).astype(jnp.uint8)
-    fields = fields.reshape(*batch, groups, blocks, 4, 16, 4, panels, _OUTPUTS)
-    parts = [jax.lax.index_in_dim(fields, j, lead + 1, keepdims=False) for j in range(4)]
-    packed = parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
+    codes = codes.reshape(*batch, groups, blocks, 4, 16, 4, panels, _OUTPUTS)
+    packed = _packing.pack_trits(codes, lead + 1).squeeze(lead + 1)
     # (*b, g, blocks, 16, 4, panels, outputs) -> panels, blocks, 16, outputs, 4
     packed = packed.transpose(*range(lead), *(lead + axis for axis in (3, 0, 1, 4, 2)))
     return packed.reshape(*batch, groups, panels, blocks, 16, 4 * _OUTPUTS)

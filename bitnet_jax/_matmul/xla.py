@@ -29,6 +29,7 @@ from bitnet_jax._packed import (
     PackedTernary,
     PreparedTernary,
     canonical_bytes,
+    lay_out,
 )
 
 _COLUMNS = 512
@@ -39,7 +40,6 @@ def prepare(packed: PackedTernary) -> PreparedTernary:
     reason = cannot(packed)
     if reason is not None:
         raise NotImplementedError(f"prepare: {reason}")
-    _, contraction, outputs = packed.axes.split(packed.shape)
     rows = canonical_bytes(packed)
     n = rows.shape[-1]
     columns = min(_COLUMNS, n)
@@ -47,15 +47,7 @@ def prepare(packed: PackedTernary) -> PreparedTernary:
     short = [(0, 0)] * (rows.ndim - 1) + [(0, blocks * columns - n)]
     rows = jnp.pad(rows, short, constant_values=_packing.ZEROS)
     rows = rows.reshape(*rows.shape[:-1], blocks, columns)
-    return PreparedTernary(
-        codes=jnp.swapaxes(rows, -2, -3),
-        scale=packed.canonical_scale(),
-        contraction=contraction,
-        outputs=outputs,
-        implementation="xla",
-        config=packed.config,
-        dtype=packed.dtype,
-    )
+    return lay_out(packed, jnp.swapaxes(rows, -2, -3), "xla")
 
 
 def contract(

@@ -77,9 +77,9 @@ def grokfast_ma_bytes(params: Any, window_size: int = 100, *, buffer_dtype: Any 
       >>> f"{bj.optim.grokfast_ma_bytes(params, buffer_dtype=jnp.bfloat16) / 1e9:.2f} GB"
       '3.49 GB'
     """
-    tx = grokfast_ma(window_size, buffer_dtype=buffer_dtype)
-    state = jax.eval_shape(tx.init, params)
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    grokfast_ma(window_size, buffer_dtype=buffer_dtype)  # refuses what it refuses
+    leaves, _ = _leaves.gradients("grokfast_ma", "params", params)
+    return _state_bytes(leaves, window_size, buffer_dtype)
 
 
 def grokfast_ma(
@@ -147,7 +147,8 @@ def grokfast_ma(
 
     def init(params: Any) -> GrokfastMaState:
         leaves, treedef = _leaves.gradients(who, "params", params)
-        _announce(leaves, window_size, buffer_dtype)
+        size = _state_bytes(leaves, window_size, buffer_dtype)  # before any of it is allocated
+        _logger.info("grokfast_ma: a window of %d gradients takes %.1f MB", window_size, size / 1e6)
         window = [_ring(x, window_size, buffer_dtype) for x in leaves]
         total, fresh = (
             treedef.unflatten([jnp.zeros_like(x, dtype=_leaves.width(x)) for x in leaves])
@@ -237,11 +238,11 @@ def _ring(leaf: Any, window_size: int, buffer_dtype: Any) -> jax.Array:
     return lax.broadcast(zeros, (window_size,))
 
 
-def _announce(leaves: list[Any], window_size: int, buffer_dtype: Any) -> None:
-    """Logs the memory, before any of it is allocated."""
-    size = 0
+def _state_bytes(leaves: list[Any], window_size: int, buffer_dtype: Any) -> int:
+    """Bytes of the step, and of the ring and the two sums of each leaf."""
+    size = jnp.dtype(jnp.int32).itemsize
     for leaf in leaves:
         wide = _leaves.width(leaf).itemsize
         slot = _stored_dtype(leaf, buffer_dtype).itemsize
         size += math.prod(jnp.shape(leaf)) * (window_size * slot + 2 * wide)
-    _logger.info("grokfast_ma: a window of %d gradients takes %.1f MB", window_size, size / 1e6)
+    return size

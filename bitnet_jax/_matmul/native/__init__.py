@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -33,18 +34,19 @@ class Native(NamedTuple):
 
     def paths(self) -> list[str]:
         """Instruction sets that it has a path for and this processor runs, fastest first."""
-        names = []
-        if self.library is not None:
-            while (name := self.library.bitnet_path(len(names))) is not None:
-                names.append(name.decode())
-        supported = self.library.bitnet_path_supported if self.library is not None else None
-        return [n for i, n in enumerate(names) if supported is not None and supported(i)]
+        if self.library is None:
+            return []
+        names = itertools.takewhile(bool, map(self.library.bitnet_path, itertools.count()))
+        supported = self.library.bitnet_path_supported
+        return [name.decode() for i, name in enumerate(names) if supported(i)]
 
     def choose(self, path: str | None) -> None:
         """Takes one of :meth:`paths` from now on, in every thread; None: the fastest."""
-        path = path or (self.paths() or ["path"])[0]
-        if self.library is None or self.library.bitnet_choose_path(path.encode()):
-            raise ValueError(f"path: no {path!r} here, got one of {self.paths()}")
+        paths = self.paths()
+        path = path or next(iter(paths), None)
+        if self.library is None or path not in paths:
+            raise ValueError(f"path: no {path!r} here, got one of {paths}")
+        self.library.bitnet_choose_path(path.encode())
 
 
 @functools.cache
@@ -67,8 +69,7 @@ def load() -> Native:
             f"it was built for XLA FFI {_dotted(built)}, and this jaxlib has {_dotted(runs)}. "
             "Install bitnet_jax again"
         )
-    for function in (library.bitnet_path, library.bitnet_path_chosen):
-        function.restype = ctypes.c_char_p
+    library.bitnet_path.restype = ctypes.c_char_p
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.bitnet_sums), platform="cpu")
     return Native(library, None)
 

@@ -57,7 +57,7 @@ struct Shared {
 
 void ParallelFor(ffi::ThreadPool& pool, int64_t pieces, int64_t threads,
                  std::function<void(int64_t)> work) {
-  threads = std::min({threads, pieces, pool.num_threads()});
+  threads = std::min(threads, pieces);
   if (threads <= 1) {
     for (int64_t piece = 0; piece < pieces; ++piece) work(piece);
     return;
@@ -168,9 +168,7 @@ BITNET_EXPORT int bitnet_path_supported(int index) {
   return index >= 0 && index < bitnet::kPathCount && bitnet::kPaths[index].supported();
 }
 
-// The path in use; and another one, for tests. Nonzero: this processor cannot.
-BITNET_EXPORT const char* bitnet_path_chosen() { return bitnet::Chosen().name; }
-
+// Takes another path than the fastest, for tests. Nonzero: this processor cannot.
 BITNET_EXPORT int bitnet_choose_path(const char* name) {
   for (int i = 0; i < bitnet::kPathCount; ++i) {
     if (std::strcmp(bitnet::kPaths[i].name, name) == 0 && bitnet::kPaths[i].supported()) {
