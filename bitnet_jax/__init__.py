@@ -17,7 +17,7 @@ from bitnet_jax._contract import ternary_dot
 from bitnet_jax._int8 import ActivationConfig, Int8Config, quantize_activations
 from bitnet_jax._matmul import matmul, prepare
 from bitnet_jax._pack import pack, unpack
-from bitnet_jax._packed import PackedInt8, PackedTernary, PreparedTernary
+from bitnet_jax._packed import PackedInt8, PackedTernary, PreparedInt8, PreparedTernary
 from bitnet_jax._phase import phase_in
 from bitnet_jax._report import GradientFlow, LayerReport, LeafGradient, PackReport, gradient_flow
 from bitnet_jax._select import exclude, only
@@ -47,6 +47,7 @@ __all__ = [
     "PackReport",
     "PackedInt8",
     "PackedTernary",
+    "PreparedInt8",
     "PreparedTernary",
     "Sensitivity",
     "Ternary",

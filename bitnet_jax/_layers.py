@@ -19,8 +19,8 @@ from bitnet_jax._calls import Call, ConvCall, dot_general
 from bitnet_jax._contract import ternary_conv, ternary_dot
 from bitnet_jax._dot import Product
 from bitnet_jax._int8 import INT8, ActivationConfig, Int8Config, check_activations
-from bitnet_jax._matmul import convolve, matmul
-from bitnet_jax._packed import PackedInt8, PreparedTernary, is_packed
+from bitnet_jax._matmul import convolve, embedding_rows, matmul
+from bitnet_jax._packed import PackedInt8, Prepared, PreparedInt8, is_packed
 from bitnet_jax._phase import Strength, ambient
 from bitnet_jax._ste import fake_quantize, rms_normalize
 from bitnet_jax._ternary import B158, KernelConfig, TernaryConfig
@@ -133,7 +133,7 @@ def check_packed(who: str, where: str, config: LayerConfig, call: Call, kernel: 
     """Refuses a packed kernel of another config, shape or axes than this call's."""
     _checks.layer_config(who, where, config.weights, kernel.config)
     shape = call.kernel_shape
-    if isinstance(kernel, PreparedTernary):
+    if isinstance(kernel, Prepared):
         outputs = [a for a in range(len(shape)) if a not in call.contracting_axes + call.batch_axes]
         order = (*call.batch_axes, *call.contracting_axes, *outputs)
         _checks.layer_shape(who, where, [shape[a] for a in order], kernel.shape)
@@ -153,8 +153,8 @@ def embed(
     """Rows of an int8 embedding; the same bits from a float table and a packed one."""
     if is_packed(embedding):
         _checks.layer_config("Embed", where, config, embedding.config)
-        assert isinstance(embedding, PackedInt8)  # the only packed form that fits an Embed
-        return embedding.rows(index).astype(dtype or embedding.dtype)
+        assert isinstance(embedding, PackedInt8 | PreparedInt8)  # what fits an Embed
+        return embedding_rows(embedding, index).astype(dtype or embedding.dtype)
     strength = ambient(strength)
     table = fake_quantize(embedding, config, contracting_axes=-1, strength=strength)
     return jnp.take(table, index, axis=0).astype(dtype or embedding.dtype)

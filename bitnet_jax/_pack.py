@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from bitnet_jax import _axes, _checks, _packing
 from bitnet_jax._int8 import Int8Config
-from bitnet_jax._packed import PackedInt8, PackedTernary, PreparedTernary, Stored
+from bitnet_jax._packed import PackedInt8, PackedTernary, Prepared, Stored
 from bitnet_jax._ternary import B158, KernelConfig, Ternary, contracted_axes, quantize_as
 
 
@@ -98,7 +98,7 @@ def unpack(packed: Stored, dtype: jax.typing.DTypeLike | None = None) -> Float[A
       >>> bj.unpack(bj.pack(jnp.array([[0.9, -0.1], [-0.8, 0.2]]))).tolist()
       [[0.5, 0.0], [-0.5, 0.0]]
     """
-    if isinstance(packed, PreparedTernary):
+    if isinstance(packed, Prepared):
         _checks.stored_layout("unpack", "`packed`", packed.implementation)
     kinds = (PackedTernary, PackedInt8)
     _checks.instance("unpack", "packed", packed, kinds, "Make one with bj.pack(w).")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import jax
@@ -203,42 +204,20 @@ class PackedInt8(_Stored):
           ValueError: a kernel that is no (vocabulary, features).
         """
         _checks.embedding("PackedInt8.rows", index, self.shape)
-        codes = jnp.take(self.codes, index, axis=0, mode="clip").astype(jnp.float32)
-        scale = jnp.take(jnp.broadcast_to(self.scale, (self.shape[0], 1)), index, axis=0)
-        return (codes * scale).astype(self.dtype)
+        scale = jnp.broadcast_to(self.scale, (self.shape[0], 1))
+        return look_up(lambda at: jnp.take(self.codes, at, axis=0), scale, index, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class PreparedTernary:
-    """A packed kernel laid out for one implementation; never written to a file.
-
-    Invariants:
-      - ``codes`` is uint8 in a layout that only ``implementation`` reads.
-      - ``scale`` is float32, canonical: (*batch, groups, 1 or outputs).
-      - Static data describes one kernel, without its batch axes.
-
-    Attributes:
-      codes: uint8 array.
-      scale: float32 array.
-      contraction: lengths of the contracting axes.
-      outputs: lengths of the output axes.
-      implementation: the name of the only implementation that reads it.
-      config: the quantiser that made it.
-      dtype: the float dtype of the kernel it stands for.
-
-    Example:
-      >>> import jax, bitnet_jax as bj
-      >>> packed = bj.pack(jax.random.normal(jax.random.key(0), (64, 16)))
-      >>> bj.prepare(packed, implementation="xla")
-      PreparedTernary(shape=(64, 16), for 'xla')
-    """
+class Prepared:
+    """What a kernel laid out for one implementation knows about itself."""
 
     codes: UInt8[Array, "..."]
     scale: Float32[Array, "..."]
     contraction: tuple[int, ...]
     outputs: tuple[int, ...]
     implementation: str
-    config: TernaryConfig = B158
+    config: Any
     dtype: Any = _FLOAT32
 
     @property
@@ -263,11 +242,64 @@ class PreparedTernary:
 
     def __repr__(self) -> str:
         kernel = (*self.contraction, *self.outputs)
-        return f"PreparedTernary(shape={kernel}, for {self.implementation!r})"
+        return f"{type(self).__name__}(shape={kernel}, for {self.implementation!r})"
+
+
+class PreparedTernary(Prepared):
+    """A two-bit kernel laid out for one implementation; never written to a file.
+
+    Invariants:
+      - ``codes`` is uint8 in a layout that only ``implementation`` reads.
+      - ``scale`` is float32, canonical: (*batch, groups, 1 or outputs).
+      - Static data describes one kernel, without its batch axes.
+
+    Attributes:
+      codes: uint8 array.
+      scale: float32 array.
+      contraction: lengths of the contracting axes.
+      outputs: lengths of the output axes.
+      implementation: the name of the only implementation that reads it.
+      config: the quantiser that made it.
+      dtype: the float dtype of the kernel it stands for.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> packed = bj.pack(jax.random.normal(jax.random.key(0), (64, 16)))
+      >>> bj.prepare(packed, implementation="xla")
+      PreparedTernary(shape=(64, 16), for 'xla')
+    """
+
+
+class PreparedInt8(Prepared):
+    """An eight-bit kernel laid out for one implementation; never written to a file.
+
+    Invariants and attributes are those of ``PreparedTernary``, with one scale
+    for each output.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> w = jax.random.normal(jax.random.key(0), (64, 16))
+      >>> head = bj.prepare(bj.pack(w, bj.Int8Config()))
+      >>> bj.matmul(jax.numpy.ones((2, 64)), head).shape
+      (2, 16)
+    """
+
+
+def look_up(
+    codes_of: Callable[[jax.Array], jax.Array],
+    scale: Float32[Array, "n 1"],
+    index: Int[Array, "..."],
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "... features"]:
+    """Rows of an embedding, from what gives their codes; indices as ``jnp.take`` has them."""
+    at = index.astype(jnp.int32)
+    at = jnp.clip(jnp.where(at < 0, at + len(scale), at), 0, len(scale) - 1)
+    scale = jnp.take(scale, index, axis=0)  # NaN where there is no such row
+    return (codes_of(at).astype(jnp.float32) * scale).astype(dtype)
 
 
 Stored = PackedTernary | PackedInt8
-Packed = Stored | PreparedTernary
+Packed = Stored | Prepared
 
 
 def _nbytes(array: Any) -> int:
@@ -277,14 +309,14 @@ def _nbytes(array: Any) -> int:
 
 def split(packed: Packed) -> tuple[tuple[int, ...], ...]:
     """The lengths of the batch, contracting and output axes of a packed kernel."""
-    if isinstance(packed, PreparedTernary):
+    if isinstance(packed, Prepared):
         return packed.batch, packed.contraction, packed.outputs
     return packed.axes.split(packed.shape)
 
 
 def is_packed(leaf: Any) -> TypeGuard[Packed]:
     """Whether a leaf is a packed kernel, stored or prepared."""
-    return isinstance(leaf, (PackedTernary, PackedInt8, PreparedTernary))
+    return isinstance(leaf, (PackedTernary, PackedInt8, Prepared))
 
 
 def is_stored(leaf: Any) -> TypeGuard[Stored]:
@@ -312,15 +344,15 @@ def _register(cls: type, static: tuple[str, ...]) -> None:
 
 _register(PackedTernary, ("length", "contracting_axes", "kernel_ndim", "config", "dtype"))
 _register(PackedInt8, ("contracting_axes", "kernel_ndim", "config", "dtype"))
-_register(PreparedTernary, ("contraction", "outputs", "implementation", "config", "dtype"))
+for _prepared in (PreparedTernary, PreparedInt8):
+    _register(_prepared, ("contraction", "outputs", "implementation", "config", "dtype"))
 
 
-def lay_out(
-    packed: PackedTernary, codes: UInt8[Array, "..."], implementation: str
-) -> PreparedTernary:
+def lay_out(packed: Stored, codes: UInt8[Array, "..."], implementation: str) -> Prepared:
     """The prepared kernel of a stored one, from its codes in an implementation's layout."""
     _, contraction, outputs = packed.axes.split(packed.shape)
-    return PreparedTernary(
+    kind = PreparedInt8 if isinstance(packed, PackedInt8) else PreparedTernary
+    return kind(
         codes=codes,
         scale=packed.canonical_scale(),
         contraction=contraction,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from bitnet_jax import _checks
 from bitnet_jax._int8 import Int8Config
@@ -114,7 +115,7 @@ def decide(
     decision = (is_kernel if select is None else select)(path, leaf)
     if isinstance(decision, (TernaryConfig, Int8Config)):
         return decision
-    if decision is None or isinstance(decision, (bool, jnp.bool_)):
+    if decision is None or isinstance(decision, (bool, np.bool_)):
         return config if decision else None
     _checks.selection_value(who, "/".join(path), decision)
     raise AssertionError  # selection_value always raises

@@ -18,7 +18,7 @@ from bitnet_jax import _boxes, _checks, _report, _select
 from bitnet_jax._axes import AxesLike, KernelAxes
 from bitnet_jax._pack import pack_axes, pack_quantized
 from bitnet_jax._packed import (
-    PreparedTernary,
+    Prepared,
     is_packed,
     is_stored,
 )
@@ -129,7 +129,7 @@ def unpack_params(packed: Any, *, dtype: jax.typing.DTypeLike | None = None) -> 
     if not any(is_packed(leaf.value) for leaf in leaves):
         _checks.nothing_packed("unpack_params")
     for leaf in leaves:
-        if isinstance(leaf.value, PreparedTernary):
+        if isinstance(leaf.value, Prepared):
             _checks.stored_layout("unpack_params", leaf.where, leaf.value.implementation)
     done = [
         _boxes.closed(leaf.boxed, leaf.value.dequantize(dtype))

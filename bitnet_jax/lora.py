@@ -29,7 +29,7 @@ from bitnet_jax._pack import pack_quantized
 from bitnet_jax._packed import (
     Packed,
     PackedTernary,
-    PreparedTernary,
+    Prepared,
     Stored,
     is_packed,
     is_stored,
@@ -172,7 +172,7 @@ def _adapted_leaves(who: str, packed: Any, adapters: Adapters):
 
 
 def _refuse_prepared(who: str, leaf: _boxes.Leaf) -> None:
-    if isinstance(leaf.value, PreparedTernary):
+    if isinstance(leaf.value, Prepared):
         _checks.stored_layout(who, leaf.where, leaf.value.implementation)
 
 

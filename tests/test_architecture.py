@@ -61,6 +61,7 @@ EXPORTS = [
     "PackReport",
     "PackedInt8",
     "PackedTernary",
+    "PreparedInt8",
     "PreparedTernary",
     "Sensitivity",
     "Ternary",

@@ -150,13 +150,12 @@ def test_files(tmp_path):
     jax.tree.map(assert_same_bits, bj.io.load(path), tree)  # nothing half-written
 
 
-def test_prepare_leaves_int8_kernels_as_they_are():
+def test_prepare_names_what_cannot_be_laid_out():
     tree = {"head": bj.pack(W, INT8), "body": bj.pack(W)}
-    fast = bj.prepare(tree)
-    assert isinstance(fast["head"], bj.PackedInt8)
-    assert isinstance(fast["body"], bj.PreparedTernary)
-    with pytest.raises(NotImplementedError, match="'xla' unpacks two-bit codes"):
-        bj.matmul(X, tree["head"], implementation="xla")
+    assert isinstance(bj.prepare(tree)["body"], bj.PreparedTernary)
+    for run in (bj.prepare, lambda tree, name: bj.matmul(X, tree["head"], implementation=name)):
+        with pytest.raises(NotImplementedError, match="'xla' unpacks two-bit codes"):
+            run(tree, "xla")
 
 
 def test_what_is_refused():

@@ -70,24 +70,10 @@ def test_an_unknown_path_is_refused():
 
 
 @needs_it
-def test_stored_kernels_are_refused_with_a_remedy():
-    case = suite.CASES["dense"]
-    with pytest.raises(NotImplementedError, match=r"runs from prepared kernels. Call bj.prepare"):
-        bj.matmul(case.x(2), case.pack(), implementation="cpu")
-
-
-@needs_it
-def test_a_contraction_that_could_overflow_is_refused():
-    packed = bj.pack(jnp.ones((2**18 + 4, 1)))
-    with pytest.raises(NotImplementedError, match=r"^prepare: .*262144 weights, got 262148. Use"):
-        bj.prepare(packed, "cpu")
-
-
-@needs_it
-@pytest.mark.parametrize("shape", [(1, 2, 1, 16, 64), (1, 1, 2, 16, 64), (2, 1, 1, 16, 64)])
+@pytest.mark.parametrize("shape", [(1, 2, 2, 64), (1, 1, 3, 64), (2, 1, 2, 64)])
 def test_a_corrupted_leaf_is_an_error_and_no_crash(shape):
     prepared = bj.prepare(bj.pack(jnp.ones((24, 10))), "cpu")
-    assert prepared.codes.shape == (1, 1, 1, 16, 64)
+    assert prepared.codes.shape == (1, 1, 2, 64)
     bad = dataclasses.replace(prepared, codes=jnp.zeros(shape, jnp.uint8))
     with pytest.raises(Exception, match=r"prepare the kernel again|shape|reshape|size"):
         jax.block_until_ready(bj.matmul(jnp.ones((2, 24)), bad))

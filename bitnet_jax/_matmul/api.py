@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from bitnet_jax import _axes, _checks
 from bitnet_jax._contract import contract_codes, dequantize_canonical, input_gradient
@@ -31,9 +32,12 @@ from bitnet_jax._packed import (
     Packed,
     PackedInt8,
     PackedTernary,
+    Prepared,
+    PreparedInt8,
     PreparedTernary,
     is_packed,
     is_stored,
+    look_up,
     split,
 )
 
@@ -42,25 +46,25 @@ class Implementation(NamedTuple):
     """One way to compute the product.
 
     Attributes:
-      contract: (codes of x, gamma, packed, qmax) -> float32 product.
+      contract: (x, packed, activations, dtype) -> the product, from float to float.
       cannot: packed -> the reason why not, or None.
       prepare: stored -> the layout it runs best from; None: the stored one.
       codes_of: prepared -> canonical int8 codes, for the gradient.
-      reads_stored: whether it runs from the stored layout as well.
+      rows_of: (prepared, index) -> int8 codes of rows of an embedding.
       picked: whether it may be taken here without being named.
     """
 
     contract: Callable[..., jax.Array]
     cannot: Callable[[Packed], str | None]
-    prepare: Callable[[Any], PreparedTernary] | None = None
-    codes_of: Callable[[PreparedTernary], jax.Array] | None = None
-    reads_stored: bool = True
+    prepare: Callable[[Any], Prepared] | None = None
+    codes_of: Callable[[Any], jax.Array] | None = None
+    rows_of: Callable[[Any, jax.Array], jax.Array] | None = None
     picked: Callable[[], bool] = lambda: True
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "cpu": Implementation(
-        cpu.contract, cpu.cannot, cpu.prepare, cpu.codes_of, reads_stored=False, picked=cpu.picked
+        cpu.contract, cpu.cannot, cpu.prepare, cpu.codes_of, cpu.rows_of, cpu.picked
     ),
     "xla": Implementation(xla.contract, xla.cannot, xla.prepare, xla.codes_of),
     "reference": Implementation(reference.contract, reference.cannot),
@@ -87,8 +91,8 @@ def matmul(
       packed: from :func:`pack` or :func:`prepare`.
       activations: as in training, or None for weight-only: a float product with
         the dequantised kernel, which is unpacked whole, whatever the implementation.
-      implementation: None picks; ``"cpu"`` (native, from prepared kernels),
-        ``"xla"`` or ``"reference"`` runs that one.
+      implementation: None picks; ``"cpu"`` (native), ``"xla"`` or ``"reference"``
+        runs that one.
       dtype: of the output; by default what x and the kernel's dtype promote to.
       precision: of the float product where ``activations`` is None.
 
@@ -122,8 +126,9 @@ def matmul(
         y = Product().apply(x.astype(dtype), _float_kernel(packed).astype(dtype), precision)
     else:
         name = _choose(packed, implementation)
-        y = cast(jax.Array, _matmul(activations, name, x, packed))  # custom_vjp loses the type
-    return y.astype(dtype).reshape(*lead, *outputs)
+        # custom_vjp loses the type
+        y = cast(jax.Array, _matmul(activations, name, np.dtype(dtype), x, packed))
+    return y.reshape(*lead, *outputs)
 
 
 def convolve(
@@ -147,9 +152,20 @@ def convolve(
     return cast(jax.Array, _convolve(convolution, activations, x, packed)).astype(dtype)
 
 
+def embedding_rows(packed: PackedInt8 | PreparedInt8, index: Int[Array, "..."]) -> jax.Array:
+    """:meth:`PackedInt8.rows`, from a prepared embedding as well."""
+    if isinstance(packed, PackedInt8):
+        return packed.rows(index)
+    rows_of = IMPLEMENTATIONS[packed.implementation].rows_of
+    assert rows_of is not None  # whoever prepares an embedding can look it up
+    _checks.embedding("PreparedInt8", index, packed.shape)
+    codes_of = functools.partial(rows_of, packed)
+    return look_up(codes_of, packed.scale[0][:, None], index, packed.dtype)
+
+
 def _operands(who: str, x: Any, packed: Any, activations: Any) -> None:
     _checks.float_array(who, "x", x)
-    kinds = (PackedTernary, PackedInt8, PreparedTernary)
+    kinds = (PackedTernary, PackedInt8, PreparedTernary, PreparedInt8)
     _checks.instance(who, "packed", packed, kinds, "Make one with bj.pack(w).")
     check_activations(who, activations)
 
@@ -168,7 +184,7 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
         weights along the contraction; ``jax.export`` wants ``"xla"``.
 
     Returns:
-      The tree with ``PreparedTernary`` leaves; where the implementation runs
+      The tree with ``Prepared`` leaves; where the implementation runs
       from the stored layout, the leaf itself.
 
     Raises:
@@ -192,41 +208,40 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
 
 
 def _prepare_leaf(path, leaf: Any, implementation: str | None) -> Any:
-    if isinstance(leaf, PreparedTernary):
+    if isinstance(leaf, Prepared):
         where = jax.tree_util.keystr(path) or "`tree`"
         _checks.stored_layout("prepare", where, leaf.implementation)
     if not is_stored(leaf):
         return leaf
-    make = IMPLEMENTATIONS[_choose(leaf, implementation, preparing=True)].prepare
+    make = IMPLEMENTATIONS[_choose(leaf, implementation)].prepare
     return leaf if make is None else make(leaf)
 
 
-def _choose(packed: Packed, implementation: str | None, preparing: bool = False) -> str:
-    if isinstance(packed, PreparedTernary):
+def _choose(packed: Packed, implementation: str | None) -> str:
+    if isinstance(packed, Prepared):
         _checks.implementation_agrees("matmul", implementation, packed.implementation)
         return packed.implementation
     if implementation is not None:
         return implementation
     return next(
-        name
-        for name, row in IMPLEMENTATIONS.items()
-        if (preparing or row.reads_stored) and row.cannot(packed) is None and row.picked()
+        name for name, row in IMPLEMENTATIONS.items() if row.cannot(packed) is None and row.picked()
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(activations: ActivationConfig, name: str, x: jax.Array, packed: Packed) -> jax.Array:
-    codes, gamma = quantize_activations_as("matmul", x, activations)
-    return IMPLEMENTATIONS[name].contract(codes, gamma, packed, activations.qmax)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _matmul(
+    activations: ActivationConfig, name: str, dtype: np.dtype, x: jax.Array, packed: Packed
+) -> jax.Array:
+    return IMPLEMENTATIONS[name].contract(jax.lax.stop_gradient(x), packed, activations, dtype)
 
 
-def _matmul_forward(activations, name, x, packed):
-    return _matmul(activations, name, x, packed), (packed, _like(x))
+def _matmul_forward(activations, name, dtype, x, packed):
+    return _matmul(activations, name, dtype, x, packed), (packed, _like(x))
 
 
-def _matmul_backward(activations, name, residuals, g):
-    del activations, name
-    return _input_gradient(Product(), residuals, g), None
+def _matmul_backward(activations, name, dtype, residuals, g):
+    del activations, name, dtype
+    return _input_gradient(Product(), residuals, g.astype(jnp.float32)), None
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -264,7 +279,7 @@ def _input_gradient(operator, residuals, g):
 
 
 def _canonical_codes(packed: Packed) -> jax.Array:
-    if not isinstance(packed, PreparedTernary):
+    if not isinstance(packed, Prepared):
         return _axes.canonical(packed.int8_codes(), packed.axes)
     codes_of = IMPLEMENTATIONS[packed.implementation].codes_of
     assert codes_of is not None  # whoever prepares can undo it
@@ -272,7 +287,7 @@ def _canonical_codes(packed: Packed) -> jax.Array:
 
 
 def _canonical_scale(packed: Packed) -> jax.Array:
-    return packed.scale if isinstance(packed, PreparedTernary) else packed.canonical_scale()
+    return packed.scale if isinstance(packed, Prepared) else packed.canonical_scale()
 
 
 def _float_kernel(packed: Packed) -> jax.Array:

@@ -7,27 +7,31 @@ in memory while it runs.
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float32, Int8
+import jax
+from jaxtyping import Array, Float
 
 from bitnet_jax import _axes
 from bitnet_jax._contract import contract_codes
 from bitnet_jax._dot import Product
-from bitnet_jax._packed import Packed, PreparedTernary, Stored
+from bitnet_jax._int8 import ActivationConfig, quantize_activations_as
+from bitnet_jax._packed import Packed, Prepared, Stored
 
 
 def contract(
-    x: Int8[Array, "*b *m k"],
-    gamma: Float32[Array, "*b *m 1"],
+    x: Float[Array, "*b *m k"],
     packed: Stored,
-    qmax: int,
-) -> Float32[Array, "*b *m n"]:
+    activations: ActivationConfig,
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "*b *m n"]:
     """Int8 codes of x times the unpacked codes, then the epilogue."""
+    x_codes, gamma = quantize_activations_as("matmul", x, activations)
     codes = _axes.canonical(packed.int8_codes(), packed.axes)
-    return contract_codes(Product(), x, gamma, codes, packed.canonical_scale(), qmax)
+    scale = packed.canonical_scale()
+    return contract_codes(Product(), x_codes, gamma, codes, scale, activations.qmax).astype(dtype)
 
 
 def cannot(packed: Packed) -> str | None:
     """Runs every stored kernel."""
-    if isinstance(packed, PreparedTernary):
+    if isinstance(packed, Prepared):
         return "implementation 'reference' reads the stored layout only."
     return None

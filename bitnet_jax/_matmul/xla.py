@@ -20,14 +20,15 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from bitnet_jax import _dot, _packing
+from bitnet_jax._int8 import ActivationConfig, quantize_activations_as
 from bitnet_jax._packed import (
     Packed,
     PackedInt8,
     PackedTernary,
-    PreparedTernary,
+    Prepared,
     canonical_bytes,
     lay_out,
 )
@@ -35,7 +36,7 @@ from bitnet_jax._packed import (
 _COLUMNS = 512
 
 
-def prepare(packed: PackedTernary) -> PreparedTernary:
+def prepare(packed: PackedTernary) -> Prepared:
     """Cuts the kernel into blocks of output columns."""
     reason = cannot(packed)
     if reason is not None:
@@ -51,11 +52,11 @@ def prepare(packed: PackedTernary) -> PreparedTernary:
 
 
 def contract(
-    x: Int8[Array, "*b *m k"],
-    gamma: Float32[Array, "*b *m 1"],
-    packed: PackedTernary | PreparedTernary,
-    qmax: int,
-) -> Float32[Array, "*b *m n"]:
+    x: Float[Array, "*b *m k"],
+    packed: PackedTernary | Prepared,
+    activations: ActivationConfig,
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "*b *m n"]:
     """Int8 codes of x times the packed codes, block by block, then the epilogue.
 
     Raises:
@@ -71,9 +72,10 @@ def contract(
     else:
         codes, scale = packed.codes, packed.scale
         contraction, outputs = packed.contraction, packed.outputs
-    rows = _byte_rows(x, contraction, scale.shape[-2])
+    x_codes, gamma = quantize_activations_as("matmul", x, activations)
+    rows = _byte_rows(x_codes, contraction, scale.shape[-2])
     sums = _sums(rows, codes)[..., : math.prod(outputs)]
-    return _dot.finish(sums, gamma, scale, qmax)
+    return _dot.finish(sums, gamma, scale, activations.qmax).astype(dtype)
 
 
 def cannot(packed: Packed) -> str | None:
@@ -81,7 +83,7 @@ def cannot(packed: Packed) -> str | None:
     if isinstance(packed, PackedInt8):
         return "implementation 'xla' unpacks two-bit codes. Use implementation='reference'."
     group = packed.config.granularity
-    if isinstance(packed, PreparedTernary) or not isinstance(group, int):
+    if isinstance(packed, Prepared) or not isinstance(group, int):
         return None
     _, contraction, _ = packed.axes.split(packed.shape)
     on_bytes = group % _packing.PER_BYTE == 0 and contraction[-1] % _packing.PER_BYTE == 0
@@ -94,7 +96,7 @@ def cannot(packed: Packed) -> str | None:
     )
 
 
-def codes_of(prepared: PreparedTernary) -> Int8[Array, "*b k n"]:
+def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
     """The canonical int8 codes of a prepared kernel; undoes :func:`prepare`."""
     rows = jnp.swapaxes(prepared.codes, -2, -3)
     rows = rows.reshape(*rows.shape[:-2], -1)[..., : math.prod(prepared.outputs)]

@@ -23,7 +23,7 @@ from jax import core
 
 from bitnet_jax import _checks, _packing
 from bitnet_jax._int8 import Int8Config
-from bitnet_jax._packed import PackedInt8, PackedTernary, PreparedTernary, is_stored
+from bitnet_jax._packed import PackedInt8, PackedTernary, Prepared, is_stored
 from bitnet_jax._ternary import TernaryConfig
 from bitnet_jax.io import _container
 from bitnet_jax.io._container import Tensor, damaged
@@ -60,7 +60,7 @@ def describe(path: Path, value: Any) -> Leaf:
     described: dict[str, Any] = {"path": list(path)}
     if isinstance(value, Mapping):
         return Leaf({**described, "kind": "empty"}, {})
-    if isinstance(value, PreparedTernary):
+    if isinstance(value, Prepared):
         _checks.stored_layout("save", where, value.implementation)
     if not is_stored(value):
         array = _numpy(where, value)

@@ -1,50 +1,278 @@
-// Runs every path of the native product on buffers of exactly the bytes it may touch, and
-// compares it with a plain sum; .ci/slow builds it with AddressSanitizer and UBSan.
+// The native product without XLA: every path on buffers of exactly the bytes that it may
+// touch, against sums written from the layout's definition; whole operations on a pool of
+// threads; pools that are slow or never come. Built with sanitizers by .ci/slow, and with
+// tiles by hand (-DBITNET_TEST_AMX_BY_HAND) by tests/test_native.py.
 
+#include <algorithm>
+#include <cmath>
+#include <condition_variable>
 #include <cstdio>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "product.h"
 
-int main() {
-  std::mt19937 random(0);
-  int failures = 0;
-  for (int p = 0; p < bitnet::kPathCount; ++p) {
-    if (!bitnet::kPaths[p].supported()) continue;
-    for (int64_t rows : {1, 2, 3, 7, 8, 9, 64}) {
-      for (int64_t blocks : {0, 1, 2, 5}) {
-        for (int64_t panels = 1; panels <= bitnet::kPanels; ++panels) {
-          const int64_t depth = blocks * bitnet::kDepth;
-          std::vector<int8_t> x(rows * depth);
-          std::vector<uint8_t> codes(panels * blocks * bitnet::kBlockBytes);
-          for (auto& v : x) v = static_cast<int8_t>(random());
-          for (auto& c : codes) {
-            c = 0;
-            for (int j = 0; j < 4; ++j) c |= (random() % 3) << (2 * j);
-          }
-          const int64_t width = bitnet::kPanels * bitnet::kOutputs;
-          // Of the last row only the panels asked for may be written.
-          std::vector<int32_t> sums((rows - 1) * width + panels * bitnet::kOutputs);
-          bitnet::kPaths[p].product(x.data(), depth, rows, codes.data(), blocks, panels,
-                                    sums.data());
-          for (int64_t m = 0; m < rows; ++m) {
-            for (int64_t n = 0; n < panels * bitnet::kOutputs; ++n) {
-              int64_t want = 0;
-              for (int64_t k = 0; k < depth; ++k) {
-                const int64_t in = k % bitnet::kDepth;
-                const int64_t byte = (n / 16 * blocks + k / bitnet::kDepth) * bitnet::kBlockBytes +
-                                     in % 64 / 4 * 64 + 4 * (n % 16) + in % 4;
-                want += ((codes[byte] >> (2 * (in / 64))) & 3) * x[m * depth + k];
-              }
-              failures += sums[m * width + n] != want;
-            }
-          }
+namespace {
+
+using namespace bitnet;
+
+std::mt19937 generator(0);
+
+int Random(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
+
+// Memory of exactly `size` elements, so that a sanitizer sees one byte too many.
+template <class T>
+std::unique_ptr<T[]> Exactly(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size]());
+}
+
+class NoThreads : public Pool {
+ public:
+  int64_t Threads() const override { return 1; }
+  void Schedule(std::function<void()>) override {}
+};
+
+// A pool whose threads never come: the caller has to do it all.
+class Gone : public Pool {
+ public:
+  int64_t Threads() const override { return 8; }
+  void Schedule(std::function<void()>) override {}
+};
+
+class Workers : public Pool {
+ public:
+  explicit Workers(int count) {
+    for (int i = 0; i < count; ++i) threads_.emplace_back([this] { Work(); });
+  }
+  ~Workers() override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    ready_.notify_all();
+    for (auto& thread : threads_) thread.join();
+  }
+  int64_t Threads() const override { return static_cast<int64_t>(threads_.size()); }
+  void Schedule(std::function<void()> task) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    ready_.notify_one();
+  }
+
+ private:
+  void Work() {
+    for (;;) {
+      std::function<void()> task;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ready_.wait(lock, [this] { return stop_ || !tasks_.empty(); });
+        if (tasks_.empty()) return;
+        task = std::move(tasks_.front());
+        tasks_.pop_front();
+      }
+      task();
+    }
+  }
+  std::vector<std::thread> threads_;
+  std::deque<std::function<void()>> tasks_;
+  std::mutex mutex_;
+  std::condition_variable ready_;
+  bool stop_ = false;
+};
+
+// A kernel in both layouts and as plain codes (groups * depth, outputs).
+struct Kernel {
+  Kind kind;
+  int64_t groups, depth, outputs;
+  std::vector<int> codes;
+  std::unique_ptr<uint8_t[]> stored, panels;
+  int64_t panel_bytes;
+
+  Kernel(Pool& pool, Kind kind, int64_t groups, int64_t depth, int64_t outputs)
+      : kind(kind), groups(groups), depth(depth), outputs(outputs) {
+    const int64_t length = groups * depth, most = kind == Kind::kTernary ? 1 : 127;
+    codes.resize(length * outputs);
+    for (auto& code : codes) code = Random(-most, most);
+    const int64_t rows = kind == Kind::kTernary ? CeilDiv(length, 4) : length;
+    stored = Exactly<uint8_t>(rows * outputs);
+    if (kind == Kind::kTernary) std::fill_n(stored.get(), rows * outputs, 0x55);
+    for (int64_t k = 0; k < length; ++k) {
+      for (int64_t n = 0; n < outputs; ++n) {
+        const int code = codes[k * outputs + n];
+        if (kind == Kind::kInt8) {
+          stored[k * outputs + n] = static_cast<uint8_t>(code);
+        } else {
+          uint8_t& byte = stored[k / 4 * outputs + n];
+          const int shift = static_cast<int>(2 * (k % 4));
+          byte = static_cast<uint8_t>((byte & ~(3 << shift)) | ((code + 1) << shift));
         }
       }
     }
-    std::printf("%s: done\n", bitnet::kPaths[p].name);
+    panel_bytes = ByteRows(kind, depth) * kRowBytes;
+    panels = Exactly<uint8_t>(groups * Panels(outputs) * panel_bytes);
+    LayOut(pool, kind, stored.get(), 1, rows, outputs, length, groups, depth, panels.get());
   }
-  std::printf("%d sums differ\n", failures);
+
+  // From the panels, as layout.h defines them.
+  int Laid(int64_t g, int64_t k, int64_t n) const {
+    const int64_t count = Panels(outputs), four = n / 64 * 4;
+    const int64_t row = 64 * std::min<int64_t>(4, count - four);
+    const uint8_t* panel =
+        panels.get() + (g * count + four) * panel_bytes + 64 * (n / 16 - four);
+    if (kind == Kind::kInt8) return panel[k / 4 * row + 4 * (n % 16) + k % 4] - 128;
+    const int64_t rows = std::min<int64_t>(16, ByteRows(kind, depth) - k / 256 * 16);
+    const int64_t in = k % 256, j = in / (4 * rows), r = in % (4 * rows) / 4;
+    const uint8_t byte = panel[(k / 256 * 16 + r) * row + 4 * (n % 16) + in % 4];
+    return ((byte >> (2 * j)) & 3) - 1;
+  }
+
+  int64_t WrongLayout() const {
+    int64_t wrong = 0;
+    for (int64_t k = 0; k < groups * depth; ++k) {
+      for (int64_t n = 0; n < outputs; ++n) {
+        wrong += Laid(k / depth, k % depth, n) != codes[k * outputs + n];
+      }
+    }
+    return wrong;
+  }
+};
+
+struct Activations {
+  int64_t rows, length, stride;
+  std::unique_ptr<int8_t[]> codes;
+  std::unique_ptr<float[]> gamma;
+
+  Activations(int64_t rows, const Kernel& kernel, bool extreme)
+      : rows(rows), length(kernel.groups * kernel.depth) {
+    stride = (kernel.groups - 1) * kernel.depth + CeilDiv(kernel.depth, kPadding) * kPadding;
+    codes = Exactly<int8_t>(rows * stride);
+    gamma = Exactly<float>(rows);
+    for (int64_t m = 0; m < rows; ++m) {
+      gamma[m] = 0.5f + static_cast<float>(m % 7);
+      for (int64_t k = 0; k < length; ++k) {
+        codes[m * stride + k] =
+            static_cast<int8_t>(extreme ? (m % 2 ? -127 : 127) : Random(-127, 127));
+      }
+    }
+  }
+};
+
+int64_t WrongSums(Pool& pool, const Kernel& kernel, const Activations& x) {
+  auto sums = Exactly<int32_t>(kernel.groups * x.rows * kernel.outputs);
+  auto y = Exactly<float>(x.rows * kernel.outputs);
+  auto scale = Exactly<float>(kernel.groups);
+  for (int64_t g = 0; g < kernel.groups; ++g) scale[g] = 0.25f * static_cast<float>(g + 1);
+  const Product product{kernel.kind,   1,         x.rows,   kernel.outputs, kernel.groups,
+                        kernel.depth, x.codes.get(), x.stride, kernel.panels.get()};
+  MultiplyToSums(pool, product, sums.get());
+  Multiply(pool, product, x.gamma.get(), scale.get(), 1, 127.0f, y.get());
+  int64_t wrong = 0;
+  for (int64_t m = 0; m < x.rows; ++m) {
+    for (int64_t n = 0; n < kernel.outputs; ++n) {
+      float total = 0.0f;
+      for (int64_t g = 0; g < kernel.groups; ++g) {
+        int64_t want = 0;
+        for (int64_t k = 0; k < kernel.depth; ++k) {
+          want += kernel.codes[(g * kernel.depth + k) * kernel.outputs + n] *
+                  x.codes[m * x.stride + g * kernel.depth + k];
+        }
+        wrong += sums[(g * x.rows + m) * kernel.outputs + n] != want;
+        const float scaled = static_cast<float>(want) * x.gamma[m];
+        const float step = scale[g] * static_cast<float>(1.0 / 127);
+        total += scaled * step;
+      }
+      wrong += y[m * kernel.outputs + n] != total;
+    }
+  }
+  return wrong;
+}
+
+int64_t WrongCodes(Pool& pool) {
+  int64_t wrong = 0;
+  for (int64_t length : {1, 3, 16, 63, 64, 65, 1000}) {
+    const int64_t rows = 5, stride = CeilDiv(length, kPadding) * kPadding;
+    auto x = Exactly<float>(rows * length);
+    auto codes = Exactly<int8_t>(rows * stride);
+    auto gamma = Exactly<float>(rows);
+    for (int64_t i = 0; i < rows * length; ++i) x[i] = static_cast<float>(Random(-999, 999)) / 64;
+    QuantizeRows(pool, x.get(), rows, length, stride, 127.0f, 1e-5f, codes.get(), gamma.get());
+    for (int64_t m = 0; m < rows; ++m) {
+      float largest = 1e-5f;
+      for (int64_t k = 0; k < length; ++k) largest = std::max(largest, std::abs(x[m * length + k]));
+      wrong += gamma[m] != largest;
+      for (int64_t k = 0; k < stride; ++k) {
+        const float step = 127.0f / largest;
+        const float want = k < length ? std::nearbyint(x[m * length + k] * step) : 0.0f;
+        wrong += codes[m * stride + k] != want;
+      }
+    }
+  }
+  return wrong;
+}
+
+int64_t CheckPath(Pool& pool) {
+  int64_t wrong = WrongCodes(pool);
+  for (const Kind kind : {Kind::kTernary, Kind::kInt8}) {
+    for (int64_t depth : {1, 4, 15, 33, 64, 250, 256, 260, 1024, 1300, 2100}) {
+      for (int64_t outputs : {1, 16, 63, 64, 130}) {
+        const int64_t groups = kind == Kind::kTernary && depth < 100 && depth % 4 == 0 ? 3 : 1;
+        const Kernel kernel(pool, kind, groups, depth, outputs);
+        wrong += kernel.WrongLayout();
+        for (int64_t rows : {1, 2, 5, 6, 7, 13, 16, 33, 50}) {
+          wrong += WrongSums(pool, kernel, Activations(rows, kernel, depth % 2 == 0));
+        }
+      }
+    }
+  }
+  // Several slabs, and a last one of another size.
+  const Kernel kernel(pool, Kind::kTernary, 1, 300, 70);
+  return wrong + WrongSums(pool, kernel, Activations(1100, kernel, false));
+}
+
+}  // namespace
+
+int main() {
+  int64_t failures = 0;
+  NoThreads alone;
+  for (int p = 0; p < kPathCount; ++p) {
+    const Path& path = *kPaths[p];
+    if (!path.supported()) {
+      std::printf("%s: not here\n", path.name);
+      continue;
+    }
+    Choose(path);
+    const int64_t wrong = CheckPath(alone);
+    std::printf("%s: %lld wrong\n", path.name, static_cast<long long>(wrong));
+    failures += wrong;
+  }
+  // Eight callers on one pool, and a pool that nobody serves.
+  Workers workers(3);
+  const Kernel wide(workers, Kind::kTernary, 1, 1030, 1040);
+  std::vector<std::thread> callers;
+  std::vector<int64_t> wrong(8);
+  const Activations x(40, wide, false);
+  for (int c = 0; c < 8; ++c) {
+    callers.emplace_back([&, c] {
+      for (int turn = 0; turn < 4; ++turn) wrong[c] += WrongSums(workers, wide, x);
+    });
+  }
+  for (auto& caller : callers) caller.join();
+  for (const int64_t w : wrong) failures += w;
+  Gone gone;
+  failures += WrongSums(gone, wide, x);
+  failures += WrongCodes(gone);
+  auto bytes = Exactly<uint8_t>(int64_t{3} << 20);
+  std::fill_n(bytes.get(), int64_t{3} << 20, 1);
+  failures += Read(workers, bytes.get(), int64_t{3} << 20, 1) !=
+              uint64_t{3} * (uint64_t{1} << 17) * 0x0101010101010101u;
+  failures += Busy(workers, 100) < 100;
+  std::printf("%lld failures\n", static_cast<long long>(failures));
   return failures != 0;
 }

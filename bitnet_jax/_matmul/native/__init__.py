@@ -4,6 +4,11 @@ The library is built when the package is installed (``CMakeLists.txt`` beside th
 file) and loaded with ctypes, so one wheel serves every Python. XLA stops the whole
 CPU backend when a library was compiled against a newer FFI than its own. So the
 versions are compared before anything is registered.
+
+From the layout up: ``layout`` (how a prepared kernel lies), ``path`` (what an
+instruction set has to offer), ``plain``, ``kernels``, ``ymm`` and ``avx512`` (what
+they are compiled from), a ``.cc`` for each, ``product`` (whole arrays, cut into
+pieces for ``threads``), ``limits`` (what it is measured against), ``ffi`` (XLA's door).
 """
 
 from __future__ import annotations
@@ -19,8 +24,15 @@ from typing import NamedTuple
 
 import jax
 
-TARGET = "bitnet_jax_sums"
 OFF = "BITNET_JAX_NATIVE"
+# Custom calls: the name of each in the library and in XLA.
+QUANTIZE = "bitnet_quantize"
+MULTIPLY = "bitnet_multiply"
+SUMS = "bitnet_sums"
+LAY_OUT = "bitnet_lay_out"
+READ = "bitnet_read"
+BUSY = "bitnet_busy"
+TARGETS = (QUANTIZE, MULTIPLY, SUMS, LAY_OUT, READ, BUSY)
 # No suffix of a Python extension: it is none, and nothing should try to import it.
 _FILE = "product.native"
 _log = logging.getLogger(__name__)
@@ -32,13 +44,19 @@ class Native(NamedTuple):
     library: ctypes.CDLL | None
     reason: str | None
 
-    def paths(self) -> list[str]:
-        """Instruction sets that it has a path for and this processor runs, fastest first."""
+    def built(self) -> list[str]:
+        """Instruction sets that it has a path for, fastest first."""
         if self.library is None:
             return []
         names = itertools.takewhile(bool, map(self.library.bitnet_path, itertools.count()))
+        return [name.decode() for name in names]
+
+    def paths(self) -> list[str]:
+        """Those of :meth:`built` that this processor runs."""
+        if self.library is None:
+            return []
         supported = self.library.bitnet_path_supported
-        return [name.decode() for i, name in enumerate(names) if supported(i)]
+        return [name for i, name in enumerate(self.built()) if supported(i)]
 
     def choose(self, path: str | None) -> None:
         """Takes one of :meth:`paths` from now on, in every thread; None: the fastest."""
@@ -46,7 +64,7 @@ class Native(NamedTuple):
         path = path or next(iter(paths), None)
         if self.library is None or path not in paths:
             raise ValueError(f"path: no {path!r} here, got one of {paths}")
-        self.library.bitnet_choose_path(path.encode())
+        self.library.bitnet_choose_path(self.built().index(path))
 
 
 @functools.cache
@@ -70,7 +88,9 @@ def load() -> Native:
             "Install bitnet_jax again"
         )
     library.bitnet_path.restype = ctypes.c_char_p
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.bitnet_sums), platform="cpu")
+    for target in TARGETS:
+        handler = jax.ffi.pycapsule(getattr(library, target))
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
     return Native(library, None)
 
 

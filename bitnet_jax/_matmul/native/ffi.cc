@@ -1,14 +1,10 @@
-// XLA's door to the product: shapes are checked, work is cut into pieces, and the
-// threads of XLA's own pool take them.
+// XLA's door to the operations of product.h: shapes and dtypes are checked here, and the
+// threads are those of XLA's own pool.
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <vector>
+#include <initializer_list>
+#include <string>
 
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
@@ -20,161 +16,233 @@ namespace ffi = xla::ffi;
 namespace bitnet {
 namespace {
 
-std::atomic<int> chosen{-1};
+using Type = ffi::DataType;
+using Dimensions = ffi::Span<const int64_t>;
 
-const Path& Chosen() {
-  int index = chosen.load(std::memory_order_relaxed);
-  if (index < 0) {
-    index = 0;
-    while (!kPaths[index].supported()) ++index;
-    chosen.store(index, std::memory_order_relaxed);
-  }
-  return kPaths[index];
-}
+class XlaPool : public Pool {
+ public:
+  explicit XlaPool(ffi::ThreadPool& pool) : pool_(pool) {}
+  int64_t Threads() const override { return pool_.num_threads(); }
+  void Schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
 
-// Below so many weights times rows a second thread costs more than it saves.
-constexpr int64_t kWorthAThread = int64_t{1} << 20;
-
-// What the threads share. A task that starts late finds no piece left; whoever takes
-// the last reference frees it, so nobody waits for a task that has not started.
-struct Shared {
-  std::function<void(int64_t)> work;
-  int64_t pieces = 0;
-  std::atomic<int64_t> next{0};
-  std::mutex mutex;
-  std::condition_variable all_done;
-  int64_t done = 0;
-
-  void Run() {
-    int64_t mine = 0;
-    for (int64_t piece; (piece = next.fetch_add(1)) < pieces; ++mine) work(piece);
-    if (mine == 0) return;
-    std::lock_guard<std::mutex> lock(mutex);
-    done += mine;
-    if (done == pieces) all_done.notify_all();
-  }
+ private:
+  ffi::ThreadPool& pool_;
 };
 
-void ParallelFor(ffi::ThreadPool& pool, int64_t pieces, int64_t threads,
-                 std::function<void(int64_t)> work) {
-  threads = std::min(threads, pieces);
-  if (threads <= 1) {
-    for (int64_t piece = 0; piece < pieces; ++piece) work(piece);
-    return;
-  }
-  auto shared = std::make_shared<Shared>();
-  shared->work = std::move(work);
-  shared->pieces = pieces;
-  for (int64_t t = 1; t < threads; ++t) pool.Schedule([shared] { shared->Run(); });
-  shared->Run();
-  std::unique_lock<std::mutex> lock(shared->mutex);
-  shared->all_done.wait(lock, [&] { return shared->done == shared->pieces; });
+ffi::Error Wrong(const char* what) {
+  return ffi::Error::InvalidArgument(std::string("bitnet_jax: ") + what +
+                                     "; prepare the kernel again with bj.prepare");
 }
 
-// One slice: rows of x padded to whole blocks, with the sum of each.
-struct Rows {
-  std::vector<int8_t> padded;
-  std::vector<int32_t> totals;
-  const int8_t* data;
-  int64_t stride;
+bool EndsWith(Dimensions dimensions, std::initializer_list<int64_t> wanted) {
+  return dimensions.size() >= wanted.size() &&
+         std::equal(wanted.begin(), wanted.end(), dimensions.end() - wanted.size());
+}
 
-  Rows(const int8_t* x, int64_t rows, int64_t k, int64_t blocks) : data(x), stride(k) {
-    totals.resize(rows);
-    for (int64_t m = 0; m < rows; ++m) {
-      int32_t total = 0;
-      for (int64_t i = 0; i < k; ++i) total += x[m * k + i];
-      totals[m] = total;
-    }
-    if (k % kDepth == 0) return;
-    stride = blocks * kDepth;
-    padded.assign(rows * stride, 0);
-    for (int64_t m = 0; m < rows; ++m) std::memcpy(&padded[m * stride], x + m * k, k);
-    data = padded.data();
-  }
-};
+bool Is(Dimensions dimensions, std::initializer_list<int64_t> wanted) {
+  return dimensions.size() == wanted.size() && EndsWith(dimensions, wanted);
+}
 
-// x (B, M, K) int8, codes (B, N / 16, K / 256, 16, 64) uint8 -> sums (B, M, N) int32.
-ffi::Error Sums(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> codes,
-                ffi::ResultBuffer<ffi::S32> sums) {
-  const auto xd = x.dimensions(), cd = codes.dimensions(), yd = sums->dimensions();
-  if (xd.size() != 3 || cd.size() != 5 || yd.size() != 3) {
-    return ffi::Error::InvalidArgument(
-        "bitnet_jax: want x (B, M, K), codes (B, N/16, K/256, 16, 64), sums (B, M, N)");
-  }
-  const int64_t batch = xd[0], rows = xd[1], k = xd[2], n = yd[2];
-  const int64_t blocks = (k + kDepth - 1) / kDepth, panels = (n + kOutputs - 1) / kOutputs;
-  if (cd[0] != batch || yd[0] != batch || yd[1] != rows || cd[1] != panels || cd[2] != blocks ||
-      cd[3] * cd[4] != kBlockBytes || k > kMostDepth) {
-    return ffi::Error::InvalidArgument(
-        "bitnet_jax: x, codes and sums do not meet; prepare the kernel again with bj.prepare");
-  }
-  if (rows == 0 || n == 0) return ffi::Error::Success();
+int64_t ElementsBefore(Dimensions dimensions, size_t last) {
+  int64_t elements = 1;
+  for (size_t axis = 0; axis + last < dimensions.size(); ++axis) elements *= dimensions[axis];
+  return elements;
+}
 
-  const Product product = Chosen().product;
-  const int64_t quads = (panels + kPanels - 1) / kPanels;
-  // Enough rows a piece to use a panel while it is in cache, few enough to share out.
-  const int64_t slab = std::min<int64_t>(rows, 64), slabs = (rows + slab - 1) / slab;
-  const int64_t threads = batch * rows * k * n < kWorthAThread ? 1 : pool.num_threads();
-  std::vector<Rows> slices;
-  slices.reserve(batch);
-  for (int64_t b = 0; b < batch; ++b) {
-    slices.emplace_back(x.typed_data() + b * rows * k, rows, k, blocks);
+// x (..., K) float32 or bfloat16 -> codes (..., at least K) int8, gamma (..., 1) float32.
+ffi::Error QuantizeImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, float qmax, float eps,
+                        ffi::ResultBuffer<ffi::S8> codes, ffi::ResultBuffer<ffi::F32> gamma) {
+  const Dimensions xd = x.dimensions(), cd = codes->dimensions(), gd = gamma->dimensions();
+  if (xd.size() == 0 || cd.size() != xd.size() || cd.back() < xd.back() ||
+      ElementsBefore(cd, 1) != ElementsBefore(xd, 1) ||
+      ElementsBefore(gd, 0) != ElementsBefore(xd, 1)) {
+    return Wrong("want x (..., K), codes (..., K or more), gamma (..., 1)");
   }
-
-  auto work = [&](int64_t piece) {
-    const int64_t s = piece % slabs, q = piece / slabs % quads, b = piece / slabs / quads;
-    const int64_t first_row = s * slab, taken = std::min(slab, rows - first_row);
-    const int64_t first = q * kPanels, count = std::min(kPanels, panels - first);
-    const Rows& slice = slices[b];
-    int32_t raw[64 * kPanels * kOutputs];
-    const uint8_t* from = codes.typed_data() + (b * panels + first) * blocks * kBlockBytes;
-    product(slice.data + first_row * slice.stride, slice.stride, taken, from, blocks, count, raw);
-    const int64_t column = first * kOutputs;
-    const int64_t columns = std::min(count * kOutputs, n - column);
-    for (int64_t m = 0; m < taken; ++m) {
-      int32_t* to = sums->typed_data() + (b * rows + first_row + m) * n + column;
-      const int32_t* row = raw + m * kPanels * kOutputs;
-      const int32_t total = slice.totals[first_row + m];
-      for (int64_t c = 0; c < columns; ++c) to[c] = row[c] - total;
-    }
+  XlaPool pool(threads);
+  const int64_t rows = ElementsBefore(xd, 1);
+  const auto run = [&](const auto* from) {
+    QuantizeRows(pool, from, rows, xd.back(), cd.back(), qmax, eps, codes->typed_data(),
+                 gamma->typed_data());
+    return ffi::Error::Success();
   };
-  ParallelFor(pool, batch * quads * slabs, threads, work);
+  if (x.element_type() == Type::F32) return run(x.typed_data<float>());
+  if (x.element_type() == Type::BF16) return run(static_cast<BFloat16*>(x.untyped_data()));
+  return Wrong("x must be float32 or bfloat16");
+}
+
+// The operands that MultiplyImpl and SumsImpl share, or why they do not meet.
+ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels, int64_t depth, bool int8,
+                    int64_t outputs, Product& product) {
+  const Dimensions xd = x.dimensions(), pd = panels.dimensions();
+  if (xd.size() != 3 || pd.size() != 5) {
+    return Wrong("want x (B, M, K), panels (B, G, N/16, byte rows, 64)");
+  }
+  const Kind kind = int8 ? Kind::kInt8 : Kind::kTernary;
+  if (!Is(pd, {xd[0], pd[1], Panels(outputs), ByteRows(kind, depth), kRowBytes})) {
+    return Wrong("x, panels and outputs do not meet");
+  }
+  if (depth < 1 || (pd[1] - 1) * depth + CeilDiv(depth, kPadding) * kPadding > xd[2]) {
+    return Wrong("the rows of x must be padded to a multiple of 64 codes");
+  }
+  product = {kind, xd[0], xd[1], outputs, pd[1], depth, x.typed_data(), xd[2],
+             panels.typed_data()};
+  return ffi::Error::Success();
+}
+
+// x (B, M, K) int8, gamma (B, M, 1), panels, scale (B, G, 1 or N) -> y (B, M, N).
+ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
+                        ffi::Buffer<ffi::F32> gamma, ffi::Buffer<ffi::U8> panels,
+                        ffi::Buffer<ffi::F32> scale, int64_t depth, bool int8, float qmax,
+                        ffi::Result<ffi::AnyBuffer> y) {
+  const Dimensions yd = y->dimensions(), sd = scale.dimensions();
+  if (yd.size() != 3) return Wrong("want y (B, M, N)");
+  Product product;
+  const ffi::Error error = Operands(x, panels, depth, int8, yd[2], product);
+  if (error.failure()) return error;
+  const int64_t scales = sd.size() == 3 ? sd[2] : 0;
+  if (!Is(yd, {product.batch, product.rows, product.outputs}) ||
+      !Is(gamma.dimensions(), {product.batch, product.rows, 1}) ||
+      !Is(sd, {product.batch, product.groups, scales}) ||
+      (scales != 1 && scales != product.outputs)) {
+    return Wrong("gamma, scale and y do not meet the product");
+  }
+  XlaPool pool(threads);
+  const auto run = [&](auto* to) {
+    Multiply(pool, product, gamma.typed_data(), scale.typed_data(), scales, qmax, to);
+    return ffi::Error::Success();
+  };
+  if (y->element_type() == Type::F32) return run(y->typed_data<float>());
+  if (y->element_type() == Type::BF16) return run(static_cast<BFloat16*>(y->untyped_data()));
+  return Wrong("y must be float32 or bfloat16");
+}
+
+// x (B, M, K) int8, panels -> sums (B, G, M, N) int32.
+ffi::Error SumsImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels,
+                    int64_t depth, bool int8, ffi::ResultBuffer<ffi::S32> sums) {
+  const Dimensions yd = sums->dimensions();
+  if (yd.size() != 4) return Wrong("want sums (B, G, M, N)");
+  Product product;
+  const ffi::Error error = Operands(x, panels, depth, int8, yd[3], product);
+  if (error.failure()) return error;
+  if (!Is(yd, {product.batch, product.groups, product.rows, product.outputs})) {
+    return Wrong("sums do not meet the product");
+  }
+  XlaPool pool(threads);
+  MultiplyToSums(pool, product, sums->typed_data());
+  return ffi::Error::Success();
+}
+
+// stored (..., rows, N), ternary bytes or int8 codes -> panels (..., G, N/16, byte rows, 64).
+ffi::Error LayOutImpl(ffi::ThreadPool threads, ffi::AnyBuffer stored, int64_t last, int64_t depth,
+                      bool int8, ffi::ResultBuffer<ffi::U8> panels) {
+  const Dimensions sd = stored.dimensions(), pd = panels->dimensions();
+  if (sd.size() < 2 || pd.size() != sd.size() + 2 || last < 1 || depth < 1) {
+    return Wrong("want stored (..., rows, N), panels (..., G, N/16, byte rows, 64)");
+  }
+  const Kind kind = int8 ? Kind::kInt8 : Kind::kTernary;
+  const int64_t batch = ElementsBefore(sd, 2), rows = sd[sd.size() - 2], outputs = sd.back();
+  const int64_t groups = pd[sd.size() - 2], length = groups * depth;
+  if (stored.element_type() != (int8 ? Type::S8 : Type::U8) || (int8 && groups != 1) ||
+      rows != (int8 ? length : length / last * CeilDiv(last, kFields)) ||
+      (!int8 && length % last != 0) || ElementsBefore(pd, 4) != batch ||
+      !EndsWith(pd, {Panels(outputs), ByteRows(kind, depth), kRowBytes})) {
+    return Wrong("stored codes and panels do not meet");
+  }
+  XlaPool pool(threads);
+  LayOut(pool, kind, static_cast<const uint8_t*>(stored.untyped_data()), batch, rows, outputs,
+         last, groups, depth, panels->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error ReadImpl(ffi::ThreadPool threads, ffi::AnyBuffer from, int64_t streams,
+                    ffi::ResultBuffer<ffi::U32> sum) {
+  if (streams != 1 && streams != kPanels) return Wrong("streams must be 1 or 4");
+  XlaPool pool(threads);
+  *sum->typed_data() =
+      static_cast<uint32_t>(Read(pool, static_cast<const uint8_t*>(from.untyped_data()),
+                                 static_cast<int64_t>(from.size_bytes()), streams));
+  return ffi::Error::Success();
+}
+
+ffi::Error BusyImpl(ffi::ThreadPool threads, int64_t turns, ffi::ResultBuffer<ffi::F32> done) {
+  XlaPool pool(threads);
+  *done->typed_data() = static_cast<float>(Busy(pool, turns));
   return ffi::Error::Success();
 }
 
 }  // namespace
 }  // namespace bitnet
 
-XLA_FFI_DEFINE_HANDLER(BitnetSumsHandler, bitnet::Sums,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::Buffer<ffi::S8>>()
-                           .Arg<ffi::Buffer<ffi::U8>>()
-                           .Ret<ffi::Buffer<ffi::S32>>());
+// XLA_FFI_DEFINE_HANDLER_SYMBOL, but for the visibility.
+#define BITNET_HANDLER(symbol, implementation, binding)                                    \
+  XLA_FFI_DEFINE_HANDLER(symbol##_handler, implementation, binding);                       \
+  BITNET_EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame* frame) {                          \
+    return symbol##_handler(frame);                                                        \
+  }
 
-BITNET_EXPORT XLA_FFI_Error* bitnet_sums(XLA_FFI_CallFrame* frame) {
-  return BitnetSumsHandler(frame);
-}
+BITNET_HANDLER(bitnet_quantize, bitnet::QuantizeImpl,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::ThreadPool>()
+                   .Arg<ffi::AnyBuffer>()
+                   .Attr<float>("qmax")
+                   .Attr<float>("eps")
+                   .Ret<ffi::Buffer<ffi::S8>>()
+                   .Ret<ffi::Buffer<ffi::F32>>())
+
+BITNET_HANDLER(bitnet_multiply, bitnet::MultiplyImpl,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::ThreadPool>()
+                   .Arg<ffi::Buffer<ffi::S8>>()
+                   .Arg<ffi::Buffer<ffi::F32>>()
+                   .Arg<ffi::Buffer<ffi::U8>>()
+                   .Arg<ffi::Buffer<ffi::F32>>()
+                   .Attr<int64_t>("depth")
+                   .Attr<bool>("int8")
+                   .Attr<float>("qmax")
+                   .Ret<ffi::AnyBuffer>())
+
+BITNET_HANDLER(bitnet_sums, bitnet::SumsImpl,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::ThreadPool>()
+                   .Arg<ffi::Buffer<ffi::S8>>()
+                   .Arg<ffi::Buffer<ffi::U8>>()
+                   .Attr<int64_t>("depth")
+                   .Attr<bool>("int8")
+                   .Ret<ffi::Buffer<ffi::S32>>())
+
+BITNET_HANDLER(bitnet_lay_out, bitnet::LayOutImpl,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::ThreadPool>()
+                   .Arg<ffi::AnyBuffer>()
+                   .Attr<int64_t>("last")
+                   .Attr<int64_t>("depth")
+                   .Attr<bool>("int8")
+                   .Ret<ffi::Buffer<ffi::U8>>())
+
+BITNET_HANDLER(bitnet_read, bitnet::ReadImpl,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::ThreadPool>()
+                   .Arg<ffi::AnyBuffer>()
+                   .Attr<int64_t>("streams")
+                   .Ret<ffi::Buffer<ffi::U32>>())
+
+BITNET_HANDLER(bitnet_busy, bitnet::BusyImpl,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::ThreadPool>()
+                   .Attr<int64_t>("turns")
+                   .Ret<ffi::Buffer<ffi::F32>>())
 
 // The version of XLA's FFI that this was compiled for: 1000 * major + minor.
 BITNET_EXPORT int bitnet_ffi_version() { return 1000 * XLA_FFI_API_MAJOR + XLA_FFI_API_MINOR; }
 
 // The name of a path, or null after the last; whether this processor runs it.
 BITNET_EXPORT const char* bitnet_path(int index) {
-  return index >= 0 && index < bitnet::kPathCount ? bitnet::kPaths[index].name : nullptr;
+  return index >= 0 && index < bitnet::kPathCount ? bitnet::kPaths[index]->name : nullptr;
 }
 
 BITNET_EXPORT int bitnet_path_supported(int index) {
-  return index >= 0 && index < bitnet::kPathCount && bitnet::kPaths[index].supported();
+  return index >= 0 && index < bitnet::kPathCount && bitnet::kPaths[index]->supported();
 }
 
-// Takes another path than the fastest, for tests. Nonzero: this processor cannot.
-BITNET_EXPORT int bitnet_choose_path(const char* name) {
-  for (int i = 0; i < bitnet::kPathCount; ++i) {
-    if (std::strcmp(bitnet::kPaths[i].name, name) == 0 && bitnet::kPaths[i].supported()) {
-      bitnet::chosen.store(i);
-      return 0;
-    }
-  }
-  return 1;
-}
+// Takes a path by its index from now on, in every thread.
+BITNET_EXPORT void bitnet_choose_path(int index) { bitnet::Choose(*bitnet::kPaths[index]); }

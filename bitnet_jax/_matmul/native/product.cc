@@ -1,230 +1,257 @@
 #include "product.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <memory>
+#include <vector>
 
-#if defined(__x86_64__) || defined(_M_X64)
-#define BITNET_X86 1
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own headers
-#include <immintrin.h>
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 namespace bitnet {
 namespace {
 
-void Portable(const int8_t* x, int64_t stride, int64_t rows, const uint8_t* codes, int64_t blocks,
-              int64_t panels, int32_t* sums) {
-  for (int64_t m = 0; m < rows; ++m) {
-    for (int64_t p = 0; p < panels; ++p) {
-      int32_t total[kOutputs] = {};
-      const uint8_t* byte = codes + p * blocks * kBlockBytes;
-      for (int64_t k = 0; k < blocks; ++k) {
-        const int8_t* block = x + m * stride + k * kDepth;
-        for (int64_t r = 0; r < 16; ++r) {
-          for (int64_t l = 0; l < kOutputs; ++l) {
-            for (int64_t i = 0; i < 4; ++i, ++byte) {
-              for (int64_t j = 0; j < 4; ++j) {
-                total[l] += ((*byte >> (2 * j)) & 3) * block[64 * j + 4 * r + i];
-              }
-            }
-          }
-        }
-      }
-      std::memcpy(sums + (m * kPanels + p) * kOutputs, total, sizeof(total));
-    }
+std::atomic<const Path*> chosen{nullptr};
+
+// A second thread costs a few microseconds: below so much work it is not worth it. A unit
+// is about what a thread multiplies, or reads from cache, in a nanosecond.
+constexpr int64_t kWorthAThread = 12000;
+constexpr int64_t kMultiplicationsPerUnit = 128, kBytesPerUnit = 32, kFloatsPerUnit = 4;
+
+// Pieces in a row that a thread takes at a time: long, so that it reads on where it is,
+// and enough of them for the last ones to even out.
+int64_t RunOf(const Pool& pool, int64_t pieces, int64_t work) {
+  if (work < kWorthAThread) return pieces;
+  return std::max<int64_t>(1, pieces / (8 * pool.Threads()));
+}
+
+void Narrow(const float* from, int64_t count, float* to) {
+  std::memcpy(to, from, count * sizeof(float));
+}
+
+// Half to even; NaN stays NaN.
+void Narrow(const float* from, int64_t count, BFloat16* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof(bits));
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const bool nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+    to[i].bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : rounded);
   }
 }
 
-bool Always() { return true; }
-
-#ifdef BITNET_X86
-
-// Four adjacent activations, in every lane.
-inline int32_t Four(const int8_t* x) {
-  int32_t value;
-  std::memcpy(&value, x, sizeof(value));
-  return value;
-}
-
-#define BITNET_AVX2 __attribute__((target("avx2")))
-#define BITNET_VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
-
-bool HasAvx2() { return __builtin_cpu_supports("avx2"); }
-
-bool HasVnni() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vnni");
-}
-
-// One panel, `Rows` rows. A block's products are summed in int16: 64 pairs of at most
-// 2 * 2 * 127 and at least -2 * 2 * 128 stay within it.
-template <int Rows>
-BITNET_AVX2 void Avx2Panel(const int8_t* x, int64_t stride, const uint8_t* codes, int64_t blocks,
-                           int32_t* sums) {
-  const __m256i mask = _mm256_set1_epi8(3);
-  const __m256i ones = _mm256_set1_epi16(1);
-  __m256i total[Rows][2];
-  for (int m = 0; m < Rows; ++m) total[m][0] = total[m][1] = _mm256_setzero_si256();
-  for (int64_t k = 0; k < blocks; ++k) {
-    __m256i part[Rows][2];
-    for (int m = 0; m < Rows; ++m) part[m][0] = part[m][1] = _mm256_setzero_si256();
-    for (int r = 0; r < 16; ++r, codes += 64) {
-      __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-      __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32));
-      for (int j = 0; j < 4; ++j) {
-        const __m256i first = _mm256_and_si256(low, mask);
-        const __m256i second = _mm256_and_si256(high, mask);
-        low = _mm256_srli_epi16(low, 2);
-        high = _mm256_srli_epi16(high, 2);
-        for (int m = 0; m < Rows; ++m) {
-          const __m256i four =
-              _mm256_set1_epi32(Four(x + m * stride + k * kDepth + 64 * j + 4 * r));
-          part[m][0] = _mm256_add_epi16(part[m][0], _mm256_maddubs_epi16(first, four));
-          part[m][1] = _mm256_add_epi16(part[m][1], _mm256_maddubs_epi16(second, four));
-        }
-      }
-    }
-    for (int m = 0; m < Rows; ++m) {
-      for (int h = 0; h < 2; ++h) {
-        total[m][h] = _mm256_add_epi32(total[m][h], _mm256_madd_epi16(part[m][h], ones));
-      }
-    }
-  }
-  for (int m = 0; m < Rows; ++m) {
-    for (int h = 0; h < 2; ++h) {
-      _mm256_storeu_si256(
-          reinterpret_cast<__m256i*>(sums + m * kPanels * kOutputs + 8 * h), total[m][h]);
-    }
-  }
-}
-
-BITNET_AVX2 void Avx2(const int8_t* x, int64_t stride, int64_t rows, const uint8_t* codes,
-                      int64_t blocks, int64_t panels, int32_t* sums) {
-  for (int64_t p = 0; p < panels; ++p, codes += blocks * kBlockBytes, sums += kOutputs) {
-    int64_t m = 0;
-    for (; m + 4 <= rows; m += 4) {
-      Avx2Panel<4>(x + m * stride, stride, codes, blocks, sums + m * kPanels * kOutputs);
-    }
-    for (; m < rows; ++m) {
-      Avx2Panel<1>(x + m * stride, stride, codes, blocks, sums + m * kPanels * kOutputs);
-    }
-  }
-}
-
-// One row, `Panels` streams. The codes are masked where they stand, so field j counts
-// 4^j times; the sums are shifted back at the end.
-template <int Panels>
-BITNET_VNNI void VnniRow(const int8_t* x, const uint8_t* codes, int64_t blocks, int32_t* sums) {
-  constexpr int64_t kAhead = 4096;  // bytes of each stream
-  const int64_t panel = blocks * kBlockBytes;
-  __m512i total[Panels][4];
-  for (int p = 0; p < Panels; ++p) {
-    for (int j = 0; j < 4; ++j) total[p][j] = _mm512_setzero_si512();
-  }
-  const __m512i mask[4] = {_mm512_set1_epi8(3), _mm512_set1_epi8(12), _mm512_set1_epi8(48),
-                           _mm512_set1_epi8(static_cast<char>(192))};
-  for (int64_t k = 0; k < blocks; ++k, x += kDepth) {
-    for (int r = 0; r < 16; ++r, codes += 64) {
-      __m512i four[4];
-      for (int j = 0; j < 4; ++j) four[j] = _mm512_set1_epi32(Four(x + 64 * j + 4 * r));
-      for (int p = 0; p < Panels; ++p) {
-        const uint8_t* row = codes + p * panel;
-        _mm_prefetch(reinterpret_cast<const char*>(row + kAhead), _MM_HINT_T0);
-        const __m512i bytes = _mm512_loadu_si512(row);
-        for (int j = 0; j < 4; ++j) {
-          total[p][j] =
-              _mm512_dpbusd_epi32(total[p][j], _mm512_and_si512(bytes, mask[j]), four[j]);
+// The product cut into pieces: some rows by kPanels panels of one slice of the batch.
+class Pieces {
+ public:
+  Pieces(const Product& product, const Path& path)
+      : product_(product),
+        path_(path),
+        panels_(Panels(product.outputs)),
+        byte_rows_(ByteRows(product.kind, product.depth)),
+        quads_(CeilDiv(panels_, kPanels)),
+        slabs_(CeilDiv(product.rows, path.slab)),
+        slab_(CeilDiv(product.rows, slabs_)),
+        totals_(product.batch * product.groups * product.rows) {
+    int32_t* total = totals_.data();
+    for (int64_t b = 0; b < product.batch; ++b) {
+      for (int64_t g = 0; g < product.groups; ++g) {
+        for (int64_t m = 0; m < product.rows; ++m) {
+          *total++ = path.total(Codes(b, g, m), product.depth);
         }
       }
     }
   }
-  for (int p = 0; p < Panels; ++p) {
-    __m512i sum = total[p][0];
-    for (int j = 1; j < 4; ++j) {
-      sum = _mm512_add_epi32(sum, _mm512_srai_epi32(total[p][j], 2 * j));
-    }
-    _mm512_storeu_si512(sums + p * kOutputs, sum);
-  }
-}
 
-// `Rows` rows and `Panels` panels: every row of codes is unpacked once for all of them.
-template <int Rows, int Panels>
-BITNET_VNNI void VnniRows(const int8_t* x, int64_t stride, const uint8_t* codes, int64_t blocks,
-                          int32_t* sums) {
-  const int64_t panel = blocks * kBlockBytes;
-  const __m512i mask = _mm512_set1_epi8(3);
-  __m512i total[Rows][Panels];
-  for (int m = 0; m < Rows; ++m) {
-    for (int p = 0; p < Panels; ++p) total[m][p] = _mm512_setzero_si512();
-  }
-  for (int64_t k = 0; k < blocks; ++k, x += kDepth) {
-    for (int r = 0; r < 16; ++r, codes += 64) {
-      __m512i bytes[Panels];
-      for (int p = 0; p < Panels; ++p) bytes[p] = _mm512_loadu_si512(codes + p * panel);
-      for (int j = 0; j < 4; ++j) {
-        __m512i field[Panels];
-        for (int p = 0; p < Panels; ++p) {
-          field[p] = _mm512_and_si512(_mm512_srli_epi16(bytes[p], 2 * j), mask);
-        }
-        for (int m = 0; m < Rows; ++m) {
-          const __m512i four = _mm512_set1_epi32(Four(x + m * stride + 64 * j + 4 * r));
-          for (int p = 0; p < Panels; ++p) {
-            total[m][p] = _mm512_dpbusd_epi32(total[m][p], field[p], four);
-          }
-        }
+  struct Piece {
+    int64_t batch, row, rows, output, outputs;
+  };
+
+  // Adjacent pieces share their rows of x, and go on in memory through the panels.
+  template <class Work>
+  void Each(Pool& pool, const Work& work) const {
+    const int64_t pieces = product_.batch * slabs_ * quads_;
+    const int64_t bytes = product_.batch * product_.groups * panels_ * byte_rows_ * kRowBytes;
+    const int64_t units = bytes / kBytesPerUnit + bytes * RowDepth(product_.kind) / 16 / 4 *
+                                                      product_.rows / kMultiplicationsPerUnit;
+    const auto run = [&](int64_t first, int64_t last) {
+      for (int64_t piece = first; piece < last; ++piece) {
+        const int64_t quad = piece % quads_, slab = piece / quads_ % slabs_;
+        const int64_t row = slab * slab_, output = quad * kWidth;
+        work(Piece{piece / quads_ / slabs_, row, std::min(slab_, product_.rows - row), output,
+                   std::min(kWidth, product_.outputs - output)});
       }
-    }
+    };
+    ParallelFor(pool, pieces, RunOf(pool, pieces, units), run);
   }
-  for (int m = 0; m < Rows; ++m) {
-    for (int p = 0; p < Panels; ++p) {
-      _mm512_storeu_si512(sums + (m * kPanels + p) * kOutputs, total[m][p]);
-    }
+
+  // Sums of one group of a piece: (rows, kWidth).
+  void Sum(const Piece& piece, int64_t group, int32_t* sums) const {
+    const int64_t slice = piece.batch * product_.groups + group;
+    const int64_t panel = slice * panels_ + piece.output / kOutputs;  // the first of four
+    const Rows rows{Codes(piece.batch, group, piece.row), product_.stride, piece.rows,
+                    totals_.data() + slice * product_.rows + piece.row};
+    const Sums multiply = product_.kind == Kind::kTernary ? path_.ternary : path_.int8;
+    multiply(rows, product_.panels + panel * byte_rows_ * kRowBytes, byte_rows_,
+             Panels(piece.outputs), sums);
   }
+
+  int64_t slab() const { return slab_; }
+
+ private:
+  const int8_t* Codes(int64_t batch, int64_t group, int64_t row) const {
+    return product_.x + (batch * product_.rows + row) * product_.stride + group * product_.depth;
+  }
+
+  const Product& product_;
+  const Path& path_;
+  int64_t panels_, byte_rows_, quads_, slabs_, slab_;
+  std::vector<int32_t> totals_;
+};
+
+template <class T>
+T* Scratch(int64_t size) {
+  // Kept by the thread: an allocation of this size would be mapped and zeroed each time.
+  thread_local std::vector<T> scratch;
+  if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
+  return scratch.data();
 }
 
-template <int Panels>
-BITNET_VNNI void VnniAllRows(const int8_t* x, int64_t stride, int64_t rows, const uint8_t* codes,
-                             int64_t blocks, int32_t* sums) {
-  constexpr int64_t kRow = kPanels * kOutputs;
-  int64_t m = 0;
-  for (; m + 8 <= rows; m += 8) {
-    VnniRows<8, Panels>(x + m * stride, stride, codes, blocks, sums + m * kRow);
-  }
-  for (; m + 4 <= rows; m += 4) {
-    VnniRows<4, Panels>(x + m * stride, stride, codes, blocks, sums + m * kRow);
-  }
-  for (; m + 2 <= rows; m += 2) {
-    VnniRows<2, Panels>(x + m * stride, stride, codes, blocks, sums + m * kRow);
-  }
-  for (; m < rows; ++m) VnniRow<Panels>(x + m * stride, codes, blocks, sums + m * kRow);
+bool Empty(const Product& product) {
+  return product.batch == 0 || product.rows == 0 || product.outputs == 0;
 }
 
-BITNET_VNNI void Vnni(const int8_t* x, int64_t stride, int64_t rows, const uint8_t* codes,
-                      int64_t blocks, int64_t panels, int32_t* sums) {
-  if (rows == 1 && panels == 4) return VnniRow<4>(x, codes, blocks, sums);
-  while (panels > 0) {
-    const int64_t taken = panels >= 2 ? 2 : 1;
-    if (taken == 2) {
-      VnniAllRows<2>(x, stride, rows, codes, blocks, sums);
-    } else {
-      VnniAllRows<1>(x, stride, rows, codes, blocks, sums);
-    }
-    codes += taken * blocks * kBlockBytes;
-    sums += taken * kOutputs;
-    panels -= taken;
-  }
+// The pages of an array that is about to be written for the first time. Codes are read
+// end to end, and the walk through small pages is a good part of that.
+void WantLargePages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLarge = uintptr_t{1} << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kLarge * kLarge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
 }
-
-#endif  // BITNET_X86
 
 }  // namespace
 
-const Path kPaths[] = {
-#ifdef BITNET_X86
-    {"avx512_vnni", HasVnni, Vnni},
-    {"avx2", HasAvx2, Avx2},
-#endif
-    {"portable", Always, Portable},
-};
-const int kPathCount = sizeof(kPaths) / sizeof(kPaths[0]);
+const Path& Chosen() {
+  const Path* path = chosen.load(std::memory_order_acquire);
+  if (path == nullptr) {
+    path = *std::find_if(kPaths, kPaths + kPathCount - 1, [](const Path* p) {
+      return p->supported();
+    });
+    chosen.store(path, std::memory_order_release);
+  }
+  return *path;
+}
+
+void Choose(const Path& path) { chosen.store(&path, std::memory_order_release); }
+
+namespace {
+
+float QuantizeBy(const Path& path, const float* x, int64_t length, float qmax, float eps,
+                 int8_t* codes) {
+  return path.quantize(x, length, qmax, eps, codes);
+}
+
+float QuantizeBy(const Path& path, const BFloat16* x, int64_t length, float qmax, float eps,
+                 int8_t* codes) {
+  return path.quantize_bfloat16(x, length, qmax, eps, codes);
+}
+
+}  // namespace
+
+template <class Float>
+void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, int64_t stride,
+                  float qmax, float eps, int8_t* codes, float* gamma) {
+  const Path& path = Chosen();
+  const int64_t run = RunOf(pool, rows, rows * length / kFloatsPerUnit);
+  ParallelFor(pool, rows, run, [&](int64_t first, int64_t last) {
+    for (int64_t m = first; m < last; ++m) {
+      int8_t* row = codes + m * stride;
+      gamma[m] = QuantizeBy(path, x + m * length, length, qmax, eps, row);
+      std::memset(row + length, 0, stride - length);
+    }
+  });
+}
+
+void MultiplyToSums(Pool& pool, const Product& product, int32_t* sums) {
+  if (Empty(product)) return;
+  const Pieces pieces(product, Chosen());
+  pieces.Each(pool, [&](const Pieces::Piece& piece) {
+    int32_t* some = Scratch<int32_t>(pieces.slab() * kWidth);
+    for (int64_t g = 0; g < product.groups; ++g) {
+      pieces.Sum(piece, g, some);
+      const int64_t first = (piece.batch * product.groups + g) * product.rows + piece.row;
+      for (int64_t m = 0; m < piece.rows; ++m) {
+        std::memcpy(sums + (first + m) * product.outputs + piece.output, some + m * kWidth,
+                    piece.outputs * sizeof(int32_t));
+      }
+    }
+  });
+}
+
+template <class Float>
+void Multiply(Pool& pool, const Product& product, const float* gamma, const float* scale,
+              int64_t scales, float qmax, Float* y) {
+  if (Empty(product)) return;
+  const Path& path = Chosen();
+  const Pieces pieces(product, path);
+  constexpr bool kFloat32 = sizeof(Float) == sizeof(float);
+  const bool in_place = kFloat32 && product.groups == 1;
+  const float reciprocal = static_cast<float>(1.0 / qmax);
+  pieces.Each(pool, [&](const Pieces::Piece& piece) {
+    const int64_t size = pieces.slab() * kWidth;
+    int32_t* sums = Scratch<int32_t>(size);
+    Float* to = y + (piece.batch * product.rows + piece.row) * product.outputs + piece.output;
+    float* wide = in_place ? reinterpret_cast<float*>(to) : Scratch<float>(size);
+    const int64_t wide_stride = in_place ? product.outputs : kWidth;
+    // Several groups start from +0, as a sum does: -0 of the first would not survive it.
+    if (product.groups > 1) std::fill_n(wide, piece.rows * kWidth, 0.0f);
+    for (int64_t g = 0; g < product.groups; ++g) {
+      pieces.Sum(piece, g, sums);
+      const float* scale_of = scale + (piece.batch * product.groups + g) * scales;
+      path.finish({sums, piece.rows, piece.outputs, gamma + piece.batch * product.rows + piece.row,
+                   scales == 1 ? scale_of : scale_of + piece.output, scales == 1 ? 0 : 1,
+                   reciprocal, product.groups > 1, wide, wide_stride});
+    }
+    if (in_place) return;
+    for (int64_t m = 0; m < piece.rows; ++m) {
+      Narrow(wide + m * kWidth, piece.outputs, to + m * product.outputs);
+    }
+  });
+}
+
+void LayOut(Pool& pool, Kind kind, const uint8_t* stored, int64_t batch, int64_t stored_rows,
+            int64_t outputs, int64_t last, int64_t groups, int64_t depth, uint8_t* panels) {
+  const int64_t count = Panels(outputs), bytes = ByteRows(kind, depth) * kRowBytes;
+  const int64_t pieces = batch * groups * count;
+  WantLargePages(panels, pieces * bytes);
+  ParallelFor(pool, pieces, RunOf(pool, pieces, pieces * bytes), [&](int64_t from, int64_t to) {
+    for (int64_t piece = from; piece < to; ++piece) {
+      const int64_t panel = piece % count, g = piece / count % groups, b = piece / count / groups;
+      const uint8_t* kernel = stored + b * stored_rows * outputs;
+      const PanelAt at = FindPanel(panel, count, ByteRows(kind, depth));
+      uint8_t* target = panels + (piece - panel) * bytes + at.start;
+      if (kind == Kind::kTernary) {
+        LayOutTernary(kernel, outputs, last, depth, g, panel, target, at.row);
+      } else {
+        LayOutInt8(reinterpret_cast<const int8_t*>(kernel), outputs, depth, panel, target,
+                   at.row);
+      }
+    }
+  });
+}
+
+template void QuantizeRows(Pool&, const float*, int64_t, int64_t, int64_t, float, float, int8_t*,
+                           float*);
+template void QuantizeRows(Pool&, const BFloat16*, int64_t, int64_t, int64_t, float, float,
+                           int8_t*, float*);
+template void Multiply(Pool&, const Product&, const float*, const float*, int64_t, float, float*);
+template void Multiply(Pool&, const Product&, const float*, const float*, int64_t, float,
+                       BFloat16*);
 
 }  // namespace bitnet

@@ -1,43 +1,50 @@
-// The product of int8 activations with two-bit codes, summed in int32.
-//
-// Codes of a kernel (K, N), each stored as code + 1, lie in panels of 16 outputs and
-// blocks of 256 weights along the contraction, 1024 bytes a block:
-//
-//   u8[ceil(N / 16)][ceil(K / 256)][16][64]
-//   byte (n, k, r, 4 l + i), bits 2j and 2j + 1:
-//     code + 1 of weight 256 k + 64 j + 4 r + i of output 16 n + l
-//
-// So a row of 64 bytes, masked for one j, is the operand of a dot product of fours of
-// bytes: 16 outputs, four weights of each, against four adjacent activations.
+// The operations on whole arrays: they cut the work into pieces, threads take them, and a
+// path does each. No XLA here: ffi.cc opens these to it, tests/native drives them alone.
 
 #pragma once
 
-#include <cstdint>
+#include "path.h"
+#include "threads.h"
 
 namespace bitnet {
 
-constexpr int64_t kOutputs = 16;
-constexpr int64_t kDepth = 256;
-constexpr int64_t kBlockBytes = kOutputs * kDepth / 4;
-// Panels that one call may take: streams that are read side by side.
-constexpr int64_t kPanels = 4;
-// Above it a sum of 64 * 2 * 128 a block, shifted left by six, might leave int32.
-constexpr int64_t kMostDepth = int64_t{1} << 18;
+// The path that all threads take: the fastest that this processor runs, or the one chosen.
+const Path& Chosen();
+void Choose(const Path& path);
 
-// Sums of activations times (code + 1) for `rows` rows and `panels` <= kPanels panels.
-// x: rows of `stride` bytes, at least 256 * blocks of them readable.
-// sums: rows of 16 * kPanels int32, of which 16 * panels are written.
-using Product = void (*)(const int8_t* x, int64_t stride, int64_t rows, const uint8_t* codes,
-                         int64_t blocks, int64_t panels, int32_t* sums);
+// Activations (rows, length) to codes (rows, stride) with zeros behind them, and gamma (rows).
+template <class Float>
+void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, int64_t stride,
+                  float qmax, float eps, int8_t* codes, float* gamma);
 
-struct Path {
-  const char* name;
-  bool (*supported)();
-  Product product;
+// A batch of products.
+//   x       (batch, rows, stride) codes, `groups` times `depth` of each row
+//   panels  (batch, groups, Panels(outputs), ByteRows(kind, depth), 64), layout.h
+struct Product {
+  Kind kind;
+  int64_t batch, rows, outputs, groups, depth;
+  const int8_t* x;
+  int64_t stride;
+  const uint8_t* panels;
 };
 
-// Fastest first; the last one runs everywhere.
-extern const Path kPaths[];
-extern const int kPathCount;
+// sums (batch, groups, rows, outputs) int32.
+void MultiplyToSums(Pool& pool, const Product& product, int32_t* sums);
+
+// y (batch, rows, outputs): the epilogue of each group, in ascending order, float32 or
+// bfloat16. gamma (batch, rows), scale (batch, groups, scales), scales 1 or `outputs`.
+template <class Float>
+void Multiply(Pool& pool, const Product& product, const float* gamma, const float* scale,
+              int64_t scales, float qmax, Float* y);
+
+// A stored kernel (batch, rows, outputs) to panels; as LayOutTernary and LayOutInt8.
+void LayOut(Pool& pool, Kind kind, const uint8_t* stored, int64_t batch, int64_t stored_rows,
+            int64_t outputs, int64_t last, int64_t groups, int64_t depth, uint8_t* panels);
+
+// Reads `bytes` bytes in `streams` (1 or kPanels) streams a thread; returns their sum.
+uint64_t Read(Pool& pool, const uint8_t* from, int64_t bytes, int64_t streams);
+
+// All threads multiply in registers alone; returns the operations they did together.
+int64_t Busy(Pool& pool, int64_t turns);
 
 }  // namespace bitnet

@@ -1,0 +1,357 @@
+// The products, written once over an instruction set `I`:
+//
+//   I::Row, Load, Write, Field(row, j)   a byte row, and its fields j as bytes
+//   I::Activations, Every(x)             four activations, in all lanes
+//   I::Total<kind>                       sums of the 16 outputs of a row, in registers:
+//     Add(codes, x)                      adds 4 products to each, codes unsigned bytes
+//     AddTo(to)                          adds them to what is there
+//   I::kMostRows                         ternary byte rows that a Total can take
+//   I::kBias[kind]                       what Add takes a code to be too large by
+//   I::kTileRows, kTilePanels            the block of sums that stays in registers
+//   I::kDirectRows                       up to so many rows, fields unpack in registers
+//   I::OneRow                            kPanels ternary panels for a single row
+//
+// One row: every stream of codes is read once, from memory. A few rows: the same, each
+// byte unpacked once for all of them. Many rows: panels are unpacked a block of the
+// contraction at a time into the int8 layout, which stays in cache, and multiplied from
+// there, as int8 kernels are at any number of rows.
+
+#pragma once
+
+#include "plain.h"
+
+#define BITNET_INLINE inline __attribute__((always_inline))
+
+namespace bitnet {
+namespace {
+
+constexpr int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Four adjacent activations.
+inline int32_t Four(const int8_t* x) {
+  int32_t value;
+  std::memcpy(&value, x, sizeof(value));
+  return value;
+}
+
+// Panels side by side in memory, and the way from one byte row of them to the next.
+struct Panel {
+  const uint8_t* bytes;
+  int64_t row;
+
+  Panel Next(int64_t panels) const { return {bytes + panels * kRowBytes, row}; }
+  Panel Down(int64_t rows) const { return {bytes + rows * row, row}; }
+};
+
+// The same row of P panels, and sums of R rows of x and P panels. Members with names, and
+// no arrays: compilers leave an array in memory where they unroll its loops too late,
+// which takes half of the speed.
+template <class I, int P>
+struct Codes {
+  typename I::Row a, b, c, d;
+
+  template <bool Ahead>
+  BITNET_INLINE void Load(const uint8_t* row) {
+    One<Ahead>(a, row);
+    if constexpr (P > 1) One<Ahead>(b, row + kRowBytes);
+    if constexpr (P > 2) One<Ahead>(c, row + 2 * kRowBytes);
+    if constexpr (P > 3) One<Ahead>(d, row + 3 * kRowBytes);
+  }
+
+  template <int j>
+  BITNET_INLINE Codes Field() const {
+    Codes fields;
+    fields.a = I::template Field<j>(a);
+    if constexpr (P > 1) fields.b = I::template Field<j>(b);
+    if constexpr (P > 2) fields.c = I::template Field<j>(c);
+    if constexpr (P > 3) fields.d = I::template Field<j>(d);
+    return fields;
+  }
+
+ private:
+  template <bool Ahead>
+  static BITNET_INLINE void One(typename I::Row& to, const uint8_t* row) {
+    if (Ahead) I::Prefetch(row);
+    to = I::Load(row);
+  }
+};
+
+template <class I, Kind kind, int P>
+struct RowSums {
+  typename I::template Total<kind> a, b, c, d;
+
+  BITNET_INLINE void Add(const Codes<I, P>& codes, const int8_t* x) {
+    const typename I::Activations four = I::Every(x);
+    a.Add(codes.a, four);
+    if constexpr (P > 1) b.Add(codes.b, four);
+    if constexpr (P > 2) c.Add(codes.c, four);
+    if constexpr (P > 3) d.Add(codes.d, four);
+  }
+
+  BITNET_INLINE void AddTo(int32_t* sums) const {
+    a.AddTo(sums);
+    if constexpr (P > 1) b.AddTo(sums + kOutputs);
+    if constexpr (P > 2) c.AddTo(sums + 2 * kOutputs);
+    if constexpr (P > 3) d.AddTo(sums + 3 * kOutputs);
+  }
+};
+
+template <class I, Kind kind, int R, int P>
+struct Tile {
+  RowSums<I, kind, P> r0{}, r1{}, r2{}, r3{}, r4{}, r5{};
+
+  BITNET_INLINE void Add(const Codes<I, P>& codes, const int8_t* x, int64_t stride) {
+    r0.Add(codes, x);
+    if constexpr (R > 1) r1.Add(codes, x + stride);
+    if constexpr (R > 2) r2.Add(codes, x + 2 * stride);
+    if constexpr (R > 3) r3.Add(codes, x + 3 * stride);
+    if constexpr (R > 4) r4.Add(codes, x + 4 * stride);
+    if constexpr (R > 5) r5.Add(codes, x + 5 * stride);
+  }
+
+  BITNET_INLINE void AddTo(int32_t* sums) const {
+    r0.AddTo(sums);
+    if constexpr (R > 1) r1.AddTo(sums + kWidth);
+    if constexpr (R > 2) r2.AddTo(sums + 2 * kWidth);
+    if constexpr (R > 3) r3.AddTo(sums + 3 * kWidth);
+    if constexpr (R > 4) r4.AddTo(sums + 4 * kWidth);
+    if constexpr (R > 5) r5.AddTo(sums + 5 * kWidth);
+  }
+};
+
+// Where sums begin: at what takes the bias of their codes back. All else adds to them.
+template <class I, Kind kind>
+void Begin(const Rows& x, int32_t* sums) {
+  // Unsigned: the sums of biased codes may leave int32 and come back.
+  constexpr uint32_t kBias = I::kBias[static_cast<int>(kind)];
+  for (int64_t m = 0; m < x.count; ++m) {
+    const int32_t start = static_cast<int32_t>(0 - kBias * x.totals[m]);
+    for (int64_t n = 0; n < kWidth; ++n) sums[m * kWidth + n] = start;
+  }
+}
+
+// R rows times P ternary panels, `byte_rows` of them, fields unpacked in registers.
+template <class I, int R, int P>
+void Direct(const int8_t* x, int64_t stride, Panel codes, int64_t byte_rows, int32_t* sums) {
+  Tile<I, Kind::kTernary, R, P> tile;
+  Codes<I, P> bytes;
+  for (int64_t start = 0; start < byte_rows; start += kBlockRows) {
+    const int64_t rows = Least(byte_rows - start, kBlockRows), field_depth = 4 * rows;
+    for (int64_t r = 0; r < rows; ++r, codes.bytes += codes.row) {
+      const int8_t* at = x + 4 * r;
+      bytes.template Load<true>(codes.bytes);
+      tile.Add(bytes.template Field<0>(), at, stride);
+      tile.Add(bytes.template Field<1>(), at + field_depth, stride);
+      tile.Add(bytes.template Field<2>(), at + 2 * field_depth, stride);
+      tile.Add(bytes.template Field<3>(), at + 3 * field_depth, stride);
+    }
+    x += 4 * field_depth;
+  }
+  tile.AddTo(sums);
+}
+
+// The same in as many steps as the sums of `I` need.
+template <class I, int R, int P>
+inline void DirectAll(const int8_t* x, int64_t stride, Panel codes, int64_t byte_rows,
+                      int32_t* sums) {
+  constexpr int64_t kStep = I::kMostRows;
+  for (int64_t start = 0; start < byte_rows; start += kStep) {
+    Direct<I, R, P>(x + start * RowDepth(Kind::kTernary), stride, codes.Down(start),
+                    Least(byte_rows - start, kStep), sums);
+  }
+}
+
+// R rows times P panels of the int8 layout, `rows` byte rows deep.
+template <class I, Kind kind, int R, int P>
+void Bytes(const int8_t* x, int64_t stride, Panel codes, int64_t rows, int32_t* sums) {
+  Tile<I, kind, R, P> tile;
+  Codes<I, P> bytes;
+  do {
+    bytes.template Load<kind == Kind::kInt8>(codes.bytes);
+    tile.Add(bytes, x, stride);
+    codes.bytes += codes.row;
+    x += 4;
+  } while (--rows > 0);
+  tile.AddTo(sums);
+}
+
+// Calls Run::Go<R>(row) with R rows from `row` on, R at most Most, until all are done.
+template <int Most, class Run>
+inline void InTiles(int64_t count, const Run& run) {
+  int64_t m = 0;
+  for (; m + Most <= count; m += Most) run.template Go<Most>(m);
+  if constexpr (Most > 1) {
+    if (m < count) {
+      switch (count - m) {
+        case 5:
+          if constexpr (Most > 5) return run.template Go<5>(m);
+          break;
+        case 4:
+          if constexpr (Most > 4) return run.template Go<4>(m);
+          break;
+        case 3:
+          if constexpr (Most > 3) return run.template Go<3>(m);
+          break;
+        case 2:
+          if constexpr (Most > 2) return run.template Go<2>(m);
+          break;
+        default:
+          return run.template Go<1>(m);
+      }
+    }
+  }
+}
+
+template <class I, int P>
+struct DirectRun {
+  const Rows& x;
+  Panel codes;
+  int64_t byte_rows;
+  int32_t* sums;
+  template <int R>
+  void Go(int64_t m) const {
+    DirectAll<I, R, P>(x.codes + m * x.stride, x.stride, codes, byte_rows, sums + m * kWidth);
+  }
+};
+
+template <class I, Kind kind, int P>
+struct BytesRun {
+  const Rows& x;
+  int64_t k;
+  Panel codes;
+  int64_t rows;
+  int32_t* sums;
+  template <int R>
+  void Go(int64_t m) const {
+    Bytes<I, kind, R, P>(x.codes + m * x.stride + k, x.stride, codes, rows, sums + m * kWidth);
+  }
+};
+
+// All rows, from weight k on, against `panels` panels.
+template <class I, Kind kind>
+void BytesOf(const Rows& x, int64_t k, Panel codes, int64_t rows, int64_t panels, int32_t* sums) {
+  constexpr int kWide = I::kTilePanels;
+  if (x.count == 1 && panels == kPanels) {  // four streams, whatever the tile
+    return BytesRun<I, kind, kPanels>{x, k, codes, rows, sums}.template Go<1>(0);
+  }
+  int64_t p = 0;
+  for (; p + kWide <= panels; p += kWide) {
+    InTiles<I::kTileRows>(
+        x.count, BytesRun<I, kind, kWide>{x, k, codes.Next(p), rows, sums + p * kOutputs});
+  }
+  if constexpr (kWide > 1) {
+    for (; p < panels; ++p) {
+      InTiles<I::kTileRows>(x.count,
+                            BytesRun<I, kind, 1>{x, k, codes.Next(p), rows, sums + p * kOutputs});
+    }
+  }
+}
+
+template <class I>
+void Int8Sums(const Rows& x, const uint8_t* codes, int64_t byte_rows, int64_t panels,
+              int32_t* sums) {
+  Begin<I, Kind::kInt8>(x, sums);
+  BytesOf<I, Kind::kInt8>(x, 0, {codes, panels * kRowBytes}, byte_rows, panels, sums);
+}
+
+// Byte rows of a ternary panel, a multiple of a block, that are unpacked at a time.
+constexpr int64_t kUnpackedRows = 64;
+
+// Unpacked panels side by side, so that a tile reads on through memory.
+struct alignas(64) Unpacked {
+  static constexpr int64_t kRow = kPanels * kRowBytes;
+  uint8_t bytes[kUnpackedRows * kFields * kRow];
+
+  Panel All() const { return {bytes, kRow}; }
+};
+
+// `rows` <= kUnpackedRows byte rows of one panel, without the bias of int8.
+template <class I>
+void Unpack(Panel codes, int64_t rows, int64_t panel, Unpacked& to) {
+  uint8_t* at = to.bytes + panel * kRowBytes;
+  for (int64_t start = 0; start < rows; start += kBlockRows) {
+    const int64_t taken = Least(rows - start, kBlockRows);
+    const int64_t field = taken * Unpacked::kRow;
+    for (int64_t r = 0; r < taken; ++r, codes.bytes += codes.row) {
+      const typename I::Row bytes = I::Load(codes.bytes);
+      uint8_t* row = at + r * Unpacked::kRow;
+      I::Write(row, I::template Field<0>(bytes));
+      I::Write(row + field, I::template Field<1>(bytes));
+      I::Write(row + 2 * field, I::template Field<2>(bytes));
+      I::Write(row + 3 * field, I::template Field<3>(bytes));
+    }
+    at += kFields * field;
+  }
+}
+
+template <class I>
+void TernarySums(const Rows& x, const uint8_t* bytes, int64_t byte_rows, int64_t panels,
+                 int32_t* sums) {
+  const Panel codes{bytes, panels * kRowBytes};
+  Begin<I, Kind::kTernary>(x, sums);
+  if (x.count == 1 && panels == kPanels) return I::OneRow(x.codes, bytes, byte_rows, sums);
+  if (x.count <= I::kDirectRows) {
+    constexpr int kWide = I::kTilePanels;
+    int64_t p = 0;
+    for (; p + kWide <= panels; p += kWide) {
+      InTiles<I::kTileRows>(
+          x.count, DirectRun<I, kWide>{x, codes.Next(p), byte_rows, sums + p * kOutputs});
+    }
+    if constexpr (kWide > 1) {
+      for (; p < panels; ++p) {
+        InTiles<I::kTileRows>(
+            x.count, DirectRun<I, 1>{x, codes.Next(p), byte_rows, sums + p * kOutputs});
+      }
+    }
+    return;
+  }
+  Unpacked unpacked;
+  constexpr int64_t kStep = Least(kUnpackedRows, I::kMostRows);
+  for (int64_t start = 0; start < byte_rows; start += kStep) {
+    const int64_t rows = Least(byte_rows - start, kStep);
+    for (int64_t p = 0; p < panels; ++p) {
+      Unpack<I>(codes.Next(p).Down(start), rows, p, unpacked);
+    }
+    BytesOf<I, Kind::kTernary>(x, start * RowDepth(Kind::kTernary), unpacked.All(),
+                               kFields * rows, panels, sums);
+  }
+}
+
+// Independent sums from registers, enough to hide the latency of each.
+template <class I>
+int64_t Busy(int64_t turns, int32_t* sink) {
+  using Total = typename I::template Total<Kind::kTernary>;
+  constexpr int kTotals = 6;
+  uint8_t zeros[kRowBytes] = {};
+  asm volatile("" : : "r"(zeros) : "memory");  // no compiler knows what they are
+  const typename I::Row codes = I::Load(zeros);
+  typename I::Activations four = I::Every(reinterpret_cast<const int8_t*>(zeros));
+  Total a{}, b{}, c{}, d{}, e{}, f{};
+  const auto add = [&](Total& total) {
+    I::Opaque(four);  // so that no product is worked out once for all
+    total.Add(codes, four);
+  };
+  for (int64_t t = 0; t < turns; ++t) add(a), add(b), add(c), add(d), add(e), add(f);
+  int32_t sums[kTotals * kOutputs] = {};
+  const Total* const totals[kTotals] = {&a, &b, &c, &d, &e, &f};
+  for (int i = 0; i < kTotals; ++i) totals[i]->AddTo(sums + i * kOutputs);
+  for (const int32_t sum : sums) *sink += sum;
+  return turns * kTotals * kRowBytes * 2;
+}
+
+template <class I>
+constexpr Path PathOf(const char* name, bool (*supported)()) {
+  return {name,
+          supported,
+          I::kSlab,
+          TernarySums<I>,
+          Int8Sums<I>,
+          QuantizeRow<float>,
+          QuantizeRow<BFloat16>,
+          TotalOf,
+          Finish,
+          Busy<I>};
+}
+
+}  // namespace
+}  // namespace bitnet

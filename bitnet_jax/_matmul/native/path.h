@@ -1,0 +1,69 @@
+// What an instruction set has to offer: one `Path` each, compiled from the same
+// templates (kernels.h) or by hand (portable.cc, amx.cc).
+
+#pragma once
+
+#include "layout.h"
+
+namespace bitnet {
+
+// Outputs of a call, and so the row stride of its sums.
+constexpr int64_t kWidth = kPanels * kOutputs;
+
+// Int8 codes of activations. Each row is readable up to a multiple of kPadding, and zero
+// beyond the contraction of an int8 kernel. -128 is no code.
+struct Rows {
+  const int8_t* codes;
+  int64_t stride;
+  int64_t count;
+  const int32_t* totals;  // the sum of each row over the contraction
+};
+
+// Exact sums of activations times codes, for up to kPanels panels that lie side by side:
+// (x.count, kWidth) int32, of which 16 outputs a panel are written.
+using Sums = void (*)(const Rows& x, const uint8_t* panels, int64_t byte_rows,
+                      int64_t panel_count, int32_t* sums);
+
+// One token: codes, and its gamma, or not a finite number.
+template <class Float>
+using Quantize = float (*)(const Float* x, int64_t length, float qmax, float eps, int8_t* codes);
+
+// The epilogue of (rows, columns) of `sums`: it sets y, or adds to it where `add`.
+// `scale_step` is 0 where all outputs share a scale.
+struct Epilogue {
+  const int32_t* sums;
+  int64_t rows, columns;
+  const float* gamma;
+  const float* scale;
+  int64_t scale_step;
+  float reciprocal;  // float32(1 / qmax)
+  bool add;
+  float* y;
+  int64_t y_stride;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Path {
+  const char* name;
+  bool (*supported)();
+  int64_t slab;  // rows that share one unpacking of a panel
+  Sums ternary;
+  Sums int8;
+  Quantize<float> quantize;
+  Quantize<BFloat16> quantize_bfloat16;
+  int32_t (*total)(const int8_t* codes, int64_t length);
+  void (*finish)(const Epilogue& epilogue);
+  // Multiplies in registers alone; returns how many multiplications and additions it did.
+  int64_t (*busy)(int64_t turns, int32_t* sink);
+};
+
+extern const Path kAmxPath, kAvx512Path, kAvxVnniPath, kAvx2Path, kPortablePath;
+
+// Fastest first; the last one runs everywhere.
+extern const Path* const kPaths[];
+extern const int kPathCount;
+
+}  // namespace bitnet

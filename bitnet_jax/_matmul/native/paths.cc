@@ -1,0 +1,24 @@
+#include "path.h"
+#include "target.h"
+
+namespace bitnet {
+
+const Path* const kPaths[] = {
+#ifdef BITNET_AMX
+    &kAmxPath,
+#endif
+#ifdef BITNET_X86
+    &kAvx512Path,
+#endif
+#ifdef BITNET_AVX_VNNI
+    &kAvxVnniPath,
+#endif
+#ifdef BITNET_X86
+    &kAvx2Path,
+#endif
+    // NEON with dot product has its place here.
+    &kPortablePath,
+};
+const int kPathCount = sizeof(kPaths) / sizeof(kPaths[0]);
+
+}  // namespace bitnet

@@ -1,0 +1,70 @@
+#include "threads.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+
+namespace bitnet {
+namespace {
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// What the threads share. A task that starts late finds no piece left and does not touch
+// `work`, which is gone by then; whoever takes the last reference frees the rest.
+struct Shared {
+  const std::function<void(int64_t, int64_t)>* work;
+  int64_t pieces, run;
+  std::atomic<int64_t> next{0}, done{0};
+  std::mutex mutex;
+  std::condition_variable all_done;
+
+  void Run() {
+    int64_t mine = 0;
+    for (int64_t first; (first = next.fetch_add(run)) < pieces;) {
+      const int64_t last = std::min(pieces, first + run);
+      (*work)(first, last);
+      mine += last - first;
+    }
+    if (mine > 0 && done.fetch_add(mine) + mine == pieces) {
+      std::lock_guard<std::mutex> lock(mutex);
+      all_done.notify_all();
+    }
+  }
+
+  bool Done() const { return done.load() == pieces; }
+
+  void Wait() {
+    // The others are in their last run: sleeping would cost more than most of them take.
+    for (int spin = 0; spin < 4096; ++spin) {
+      if (Done()) return;
+      Pause();
+    }
+    std::unique_lock<std::mutex> lock(mutex);
+    all_done.wait(lock, [this] { return Done(); });
+  }
+};
+
+}  // namespace
+
+void ParallelFor(Pool& pool, int64_t pieces, int64_t run,
+                 const std::function<void(int64_t, int64_t)>& work) {
+  if (pieces <= 0) return;
+  run = std::max<int64_t>(run, 1);
+  const int64_t threads = std::min(pool.Threads(), (pieces + run - 1) / run);
+  if (threads <= 1) return work(0, pieces);
+  auto shared = std::make_shared<Shared>();
+  shared->work = &work;
+  shared->pieces = pieces;
+  shared->run = run;
+  for (int64_t t = 1; t < threads; ++t) pool.Schedule([shared] { shared->Run(); });
+  shared->Run();
+  shared->Wait();
+}
+
+}  // namespace bitnet
