@@ -17,21 +17,23 @@ from typing import Any
 from bitnet_jax import _checks
 
 _TREE_MODULES = ("jax._src.tree", "jax._src.tree_util")
+_TRAINERS = ("value_and_grad_f", "tree_zeros_like")
 
 
 def refuse_training(codes: Any) -> None:
     """Raises where ``jax.grad`` or an optax ``init`` flattens a packed leaf.
 
+    Every call of a jitted function flattens its arguments: this comes first in all
+    of them, and looks at one name.
+
     Args:
       codes: the leaf's codes; a placeholder (``optax.MaskedNode``) passes, and so
         does ``jax.grad(..., allow_int=True)``.
     """
-    if not hasattr(codes, "dtype"):
-        return
     asker: FrameType | None = sys._getframe(2)
-    while asker is not None and _module(asker) in _TREE_MODULES:
+    while asker is not None and asker.f_globals.get("__name__") in _TREE_MODULES:
         asker = asker.f_back
-    if asker is None:
+    if asker is None or asker.f_code.co_name not in _TRAINERS or not hasattr(codes, "dtype"):
         return
     name = asker.f_code.co_name
     if name == "value_and_grad_f" and not asker.f_locals.get("allow_int"):
@@ -40,9 +42,5 @@ def refuse_training(codes: Any) -> None:
         _checks.not_trainable("optax init")
 
 
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__"))
-
-
 def _is_optax(frame: FrameType | None) -> bool:
-    return frame is not None and _module(frame).startswith("optax.")
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith("optax.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
@@ -326,6 +327,7 @@ def is_stored(leaf: Any) -> TypeGuard[Stored]:
 
 def _register(cls: type, static: tuple[str, ...]) -> None:
     """Registers a node with children codes and scale, and the rest static."""
+    static_of = operator.attrgetter(*static)
 
     def flatten_with_keys(node):
         keys = jax.tree_util.GetAttrKey("codes"), jax.tree_util.GetAttrKey("scale")
@@ -334,7 +336,7 @@ def _register(cls: type, static: tuple[str, ...]) -> None:
 
     def flatten(node):
         _guard.refuse_training(node.codes)
-        return (node.codes, node.scale), tuple(getattr(node, name) for name in static)
+        return (node.codes, node.scale), static_of(node)
 
     def unflatten(aux, children):
         return cls(*children, **dict(zip(static, aux, strict=True)))

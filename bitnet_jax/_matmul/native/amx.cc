@@ -131,7 +131,7 @@ void AmxTernary(const Rows& x, const uint8_t* codes, int64_t byte_rows, int64_t 
     std::memset(unpacked.bytes + deep * Unpacked::kRow, 0, (padded - deep) * Unpacked::kRow);
     const int64_t k = start * RowDepth(Kind::kTernary);
     AllTiles(x, k, unpacked.All(), padded, panels, sums);
-    BytesOf<Avx512, Kind::kTernary>(tail, k, unpacked.All(), deep, panels, sums + whole * kWidth);
+    Add<Avx512, From::kFields>(tail, k, unpacked.All(), deep, panels, sums + whole * kWidth);
   }
 }
 

@@ -13,7 +13,7 @@ struct Avx2 : Ymm {
   static constexpr int kTileRows = 4, kTilePanels = 1;
   static constexpr int64_t kDirectRows = 4;
   // Pairs of ternary products are summed in int16, 2 * 2 * 127 each: 64 of them fit.
-  static constexpr int64_t kMostRows = kBlockRows;
+  static constexpr int64_t kStepRows = kBlockRows;
   static constexpr uint32_t kBias[2] = {1, 0};
 
   static __m256i Wide(__m256i pairs) {
@@ -29,8 +29,8 @@ struct Avx2 : Ymm {
     void AddTo(int32_t* to) const { Ymm::AddTo(to, {Wide(Raw(low)), Wide(Raw(high))}); }
   };
 
-  static void OneRow(const int8_t* x, const uint8_t* codes, int64_t byte_rows, int32_t* sums) {
-    DirectAll<Avx2, 1, kPanels>(x, 0, {codes, kPanels * kRowBytes}, byte_rows, sums);
+  static void OneRow(const Rows& x, Panel codes, int64_t byte_rows, int32_t* sums) {
+    OneRowDirect<Avx2>(x, codes, byte_rows, sums);
   }
 };
 

@@ -14,7 +14,7 @@ struct Avx512 {
   static constexpr int kTileRows = 6, kTilePanels = 4;
   static constexpr int64_t kDirectRows = 32;
   static constexpr int64_t kSlab = 128;
-  static constexpr int64_t kMostRows = int64_t{1} << 40;
+  static constexpr int64_t kStepRows = int64_t{1} << 40;
   static constexpr uint32_t kBias[2] = {1, 128};
 
   static Row Load(const uint8_t* row) { return _mm512_loadu_si512(row); }
@@ -48,14 +48,15 @@ struct Avx512 {
 
   // Four streams. The codes are masked where they stand, so field j counts 4^j times, and
   // the sums are shifted back before they could overflow.
-  static void OneRow(const int8_t* x, const uint8_t* codes, int64_t byte_rows,
-                     int32_t* sums);
+  static void OneRow(const Rows& x, Panel codes, int64_t byte_rows, int32_t* sums);
 
  private:
   static constexpr int64_t kAhead = 4096;
 };
 
-void Avx512::OneRow(const int8_t* x, const uint8_t* codes, int64_t byte_rows, int32_t* sums) {
+void Avx512::OneRow(const Rows& rows_of_x, Panel panel, int64_t byte_rows, int32_t* sums) {
+  const int8_t* x = rows_of_x.codes;
+  const uint8_t* codes = panel.bytes;
   // 64 * 2 * 127 * 16 a block and field: far below 2^31 after so many byte rows.
   constexpr int64_t kWidthBytes = kPanels * kRowBytes;
   constexpr int64_t kFold = int64_t{1} << 14;

@@ -22,7 +22,7 @@ namespace {
 struct AvxVnni : Ymm {
   static constexpr int kTileRows = 6, kTilePanels = 1;
   static constexpr int64_t kDirectRows = 6;
-  static constexpr int64_t kMostRows = int64_t{1} << 40;
+  static constexpr int64_t kStepRows = 4 * kBlockRows;
   static constexpr uint32_t kBias[2] = {1, 128};
 
   template <Kind>
@@ -34,8 +34,8 @@ struct AvxVnni : Ymm {
     void AddTo(int32_t* to) const { Ymm::AddTo(to, {Raw(low), Raw(high)}); }
   };
 
-  static void OneRow(const int8_t* x, const uint8_t* codes, int64_t byte_rows, int32_t* sums) {
-    DirectAll<AvxVnni, 1, kPanels>(x, 0, {codes, kPanels * kRowBytes}, byte_rows, sums);
+  static void OneRow(const Rows& x, Panel codes, int64_t byte_rows, int32_t* sums) {
+    OneRowDirect<AvxVnni>(x, codes, byte_rows, sums);
   }
 };
 

@@ -5,7 +5,10 @@
 //   I::Total<kind>                       sums of the 16 outputs of a row, in registers:
 //     Add(codes, x)                      adds 4 products to each, codes unsigned bytes
 //     AddTo(to)                          adds them to what is there
-//   I::kMostRows                         ternary byte rows that a Total can take
+//   I::kStepRows                         ternary byte rows of a step, whole blocks: as
+//                                        many as a Total can take, and as stay in L1
+//                                        where a tile takes fewer panels than lie
+//                                        side by side
 //   I::kBias[kind]                       what Add takes a code to be too large by
 //   I::kTileRows, kTilePanels            the block of sums that stays in registers
 //   I::kDirectRows                       up to so many rows, fields unpack in registers
@@ -150,17 +153,6 @@ void Direct(const int8_t* x, int64_t stride, Panel codes, int64_t byte_rows, int
   tile.AddTo(sums);
 }
 
-// The same in as many steps as the sums of `I` need.
-template <class I, int R, int P>
-inline void DirectAll(const int8_t* x, int64_t stride, Panel codes, int64_t byte_rows,
-                      int32_t* sums) {
-  constexpr int64_t kStep = I::kMostRows;
-  for (int64_t start = 0; start < byte_rows; start += kStep) {
-    Direct<I, R, P>(x + start * RowDepth(Kind::kTernary), stride, codes.Down(start),
-                    Least(byte_rows - start, kStep), sums);
-  }
-}
-
 // R rows times P panels of the int8 layout, `rows` byte rows deep.
 template <class I, Kind kind, int R, int P>
 void Bytes(const int8_t* x, int64_t stride, Panel codes, int64_t rows, int32_t* sums) {
@@ -202,56 +194,58 @@ inline void InTiles(int64_t count, const Run& run) {
   }
 }
 
-template <class I, int P>
-struct DirectRun {
-  const Rows& x;
-  Panel codes;
-  int64_t byte_rows;
-  int32_t* sums;
-  template <int R>
-  void Go(int64_t m) const {
-    DirectAll<I, R, P>(x.codes + m * x.stride, x.stride, codes, byte_rows, sums + m * kWidth);
-  }
-};
+// What codes are multiplied from: packed fields, fields in the int8 layout, int8.
+enum class From { kPacked, kFields, kInt8 };
 
-template <class I, Kind kind, int P>
-struct BytesRun {
+template <class I, From from, int P>
+struct Run {
   const Rows& x;
-  int64_t k;
+  int64_t k;  // the weight to begin at
   Panel codes;
   int64_t rows;
   int32_t* sums;
   template <int R>
   void Go(int64_t m) const {
-    Bytes<I, kind, R, P>(x.codes + m * x.stride + k, x.stride, codes, rows, sums + m * kWidth);
+    const int8_t* at = x.codes + m * x.stride + k;
+    if constexpr (from == From::kPacked) {
+      Direct<I, R, P>(at, x.stride, codes, rows, sums + m * kWidth);
+    } else {
+      constexpr Kind kKind = from == From::kInt8 ? Kind::kInt8 : Kind::kTernary;
+      Bytes<I, kKind, R, P>(at, x.stride, codes, rows, sums + m * kWidth);
+    }
   }
 };
 
-// All rows, from weight k on, against `panels` panels.
-template <class I, Kind kind>
-void BytesOf(const Rows& x, int64_t k, Panel codes, int64_t rows, int64_t panels, int32_t* sums) {
+// All rows of x, from weight k on, against `rows` byte rows of `panels` panels.
+template <class I, From from>
+void Add(const Rows& x, int64_t k, Panel codes, int64_t rows, int64_t panels, int32_t* sums) {
   constexpr int kWide = I::kTilePanels;
-  if (x.count == 1 && panels == kPanels) {  // four streams, whatever the tile
-    return BytesRun<I, kind, kPanels>{x, k, codes, rows, sums}.template Go<1>(0);
+  if (x.count == 1 && panels == kPanels) {  // a single row leaves registers for all
+    return Run<I, from, kPanels>{x, k, codes, rows, sums}.template Go<1>(0);
   }
   int64_t p = 0;
   for (; p + kWide <= panels; p += kWide) {
-    InTiles<I::kTileRows>(
-        x.count, BytesRun<I, kind, kWide>{x, k, codes.Next(p), rows, sums + p * kOutputs});
+    InTiles<I::kTileRows>(x.count,
+                          Run<I, from, kWide>{x, k, codes.Next(p), rows, sums + p * kOutputs});
   }
   if constexpr (kWide > 1) {
     for (; p < panels; ++p) {
       InTiles<I::kTileRows>(x.count,
-                            BytesRun<I, kind, 1>{x, k, codes.Next(p), rows, sums + p * kOutputs});
+                            Run<I, from, 1>{x, k, codes.Next(p), rows, sums + p * kOutputs});
     }
   }
 }
 
 template <class I>
-void Int8Sums(const Rows& x, const uint8_t* codes, int64_t byte_rows, int64_t panels,
+void Int8Sums(const Rows& x, const uint8_t* bytes, int64_t byte_rows, int64_t panels,
               int32_t* sums) {
+  const Panel codes{bytes, panels * kRowBytes};
   Begin<I, Kind::kInt8>(x, sums);
-  BytesOf<I, Kind::kInt8>(x, 0, {codes, panels * kRowBytes}, byte_rows, panels, sums);
+  constexpr int64_t kStep = kFields * I::kStepRows;
+  for (int64_t start = 0; start < byte_rows; start += kStep) {
+    Add<I, From::kInt8>(x, start * RowDepth(Kind::kInt8), codes.Down(start),
+                        Least(byte_rows - start, kStep), panels, sums);
+  }
 }
 
 // Byte rows of a ternary panel, a multiple of a block, that are unpacked at a time.
@@ -289,31 +283,29 @@ void TernarySums(const Rows& x, const uint8_t* bytes, int64_t byte_rows, int64_t
                  int32_t* sums) {
   const Panel codes{bytes, panels * kRowBytes};
   Begin<I, Kind::kTernary>(x, sums);
-  if (x.count == 1 && panels == kPanels) return I::OneRow(x.codes, bytes, byte_rows, sums);
-  if (x.count <= I::kDirectRows) {
-    constexpr int kWide = I::kTilePanels;
-    int64_t p = 0;
-    for (; p + kWide <= panels; p += kWide) {
-      InTiles<I::kTileRows>(
-          x.count, DirectRun<I, kWide>{x, codes.Next(p), byte_rows, sums + p * kOutputs});
-    }
-    if constexpr (kWide > 1) {
-      for (; p < panels; ++p) {
-        InTiles<I::kTileRows>(
-            x.count, DirectRun<I, 1>{x, codes.Next(p), byte_rows, sums + p * kOutputs});
-      }
-    }
-    return;
-  }
+  if (x.count == 1 && panels == kPanels) return I::OneRow(x, codes, byte_rows, sums);
+  const bool direct = x.count <= I::kDirectRows;
+  const int64_t step = direct ? I::kStepRows : Least(kUnpackedRows, I::kStepRows);
   Unpacked unpacked;
-  constexpr int64_t kStep = Least(kUnpackedRows, I::kMostRows);
-  for (int64_t start = 0; start < byte_rows; start += kStep) {
-    const int64_t rows = Least(byte_rows - start, kStep);
+  for (int64_t start = 0; start < byte_rows; start += step) {
+    const int64_t k = start * RowDepth(Kind::kTernary), rows = Least(byte_rows - start, step);
+    if (direct) {
+      Add<I, From::kPacked>(x, k, codes.Down(start), rows, panels, sums);
+      continue;
+    }
     for (int64_t p = 0; p < panels; ++p) {
       Unpack<I>(codes.Next(p).Down(start), rows, p, unpacked);
     }
-    BytesOf<I, Kind::kTernary>(x, start * RowDepth(Kind::kTernary), unpacked.All(),
-                               kFields * rows, panels, sums);
+    Add<I, From::kFields>(x, k, unpacked.All(), kFields * rows, panels, sums);
+  }
+}
+
+// The same for a single row and kPanels panels, in no other way.
+template <class I>
+void OneRowDirect(const Rows& x, Panel codes, int64_t byte_rows, int32_t* sums) {
+  for (int64_t start = 0; start < byte_rows; start += I::kStepRows) {
+    Add<I, From::kPacked>(x, start * RowDepth(Kind::kTernary), codes.Down(start),
+                          Least(byte_rows - start, I::kStepRows), kPanels, sums);
   }
 }
 
