@@ -38,7 +38,7 @@ class Case(NamedTuple):
     """A kernel and the activations that meet it."""
 
     shape: tuple[int, ...]
-    config: bj.TernaryConfig = bj.B158
+    config: bj.TernaryConfig | bj.Int8Config = bj.B158
     contracting: tuple[int, ...] | int | None = None
     batch: tuple[int, ...] = ()
     x_dtype: type = np.float32
@@ -70,7 +70,9 @@ class Case(NamedTuple):
     @property
     def rows(self):
         """The shapes between batch axes and contraction that the suite tries."""
-        if self.shape in ((24, 10), (37, 11)) and not isinstance(self.config.granularity, int):
+        if self.shape in ((24, 10), (37, 11), (259, 70)) and not isinstance(
+            self.config.granularity, int
+        ):
             return [(m,) for m in ROWS] + [(), (2, 3)]
         return [(1,), (5,)]
 
@@ -128,6 +130,12 @@ CASES = {
     "two-batch": Case((2, 3, 8, 5), bj.TWN, None, (0, 1)),
     "bfloat16": Case((24, 10), bj.B158, x_dtype=ml_dtypes.bfloat16),
     "float16": Case((24, 10), bj.TWN, x_dtype=np.float16),
+    "int8": Case((24, 10), bj.Int8Config()),
+    "int8-odd": Case((37, 11), bj.Int8Config()),
+    "int8-many-rows": Case((259, 70), bj.Int8Config()),
+    "int8-head": Case((6, 130), bj.Int8Config(), x_dtype=ml_dtypes.bfloat16),
+    "int8-table": Case((70, 9), bj.Int8Config(), 1),
+    "int8-experts": Case((3, 8, 5), bj.Int8Config(), None, (0,)),
     "4-bit": Case((24, 10), activations=bj.ActivationConfig(bits=4)),
     "2-bit": Case((24, 10), activations=bj.ActivationConfig(bits=2)),
 }
@@ -174,7 +182,8 @@ def leaf_of(case, name, layout):
     if layout == "stored":
         return packed
     prepared = bj.prepare(packed, name)
-    assert isinstance(prepared, bj.PreparedTernary)
+    int8 = isinstance(packed, bj.PackedInt8)
+    assert isinstance(prepared, bj.PreparedInt8 if int8 else bj.PreparedTernary)
     assert prepared.implementation == name
     return prepared
 
@@ -243,6 +252,8 @@ def check_bad_tokens(name, layout, config):
     """A token with NaN or Inf gives a NaN row, and the others keep their bits."""
     case = Case((24, 10), config)
     leaf = leaf_of(case, name, layout)
+    if leaf is None:
+        return
     run = jax.jit(lambda x, leaf: bj.matmul(x, leaf, implementation=name))
     x = case.x(8)
     clean = np.asarray(run(x, leaf))

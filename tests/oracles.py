@@ -95,7 +95,7 @@ def tree_sum32(v, axis):
 
 
 def quantize32(w, config, contracting=None, batch=()):
-    """The quantiser with every float32 rounding in its pinned place."""
+    """The quantiser, ternary or int8, with every float32 rounding in its pinned place."""
     w = np.asarray(w).astype(F32)
     contracting, batch = _default_axes(w.ndim, contracting, batch)
     codes, ratio = np.zeros(w.shape, np.int8), np.zeros(w.shape, F32)
@@ -103,6 +103,11 @@ def quantize32(w, config, contracting=None, batch=()):
     for where in regions(w.shape, config.granularity, contracting, batch):
         at = tuple(np.moveaxis(where, -1, 0))  # (rows, columns) of the region
         v = w[at]
+        if not hasattr(config, "threshold"):  # eight bits: s = max(max|W|, eps) / 127
+            largest = np.maximum(np.abs(v).max(), F32(config.eps))
+            codes[at] = np.round(v * (F32(127) / largest))
+            scale[at] = largest * F32(1 / 127)
+            continue
         if config.scale == "absmedian":
             ordered = np.sort(np.abs(v).ravel())
             center = (ordered[(v.size - 1) // 2] + ordered[v.size // 2]) * F32(0.5)

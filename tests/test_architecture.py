@@ -38,6 +38,7 @@ FLOORS = {
     "_coverage": 5,
     "_tree": 5,
     "_compare": 6,
+    "_doctor": 6,
     "_survive": 6,
     "_watch": 6,
     "linen": 6,
@@ -45,6 +46,7 @@ FLOORS = {
     "nnx": 6,
     "io": 6,
     "optim": 7,
+    "__main__": 7,
 }
 EXPORTS = [
     "B158",

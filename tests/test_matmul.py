@@ -16,6 +16,7 @@ every_run = pytest.mark.parametrize(("name", "layout"), suite.RUNS)
 every_layout = pytest.mark.parametrize("layout", suite.LAYOUTS)
 every_case = pytest.mark.parametrize("case", suite.CASES.values(), ids=suite.CASES)
 GRADIENTS = ("dense", "odd-k-and-n", "513-columns", "outer", "groups", "conv", "experts-heads")
+GRADIENTS += ("groups-of-7", "int8-many-rows", "int8-table")
 
 
 def some(*names):
@@ -34,7 +35,7 @@ def test_the_gradient_to_x_is_the_closed_form(name, layout, case):
     suite.check_gradient(case, name, layout)
 
 
-@some("odd-k", "513-columns", "outer", "groups")
+@some("odd-k", "513-columns", "outer", "groups", "int8-odd")
 @every_run
 def test_vmap(name, layout, case):
     suite.check_vmap(case, name, layout)
@@ -45,7 +46,7 @@ def test_codes_at_their_extremes(name, layout):
     suite.check_full_range(name, layout)
 
 
-@pytest.mark.parametrize("config", [bj.B158, bj.TernaryConfig(granularity=4)])
+@pytest.mark.parametrize("config", [bj.B158, bj.TernaryConfig(granularity=4), bj.Int8Config()])
 @every_run
 def test_bad_tokens(name, layout, config):
     suite.check_bad_tokens(name, layout, config)
@@ -120,12 +121,23 @@ def test_output_dtypes():
 # The table --------------------------------------------------------------------------------
 
 
-def first_that_can(packed):
+def first_that_can(packed, preparing=False):
     rows = IMPLEMENTATIONS.items()
-    return next(n for n, row in rows if row.cannot(packed) is None and row.picked())
+    return next(
+        n for n, row in rows if row.cannot(packed) is None and row.picked(packed, preparing)
+    )
 
 
-@some("dense", "groups-of-2", "groups-of-7", "groups-conv-odd", "two-batch", "1030-columns")
+@some(
+    "dense",
+    "groups-of-2",
+    "groups-of-7",
+    "groups-conv-odd",
+    "two-batch",
+    "1030-columns",
+    "int8",
+    "int8-table",
+)
 def test_none_picks_the_first_row_that_can(case):
     packed, x = case.pack(), case.x(5)
     want = first_that_can(packed)
@@ -136,7 +148,7 @@ def test_none_picks_the_first_row_that_can(case):
     prepared = bj.prepare(packed)
     with suite.counting() as calls:
         y = bj.matmul(x, prepared)
-    assert suite.only(first_that_can(packed), calls)
+    assert suite.only(first_that_can(packed, preparing=True), calls)
     oracles.assert_same_bits(y, case.oracle(x))
 
 

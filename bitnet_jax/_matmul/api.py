@@ -51,7 +51,7 @@ class Implementation(NamedTuple):
       prepare: stored -> the layout it runs best from; None: the stored one.
       codes_of: prepared -> canonical int8 codes, for the gradient.
       rows_of: (prepared, index) -> int8 codes of rows of an embedding.
-      picked: whether it may be taken here without being named.
+      picked: (packed, preparing) -> whether it may be taken here without being named.
     """
 
     contract: Callable[..., jax.Array]
@@ -59,7 +59,7 @@ class Implementation(NamedTuple):
     prepare: Callable[[Any], Prepared] | None = None
     codes_of: Callable[[Any], jax.Array] | None = None
     rows_of: Callable[[Any, jax.Array], jax.Array] | None = None
-    picked: Callable[[], bool] = lambda: True
+    picked: Callable[[Packed, bool], bool] = lambda *_: True
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -213,18 +213,19 @@ def _prepare_leaf(path, leaf: Any, implementation: str | None) -> Any:
         _checks.stored_layout("prepare", where, leaf.implementation)
     if not is_stored(leaf):
         return leaf
-    make = IMPLEMENTATIONS[_choose(leaf, implementation)].prepare
+    make = IMPLEMENTATIONS[_choose(leaf, implementation, preparing=True)].prepare
     return leaf if make is None else make(leaf)
 
 
-def _choose(packed: Packed, implementation: str | None) -> str:
+def _choose(packed: Packed, implementation: str | None, preparing: bool = False) -> str:
     if isinstance(packed, Prepared):
         _checks.implementation_agrees("matmul", implementation, packed.implementation)
         return packed.implementation
     if implementation is not None:
         return implementation
+    rows = IMPLEMENTATIONS.items()
     return next(
-        name for name, row in IMPLEMENTATIONS.items() if row.cannot(packed) is None and row.picked()
+        name for name, row in rows if row.cannot(packed) is None and row.picked(packed, preparing)
     )
 
 

@@ -44,21 +44,34 @@ _FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 def cannot(packed: Packed) -> str | None:
     """Why this implementation cannot run a kernel; None if it can."""
-    del packed  # every kernel, where it is there
+    int8 = isinstance(packed, (PackedInt8, PreparedInt8))
+    remedy = f"Use implementation={'reference' if int8 else 'xla'!r}."
     reason = native.load().reason
     if reason is not None:
-        return f"implementation 'cpu' is not there: {reason}. Use implementation='xla'."
+        return f"implementation 'cpu' is not there: {reason}. {remedy}"
     if jax.default_backend() != "cpu":
         return (
             f"implementation 'cpu' runs on a CPU, and the default backend is "
-            f"{jax.default_backend()!r}. Use implementation='xla'."
+            f"{jax.default_backend()!r}. {remedy}"
         )
     return None
 
 
-def picked() -> bool:
-    """Not where the portable path is all there is: it is there for its bits, slower than XLA."""
-    return native.load().paths() != ["portable"]
+def picked(packed: Packed, preparing: bool) -> bool:
+    """Whether it is the fastest for a kernel.
+
+    Not where the portable path is all there is: it is there for its bits. And not from
+    a stored int8 kernel: XLA multiplies that sooner than it could be laid out, but for
+    a table, which lies the other way round.
+    """
+    if native.load().paths() == ["portable"]:
+        return False
+    return preparing or not isinstance(packed, PackedInt8) or _is_table(packed)
+
+
+def _is_table(packed: PackedInt8) -> bool:
+    """An embedding, (outputs, contraction)."""
+    return packed.contracting_axes == (-1,) and packed.kernel_ndim == 2
 
 
 def prepare(packed: Stored) -> Prepared:
@@ -68,14 +81,25 @@ def prepare(packed: Stored) -> Prepared:
         raise NotImplementedError(f"prepare: {reason}")
     batch, contraction, outputs = packed.axes.split(packed.shape)
     int8 = isinstance(packed, PackedInt8)
-    stored = _axes.canonical(packed.codes, packed.axes) if int8 else canonical_bytes(packed)
+    # A table contracts over its last axis: it is read as it lies, and not transposed first.
+    transposed = isinstance(packed, PackedInt8) and _is_table(packed)
+    if transposed:
+        stored = packed.codes
+    else:
+        stored = _axes.canonical(packed.codes, packed.axes) if int8 else canonical_bytes(packed)
     groups = packed.canonical_scale().shape[-2]
     depth, n = math.prod(contraction) // groups, math.prod(outputs)
     shape = (*batch, groups, *_panel_shape(int8, depth, n))
     call = jax.ffi.ffi_call(
         native.LAY_OUT, jax.ShapeDtypeStruct(shape, jnp.uint8), vmap_method="broadcast_all"
     )
-    panels = call(stored, last=np.int64(contraction[-1]), depth=np.int64(depth), int8=int8)
+    panels = call(
+        stored,
+        last=np.int64(contraction[-1]),
+        depth=np.int64(depth),
+        int8=int8,
+        transposed=transposed,
+    )
     return lay_out(packed, panels, "cpu")
 
 
@@ -146,7 +170,8 @@ def rows_of(prepared: PreparedInt8, index: Int[Array, "..."]) -> Int8[Array, "..
     beside = jnp.minimum(_BESIDE, panels - first)
     # Of the four bytes of row 0, and of the others, counted in fours.
     start = (first * rows + panel - first) * _OUTPUTS + output
-    at = start[..., None] + (beside * _OUTPUTS)[..., None] * jnp.arange(rows, dtype=index.dtype)
+    row = jnp.arange(rows, dtype=index.dtype).reshape(*(1,) * index.ndim, rows)
+    at = start[..., None] + (beside * _OUTPUTS)[..., None] * row
     codes = jnp.take(prepared.codes.reshape(-1, 4), at, axis=0).reshape(*index.shape, rows * 4)
     return codes[..., : math.prod(prepared.contraction)].astype(jnp.int8) ^ jnp.int8(-128)
 

@@ -167,6 +167,15 @@ def _flattened(init: Any, name: str, call: Call) -> Any:
     return reshaped
 
 
+def take_packed_table(module: nn.Embed) -> bool:
+    """``nn.Embed.setup`` with a packed table, which Flax would hold against the float shape."""
+    table = packed_leaf(module, "embedding")
+    if table is None:
+        return False
+    module.embedding = table
+    return True
+
+
 def embed(module: nn.Embed, config: _layers.LayerConfig, inputs: Any) -> jax.Array:
     """The look-up of ``nn.Embed``, from an int8 table."""
     inputs, where = jnp.asarray(inputs), "/".join((*module.path, "embedding"))

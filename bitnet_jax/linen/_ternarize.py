@@ -220,6 +220,8 @@ def _interceptor(plan: Plan, chosen: list[bool], keys: JitKeys) -> Any:
             why = f"{type(module).__name__} changes the kernel before it is used"
             with _set(_refused, why):
                 return next_fun(*args, **kwargs)
+        if method is _EMBED_SETUP and _forward.take_packed_table(module):
+            return None
         keys.meet(context)
         layer = _forward.LAYERS.get(method)
         if layer is None and method not in _EMBED:
@@ -282,6 +284,7 @@ def _made_by_jit(method: Any) -> bool:
     return False
 
 
+_EMBED_SETUP = _forward.raw(nn.Embed.setup)
 _EMBED = {
     _forward.raw(nn.Embed.__call__): _forward.embed,
     _forward.raw(nn.Embed.attend): _forward.attend,

@@ -117,7 +117,22 @@ struct Kernel {
     }
     panel_bytes = ByteRows(kind, depth) * kRowBytes;
     panels = Exactly<uint8_t>(groups * Panels(outputs) * panel_bytes);
-    LayOut(pool, kind, stored.get(), 1, rows, outputs, length, groups, depth, panels.get());
+    LayOut(pool, {kind, stored.get(), 1, rows, outputs, length, groups, depth, false},
+           panels.get());
+  }
+
+  // Panels of an int8 kernel that is stored as its transpose.
+  int64_t WrongFromTransposed(Pool& pool) const {
+    const int64_t bytes = groups * Panels(outputs) * panel_bytes;
+    auto transposed = Exactly<int8_t>(depth * outputs);
+    auto again = Exactly<uint8_t>(bytes);
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t n = 0; n < outputs; ++n) {
+        transposed[n * depth + k] = static_cast<int8_t>(codes[k * outputs + n]);
+      }
+    }
+    LayOut(pool, {kind, transposed.get(), 1, depth, outputs, depth, 1, depth, true}, again.get());
+    return std::memcmp(again.get(), panels.get(), bytes) != 0;
   }
 
   // From the panels, as layout.h defines them.
@@ -225,6 +240,7 @@ int64_t CheckPath(Pool& pool) {
         const int64_t groups = kind == Kind::kTernary && depth < 100 && depth % 4 == 0 ? 3 : 1;
         const Kernel kernel(pool, kind, groups, depth, outputs);
         wrong += kernel.WrongLayout();
+        if (kind == Kind::kInt8) wrong += kernel.WrongFromTransposed(pool);
         for (int64_t rows : {1, 2, 5, 6, 7, 13, 16, 33, 50}) {
           wrong += WrongSums(pool, kernel, Activations(rows, kernel, depth % 2 == 0));
         }

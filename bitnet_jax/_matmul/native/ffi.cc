@@ -132,25 +132,29 @@ ffi::Error SumsImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x, ffi::Buffer
   return ffi::Error::Success();
 }
 
-// stored (..., rows, N), ternary bytes or int8 codes -> panels (..., G, N/16, byte rows, 64).
+// stored (..., rows, N), ternary bytes or int8 codes, or int8 (..., N, rows) transposed
+// -> panels (..., G, N/16, byte rows, 64).
 ffi::Error LayOutImpl(ffi::ThreadPool threads, ffi::AnyBuffer stored, int64_t last, int64_t depth,
-                      bool int8, ffi::ResultBuffer<ffi::U8> panels) {
+                      bool int8, bool transposed, ffi::ResultBuffer<ffi::U8> panels) {
   const Dimensions sd = stored.dimensions(), pd = panels->dimensions();
   if (sd.size() < 2 || pd.size() != sd.size() + 2 || last < 1 || depth < 1) {
     return Wrong("want stored (..., rows, N), panels (..., G, N/16, byte rows, 64)");
   }
   const Kind kind = int8 ? Kind::kInt8 : Kind::kTernary;
-  const int64_t batch = ElementsBefore(sd, 2), rows = sd[sd.size() - 2], outputs = sd.back();
+  const int64_t batch = ElementsBefore(sd, 2);
+  const int64_t rows = sd[sd.size() - (transposed ? 1 : 2)];
+  const int64_t outputs = sd[sd.size() - (transposed ? 2 : 1)];
   const int64_t groups = pd[sd.size() - 2], length = groups * depth;
   if (stored.element_type() != (int8 ? Type::S8 : Type::U8) || (int8 && groups != 1) ||
+      (transposed && !int8) ||
       rows != (int8 ? length : length / last * CeilDiv(last, kFields)) ||
       (!int8 && length % last != 0) || ElementsBefore(pd, 4) != batch ||
       !EndsWith(pd, {Panels(outputs), ByteRows(kind, depth), kRowBytes})) {
     return Wrong("stored codes and panels do not meet");
   }
   XlaPool pool(threads);
-  LayOut(pool, kind, static_cast<const uint8_t*>(stored.untyped_data()), batch, rows, outputs,
-         last, groups, depth, panels->typed_data());
+  LayOut(pool, {kind, stored.untyped_data(), batch, rows, outputs, last, groups, depth, transposed},
+         panels->typed_data());
   return ffi::Error::Success();
 }
 
@@ -217,6 +221,7 @@ BITNET_HANDLER(bitnet_lay_out, bitnet::LayOutImpl,
                    .Attr<int64_t>("last")
                    .Attr<int64_t>("depth")
                    .Attr<bool>("int8")
+                   .Attr<bool>("transposed")
                    .Ret<ffi::Buffer<ffi::U8>>())
 
 BITNET_HANDLER(bitnet_read, bitnet::ReadImpl,

@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "byte i of four is written as bits 8 i and up of a word"
+#endif
+
 namespace bitnet {
 namespace {
 
@@ -48,22 +52,29 @@ void LayOutTernary(const uint8_t* stored, int64_t outputs, int64_t last, int64_t
         }
       }
     }
-    for (int64_t l = 0; l < kOutputs; ++l) {
-      const uint32_t bytes = TransposeFields(quads[l]);
-      for (int64_t i = 0; i < 4; ++i) to[4 * l + i] = static_cast<uint8_t>(bytes >> (8 * i));
-    }
+    for (int64_t l = 0; l < kOutputs; ++l) quads[l] = TransposeFields(quads[l]);
+    std::memcpy(to, quads, kRowBytes);
   }
 }
 
-void LayOutInt8(const int8_t* stored, int64_t outputs, int64_t depth, int64_t panel, uint8_t* to,
-                int64_t to_row) {
+void LayOutInt8(const int8_t* stored, Strides strides, int64_t outputs, int64_t depth,
+                int64_t panel, uint8_t* to, int64_t to_row) {
+  constexpr uint32_t kBias = 0x80808080u;
   const int64_t first = panel * kOutputs, taken = std::min(kOutputs, outputs - first);
+  const auto* bytes = reinterpret_cast<const uint8_t*>(stored) + first * strides.output;
   for (int64_t k = 0; k < depth; k += 4, to += to_row) {
-    std::memset(to, 128, kRowBytes);
-    for (int64_t i = 0; i < std::min(depth - k, int64_t{4}); ++i) {
-      const int8_t* codes = stored + (k + i) * outputs + first;
-      for (int64_t l = 0; l < taken; ++l) to[4 * l + i] = static_cast<uint8_t>(codes[l] + 128);
+    const int64_t fours = std::min(depth - k, int64_t{4});
+    uint32_t quads[kOutputs] = {};
+    if (strides.weight == 1) {
+      for (int64_t l = 0; l < taken; ++l) std::memcpy(&quads[l], bytes + l * strides.output + k, fours);
+    } else {
+      for (int64_t i = 0; i < fours; ++i) {
+        const uint8_t* row = bytes + (k + i) * strides.weight;
+        for (int64_t l = 0; l < taken; ++l) quads[l] |= uint32_t{row[l]} << (8 * i);
+      }
     }
+    for (int64_t l = 0; l < kOutputs; ++l) quads[l] ^= kBias;
+    std::memcpy(to, quads, kRowBytes);
   }
 }
 

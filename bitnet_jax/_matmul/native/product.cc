@@ -225,22 +225,23 @@ void Multiply(Pool& pool, const Product& product, const float* gamma, const floa
   });
 }
 
-void LayOut(Pool& pool, Kind kind, const uint8_t* stored, int64_t batch, int64_t stored_rows,
-            int64_t outputs, int64_t last, int64_t groups, int64_t depth, uint8_t* panels) {
-  const int64_t count = Panels(outputs), bytes = ByteRows(kind, depth) * kRowBytes;
-  const int64_t pieces = batch * groups * count;
+void LayOut(Pool& pool, const Stored& stored, uint8_t* panels) {
+  const int64_t count = Panels(stored.outputs), byte_rows = ByteRows(stored.kind, stored.depth);
+  const int64_t bytes = byte_rows * kRowBytes, pieces = stored.batch * stored.groups * count;
+  const Strides strides = stored.transposed ? Strides{1, stored.depth} : Strides{stored.outputs, 1};
   WantLargePages(panels, pieces * bytes);
   ParallelFor(pool, pieces, RunOf(pool, pieces, pieces * bytes), [&](int64_t from, int64_t to) {
     for (int64_t piece = from; piece < to; ++piece) {
-      const int64_t panel = piece % count, g = piece / count % groups, b = piece / count / groups;
-      const uint8_t* kernel = stored + b * stored_rows * outputs;
-      const PanelAt at = FindPanel(panel, count, ByteRows(kind, depth));
+      const int64_t panel = piece % count, g = piece / count % stored.groups;
+      const int64_t kernel = piece / count / stored.groups * stored.rows * stored.outputs;
+      const PanelAt at = FindPanel(panel, count, byte_rows);
       uint8_t* target = panels + (piece - panel) * bytes + at.start;
-      if (kind == Kind::kTernary) {
-        LayOutTernary(kernel, outputs, last, depth, g, panel, target, at.row);
+      if (stored.kind == Kind::kTernary) {
+        LayOutTernary(static_cast<const uint8_t*>(stored.codes) + kernel, stored.outputs,
+                      stored.last, stored.depth, g, panel, target, at.row);
       } else {
-        LayOutInt8(reinterpret_cast<const int8_t*>(kernel), outputs, depth, panel, target,
-                   at.row);
+        LayOutInt8(static_cast<const int8_t*>(stored.codes) + kernel, strides, stored.outputs,
+                   stored.depth, panel, target, at.row);
       }
     }
   });

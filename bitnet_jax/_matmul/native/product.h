@@ -37,9 +37,17 @@ template <class Float>
 void Multiply(Pool& pool, const Product& product, const float* gamma, const float* scale,
               int64_t scales, float qmax, Float* y);
 
-// A stored kernel (batch, rows, outputs) to panels; as LayOutTernary and LayOutInt8.
-void LayOut(Pool& pool, Kind kind, const uint8_t* stored, int64_t batch, int64_t stored_rows,
-            int64_t outputs, int64_t last, int64_t groups, int64_t depth, uint8_t* panels);
+// A batch of stored kernels to panels, as LayOutTernary and LayOutInt8. Ternary: (batch, rows,
+// outputs) bytes; int8: (batch, depth, outputs) codes, or (batch, outputs, depth) transposed.
+struct Stored {
+  Kind kind;
+  const void* codes;
+  int64_t batch, rows, outputs;
+  int64_t last, groups, depth;
+  bool transposed;
+};
+
+void LayOut(Pool& pool, const Stored& stored, uint8_t* panels);
 
 // Reads `bytes` bytes in `streams` (1 or kPanels) streams a thread; returns their sum.
 uint64_t Read(Pool& pool, const uint8_t* from, int64_t bytes, int64_t streams);

@@ -1,0 +1,298 @@
+"""What ``python -m bitnet_jax doctor`` prints: is it installed well, right, and fast?
+
+Right: small products have the bits of ``implementation="reference"``, by every
+instruction set that this processor runs. Fast: next to two limits that are measured
+in turn with it. A product with one token reads each kernel once, so its limit is how fast
+this machine reads; with 512 tokens it is how fast the instruction set multiplies what is
+in registers already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitnet_jax import _packing
+from bitnet_jax._int8 import Int8Config
+from bitnet_jax._matmul import IMPLEMENTATIONS, api, cpu, matmul, native, prepare
+from bitnet_jax._pack import pack
+from bitnet_jax._packed import Packed, PackedTernary, Prepared
+from bitnet_jax._ternary import B158, PHASE4, TernaryConfig
+
+Line = tuple[str, str]  # what it is about, and what was found
+Candidate = tuple[Callable[[], Any], int]  # what to time, and the bytes or operations of it
+
+_SAME = "same bits"
+# A contraction that ends within a byte row and within a block, outputs within a panel.
+_SHAPE, _GROUP = (300, 100), 60
+_ROWS = ((1, jnp.float32), (6, jnp.bfloat16), (70, jnp.float32))
+_CONFIGS = {
+    "ternary with one scale": B158,
+    "ternary with a scale per output": PHASE4,
+    f"ternary in groups of {_GROUP}": TernaryConfig(granularity=_GROUP),
+    "int8": Int8Config(),
+}
+
+
+class Load(NamedTuple):
+    """How much the speed is measured with; by default far more than a cache holds."""
+
+    side: int = 8192  # inputs and outputs of each kernel, at two bits a weight
+    kernels: int = 24  # that one token passes through
+    read: int = 16  # kernels in the array that is read
+    rows: int = 512  # tokens of the product that multiplies most of its time
+    seconds: float = 4.0  # for each of the two
+
+
+def examine(*, speed: bool = True, load: Load | None = None) -> int:
+    """Prints the report as it comes; returns the exit code, 1 for wrong bits."""
+    _show("versions", _describe_versions())
+    _show("native product", _describe_native())
+    _show("picked here", _describe_picked())
+    title = f"bits of {len(_CONFIGS) * len(_ROWS)} small products against 'reference'"
+    wrong = [label for label, text in _show(title, check_bits()) if text != _SAME]
+    if speed:
+        _show("speed, about ten seconds", measure_speed(load or Load()))
+    if not wrong:
+        print("The results are right.")
+        return 0
+    print(f"WRONG RESULTS by {'; '.join(wrong)}: do not use them, and please report all of this.")
+    if any(label.startswith("cpu") for label in wrong):
+        print(f"{native.OFF}=0 turns the native product off.")
+    return 1
+
+
+def _show(title: str, lines: Iterable[Line]) -> list[Line]:
+    """Prints a section; each line at once, for what comes next may take long, or crash."""
+    print(title, flush=True)
+    shown = []
+    for label, text in lines:
+        print(f"  {label:18}{text}", flush=True)
+        shown.append((label, text))
+    print()
+    return shown
+
+
+def _describe_versions() -> Iterator[Line]:
+    """What runs, and on what."""
+    # By name: a module of the package that imports the package would import upwards.
+    yield "bitnet_jax", importlib.import_module("bitnet_jax").__version__
+    yield "Python", f"{platform.python_version()} on {platform.platform()}"
+    yield "jax", jax.__version__
+    yield "jaxlib", importlib.metadata.version("jaxlib")
+    yield "backend", f"{jax.default_backend()}, devices {', '.join(map(str, jax.devices()))}"
+    cores = os.cpu_count() or 1
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    yield "cores", f"{cores}" if ours == cores else f"{ours} of {cores}"
+
+
+def _describe_native() -> Iterator[Line]:
+    """The library and its instruction sets, or why there is none."""
+    found = native.load()
+    if found.library is None:
+        yield "library", f"none: {found.reason}"
+        yield "remedy", _find_remedy()
+        return
+    yield "library", found.library._name
+    yield "paths built", ", ".join(found.built())
+    yield "this CPU runs", ", ".join(found.paths())
+    yield "serves", found.paths()[0] if _native_serves() else "none, for the reason below"
+
+
+def _native_serves() -> bool:
+    """Whether the native product is what None picks here."""
+    return api._choose(pack(jnp.ones((8, 4))), None) == "cpu"
+
+
+def _find_remedy() -> str:
+    """What to do where there is no library."""
+    if os.environ.get(native.OFF) == "0":
+        return f"unset {native.OFF}"
+    if sys.platform == "win32":
+        return "none, it is not built on Windows"
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        return "no C++ compiler on PATH: install GCC or Clang, then bitnet_jax again"
+    return f"install bitnet_jax again; there is a C++ compiler, {compiler}"
+
+
+def _describe_picked() -> Iterator[Line]:
+    """The implementation that None picks, and why not those before it in the table."""
+    for label, config in (("ternary kernel", B158), ("int8 kernel", Int8Config())):
+        packed = pack(jnp.ones((8, 4)), config)
+        picked, leaf = api._choose(packed, None), prepare(packed)
+        layout = f"for {leaf.implementation!r}" if isinstance(leaf, Prepared) else "as stored"
+        yield label, f"matmul runs {picked!r}, prepare lays it out {layout}"
+        for name, row in IMPLEMENTATIONS.items():
+            if name == picked:
+                break
+            yield "", row.cannot(packed) or f"{name!r} would be slower here, and runs by name"
+
+
+def check_bits() -> Iterator[Line]:
+    """Small products by each way there is here: ``"same bits"``, or what differs."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_normal(_SHAPE, np.float32))
+    stored = {name: pack(w, config) for name, config in _CONFIGS.items()}
+    xs = [jnp.asarray(rng.standard_normal((m, _SHAPE[0])), dtype) for m, dtype in _ROWS]
+    want = _multiply_all(xs, stored, "reference")
+
+    def judge(implementation: str | None) -> str:
+        try:
+            leaves = prepare(stored, implementation)
+            return _compare(_multiply_all(xs, leaves, implementation), want)
+        except Exception as error:  # whatever it is, it is what was found
+            return f"FAILS: {error!r}"
+
+    # The native product by each path wherever it runs, and what is picked where it is not.
+    if not _native_serves():
+        picked = dict.fromkeys(api._choose(packed, None) for packed in stored.values())
+        yield ", ".join(picked), judge(None)
+    if cpu.cannot(stored["int8"]) is not None:
+        return
+    try:
+        for path in native.load().paths():
+            native.load().choose(path)
+            yield f"cpu, {path}", judge("cpu")
+    finally:
+        native.load().choose(None)
+
+
+def _compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> str:
+    """The verdict on some products."""
+    wrong = []
+    for name, y in got.items():
+        bits = f"u{y.itemsize}"  # -0 is not 0 here
+        count = (y.view(bits) != want[name].view(bits)).sum()
+        if count:
+            wrong.append(f"{count} of {y.size} outputs of {name}")
+    if not wrong:
+        return _SAME
+    return f"DIFFERS: {'; '.join(wrong[:3])} ({len(wrong)} of {len(got)} products)"
+
+
+def _multiply_all(
+    xs: list[jax.Array], leaves: Mapping[str, Packed], implementation: str | None
+) -> dict[str, np.ndarray]:
+    """Each x times each kernel, by a jit that is new each time."""
+
+    @jax.jit
+    def run(xs, leaves):
+        return {
+            f"{name}, M = {len(x)}, {x.dtype}": matmul(
+                x, leaf, implementation=implementation, dtype=x.dtype
+            )
+            for name, leaf in leaves.items()
+            for x in xs
+        }
+
+    return jax.device_get(run(xs, leaves))
+
+
+def measure_speed(load: Load) -> Iterator[Line]:
+    """The two products next to their limits, or why there is nothing to measure."""
+    if not _native_serves():
+        yield "skipped", "the native product does not serve, and these are its limits"
+        return
+    stored = _make_kernel(load.side)
+    # This first: it takes twice its memory while it is made.
+    together = _lay_out_together(stored, load.read)
+    # From prepare, each: it asks for large pages, and jnp.copy does not.
+    leaves = [prepare(stored, "cpu") for _ in range(load.kernels)]
+    yield "one token", _measure_reading(leaves, together, load)
+    yield "", f"({load.kernels} kernels of {load.side}x{load.side}, each read once)"
+    yield f"{load.rows} tokens", _measure_multiplying(leaves[0], load)
+
+
+def _make_kernel(side: int) -> PackedTernary:
+    """A random kernel whose outputs are as large as its inputs: a chain stays in range."""
+    codes = np.random.default_rng(0).integers(-1, 2, (side, side), np.int8)
+    scale = jnp.full((1, 1), math.sqrt(1.5 / side), jnp.float32)
+    return PackedTernary(_packing.pack_trits(jnp.asarray(codes), 0), scale, length=side)
+
+
+def _lay_out_together(stored: PackedTernary, count: int) -> jax.Array:
+    """The codes of so many prepared kernels as one array."""
+    codes = jnp.broadcast_to(stored.codes, (count, *stored.codes.shape))
+    scale = jnp.broadcast_to(stored.scale, (count, *stored.scale.shape))
+    stacked = dataclasses.replace(stored, codes=codes, scale=scale)
+    return jax.block_until_ready(prepare(stacked, "cpu").codes)
+
+
+def _measure_reading(leaves: list[Prepared], together: jax.Array, load: Load) -> str:
+    """Bytes a second of a token that passes through all kernels, against mere reading."""
+
+    @jax.jit
+    def run(x, leaves):
+        for leaf in leaves:
+            x = matmul(x, leaf)
+        return x
+
+    def reader(streams: int) -> Candidate:
+        call = jax.ffi.ffi_call(native.READ, jax.ShapeDtypeStruct((), jnp.uint32))
+        read = jax.jit(functools.partial(call, streams=np.int64(streams)))
+        return lambda: read(together), together.nbytes
+
+    x = jnp.ones((1, load.side))
+    streamed = sum(leaf.codes.nbytes for leaf in leaves)
+    candidates = [(lambda: run(x, leaves), streamed), reader(1), reader(4)]
+    rate, *limits = _rate_in_turn(candidates, load.seconds)
+    limit = max(limits, key=lambda limit: float(np.median(limit)))
+    return f"{_share(rate, limit, 'GB/s')} that this machine reads"
+
+
+def _measure_multiplying(leaf: Prepared, load: Load) -> str:
+    """Operations a second of a product with many tokens, against those of registers alone."""
+    x = np.random.default_rng(1).standard_normal((load.rows, load.side), np.float32)
+    product = functools.partial(jax.jit(matmul), jnp.asarray(x), leaf)
+
+    def busy(turns: int) -> Callable[[], jax.Array]:
+        call = jax.ffi.ffi_call(native.BUSY, jax.ShapeDtypeStruct((), jnp.float32))
+        return jax.jit(functools.partial(call, turns=np.int64(turns)))
+
+    some = busy(1 << 20)
+    for run in (product, some):
+        _time(run)  # compiles it
+    registers = busy(math.ceil((1 << 20) * min(_time(product), 0.1) / _time(some)))
+    operations = 2 * load.rows * load.side * load.side
+    candidates = [(product, operations), (registers, int(registers()))]
+    rate, limit = _rate_in_turn(candidates, load.seconds)
+    path = native.load().paths()[0]
+    return f"{_share(rate, limit, 'GOP/s')} that {path} does in registers"
+
+
+def _rate_in_turn(candidates: list[Candidate], seconds: float) -> np.ndarray:
+    """(candidates, rounds) in 1e9 a second; A B A B, for the machine drifts."""
+    rounds, warm_up, end = [], 2, math.inf
+    while len(rounds) < warm_up + 5 or time.perf_counter() < end:
+        rounds.append([amount / _time(run) / 1e9 for run, amount in candidates])
+        if len(rounds) == warm_up:
+            end = time.perf_counter() + seconds
+    return np.array(rounds[warm_up:]).T
+
+
+def _time(run: Callable[[], Any]) -> float:
+    """Seconds until it is done."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def _share(rate: np.ndarray, limit: np.ndarray, unit: str) -> str:
+    """Medians; of the ratios of a round, the quartiles too."""
+    low, middle, high = np.percentile(100 * rate / limit, (25, 50, 75))
+    share = f"{middle:.0f} % ({low:.0f} to {high:.0f}) of the {np.median(limit):,.1f}"
+    return f"{np.median(rate):,.1f} {unit}, {share}"
