@@ -27,7 +27,7 @@ import numpy as np
 
 from bitnet_jax import _packing
 from bitnet_jax._int8 import Int8Config
-from bitnet_jax._matmul import IMPLEMENTATIONS, api, cpu, matmul, native, prepare
+from bitnet_jax._matmul import IMPLEMENTATIONS, api, cpu, limits, matmul, native, prepare
 from bitnet_jax._pack import pack
 from bitnet_jax._packed import Packed, PackedTernary, Prepared
 from bitnet_jax._ternary import B158, PHASE4, TernaryConfig
@@ -109,7 +109,7 @@ def _describe_native() -> Iterator[Line]:
     yield "library", found.library._name
     yield "paths built", ", ".join(found.built())
     yield "this CPU runs", ", ".join(found.paths())
-    yield "serves", found.paths()[0] if _native_serves() else "none, for the reason below"
+    yield "serves", found.chosen() or "" if _native_serves() else "none, for the reason below"
 
 
 def _native_serves() -> bool:
@@ -242,15 +242,14 @@ def _measure_reading(leaves: list[Prepared], together: jax.Array, load: Load) ->
         return x
 
     def reader(streams: int) -> Candidate:
-        call = jax.ffi.ffi_call(native.READ, jax.ShapeDtypeStruct((), jnp.uint32))
-        read = jax.jit(functools.partial(call, streams=np.int64(streams)))
+        read = jax.jit(functools.partial(limits.read, streams=streams))
         return lambda: read(together), together.nbytes
 
     x = jnp.ones((1, load.side))
     streamed = sum(leaf.codes.nbytes for leaf in leaves)
-    candidates = [(lambda: run(x, leaves), streamed), reader(1), reader(4)]
-    rate, *limits = _rate_in_turn(candidates, load.seconds)
-    limit = max(limits, key=lambda limit: float(np.median(limit)))
+    candidates = [(lambda: run(x, leaves), streamed), *map(reader, limits.STREAMS)]
+    rate, *reads = _rate_in_turn(candidates, load.seconds)
+    limit = max(reads, key=lambda read: float(np.median(read)))
     return f"{_share(rate, limit, 'GB/s')} that this machine reads"
 
 
@@ -260,8 +259,7 @@ def _measure_multiplying(leaf: Prepared, load: Load) -> str:
     product = functools.partial(jax.jit(matmul), jnp.asarray(x), leaf)
 
     def busy(turns: int) -> Callable[[], jax.Array]:
-        call = jax.ffi.ffi_call(native.BUSY, jax.ShapeDtypeStruct((), jnp.float32))
-        return jax.jit(functools.partial(call, turns=np.int64(turns)))
+        return jax.jit(functools.partial(limits.multiply, turns))
 
     some = busy(1 << 20)
     for run in (product, some):
@@ -270,8 +268,7 @@ def _measure_multiplying(leaf: Prepared, load: Load) -> str:
     operations = 2 * load.rows * load.side * load.side
     candidates = [(product, operations), (registers, int(registers()))]
     rate, limit = _rate_in_turn(candidates, load.seconds)
-    path = native.load().paths()[0]
-    return f"{_share(rate, limit, 'GOP/s')} that {path} does in registers"
+    return f"{_share(rate, limit, 'GOP/s')} that {native.load().chosen()} does in registers"
 
 
 def _rate_in_turn(candidates: list[Candidate], seconds: float) -> np.ndarray:

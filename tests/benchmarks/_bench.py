@@ -28,16 +28,24 @@ class Timing(NamedTuple):
 
 
 def in_turn(
-    candidates: Mapping[str, Callable[[], Any]], rounds: int = 15, warmup: int = 2
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int = 15,
+    warmup: int = 2,
+    each: Mapping[str, float] | None = None,
 ) -> dict[str, Timing]:
-    """Times each candidate once a round; ratios are taken within a round."""
+    """Times each candidate once a round; ratios are taken within a round.
+
+    ``each`` is the part of a candidate's run that counts, by default all of it: one of
+    so many layers, where candidates have different numbers of them.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(warmup + rounds):
         for name, run in candidates.items():
             start = time.perf_counter()
             jax.block_until_ready(run())
             if i >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                taken = 1e3 * (time.perf_counter() - start)
+                times[name].append(taken * (1.0 if each is None else each[name]))
     base = np.array(next(iter(times.values())))
     result = {}
     for name, taken in times.items():

@@ -1,18 +1,31 @@
-"""``bj.matmul`` on ``cpu`` and ``xla`` against the float32 product of the same shape.
+"""``bj.matmul`` on the CPU, against what a user would pick instead and against the machine.
 
-    python tests/benchmarks/matmul.py
+    python tests/benchmarks/matmul.py                       # all of it, about half an hour
+    python tests/benchmarks/matmul.py --shapes 2560x6912 --rows 1 128 --threads 1
+    python tests/benchmarks/matmul.py --path avx2           # as a lesser processor would
+    python tests/benchmarks/matmul.py --plot roofline.png
 
-Each candidate is one jit that chains several different kernels, so that neither
-dispatch nor a warm cache is what is timed; x is quantised inside. Beside it: the
-resident int8 product (no packing), the stored layout, and the physical limit of
-the float32 product, reading its kernels, taken in the same run. Last: the peak
-temporary memory that XLA plans for one jitted product.
+Each candidate is one jit that chains different kernels: at M <= 8 at least twenty, over
+600 MB where they are ours, so that neither dispatch nor a warm cache is what is timed;
+`hot` multiplies by one kernel again and again. Ours quantises x and applies the epilogue
+inside; `sums` is the integer product alone. With PyTorch installed, its bfloat16 and its
+int8 (oneDNN's prepacked linear, and the same with quantising and epilogue around it) are
+timed in the same rounds.
+
+Beside the times: GB/s of codes as a share of what this machine reads, the better of one
+stream and four, and GOP/s as a share of what the instruction set multiplies in registers,
+both taken in the same process. The last tables: latency of a single row through small
+networks, a head of 128,256 int8 outputs, layers under ``lax.scan``, and what XLA plans of
+temporary memory for a jitted product.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +33,69 @@ import numpy as np
 from _bench import HEADER, in_turn, machine, table, versus
 
 import bitnet_jax as bj
+from bitnet_jax._matmul import cpu, limits, native
 
-SHAPES = ((4096, 11008), (2560, 6912))
-ROWS = (1, 8, 128, 512)
-GOALS = {
-    "cpu, prepared": dict.fromkeys(ROWS, 0.40),
-    "xla, prepared": dict(zip(ROWS, (0.60, 0.25, 0.25, 0.25), strict=True)),
-}
+try:
+    import torch
+except ImportError:  # a peer, and no requirement
+    torch = None
+
+SHAPES = ((2560, 2560), (2560, 6912), (6912, 2560), (4096, 4096), (4096, 11008))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+STREAMED = 8  # rows up to which memory may be what limits
+BYTES, LAYERS = 600e6, 20
+FEW = 4  # kernels where multiplying is what limits
+GOAL = 0.40  # of float32, at every M: without AMX, which this is written for as well
 
 
-def chained(product):
-    """One jit that multiplies the same x by every kernel in turn."""
+class Limits(NamedTuple):
+    """Of this machine, in this process."""
+
+    bytes_per_ms: float
+    operations_per_ms: float
+
+
+def measure_limits(rounds: int) -> Limits:
+    buffer = prepare_copies(bj.pack(jnp.ones((16384, 16384))), 4)
+    read = [jax.jit(functools.partial(limits.read, streams=s)) for s in limits.STREAMS]
+    busy = jax.jit(functools.partial(limits.multiply, 2_000_000))
+    timings = in_turn(
+        {
+            "one stream": lambda: [read[0](leaf.codes) for leaf in buffer],
+            "four streams": lambda: [read[1](leaf.codes) for leaf in buffer],
+            "registers": busy,
+        },
+        rounds,
+    )
+    size = sum(leaf.codes.nbytes for leaf in buffer)
+    reads = {name: size / t.median for name, t in timings.items() if "stream" in name}
+    operations = float(busy()) / timings["registers"].median
+    print(
+        f"\nLimits: reads {reads['one stream'] / 1e6:.1f} GB/s in one stream and "
+        f"{reads['four streams'] / 1e6:.1f} in four; {native.load().chosen()} multiplies "
+        f"{operations / 1e6:.0f} GOP/s in registers"
+    )
+    return Limits(max(reads.values()), operations)
+
+
+def prepare_copies(packed: Any, count: int) -> list[Any]:
+    """Prepared kernels with memory of their own: copies would not lie in large pages."""
+    return [bj.prepare(packed, "cpu") for _ in range(count)]
+
+
+def chained(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """One jit that multiplies the same x by every kernel, one after the other.
+
+    The barrier keeps XLA from sharing one quantisation of x among them, and from
+    holding all outputs at once.
+    """
 
     def run(x, kernels):
-        return sum(product(x, kernel)[:, 0].sum() for kernel in kernels)
+        total = jnp.float32(0)
+        for kernel in kernels:
+            x, total = jax.lax.optimization_barrier((x, total))
+            total += product(x, kernel)[..., 0].astype(jnp.float32).sum()
+        return total
 
     return jax.jit(run)
 
@@ -46,60 +108,267 @@ def int8_product(x, kernel):
     return sums.astype(jnp.float32) * gamma
 
 
-def candidates(x, floats, stored):
-    prepared = [bj.prepare(leaf, implementation="xla") for leaf in stored]
-    panels = [bj.prepare(leaf, implementation="cpu") for leaf in stored]
-    int8 = [bj.quantize(w).codes for w in floats]
+class Kernels:
+    """One shape's kernels, in every form, made as they are asked for."""
+
+    def __init__(self, k: int, n: int):
+        rng = np.random.default_rng(0)
+        make = functools.partial(rng.standard_normal, (k, n), np.float32)
+        self.floats = [jnp.asarray(make()) for _ in range(LAYERS)]
+        self.stored = [bj.pack(w) for w in self.floats]
+        each = self.stored[0].codes.nbytes
+        copies = max(1, -(-int(BYTES) // (each * LAYERS)))
+        self.panels = [leaf for p in self.stored for leaf in prepare_copies(p, copies)]
+        self.xla = [bj.prepare(p, "xla") for p in self.stored]
+        self.bfloat16 = [w.astype(jnp.bfloat16) for w in self.floats]
+        self.int8 = [p.int8_codes() for p in self.stored]
+
+
+def jax_candidates(x: jax.Array, kernels: Kernels, count: int, hot: bool) -> dict[str, Any]:
+    """What to run, and by how many kernels."""
+    low = x.astype(jnp.bfloat16)
+    codes, _ = bj.quantize_activations(x)
+    rows = x.shape[0]
+    ours = kernels.panels if rows <= STREAMED and not hot else kernels.panels[:count]
     pairs = {
-        "float32 dot": (lambda x, w: x @ w, floats),
-        "cpu, prepared": (lambda x, w: bj.matmul(x, w, implementation="cpu"), panels),
-        "xla, prepared": (lambda x, w: bj.matmul(x, w, implementation="xla"), prepared),
-        "xla, stored": (lambda x, w: bj.matmul(x, w, implementation="xla"), stored),
-        "int8 dot, unpacked": (int8_product, int8),
-        "reading float32": (lambda x, w: w.sum()[None, None] + x[:1, :1], floats),
+        "float32": (lambda x, w: x @ w, x, kernels.floats[:count]),
+        "cpu": (lambda x, w: bj.matmul(x, w, implementation="cpu"), x, ours),
+        "cpu, bfloat16": (lambda x, w: bj.matmul(x, w, dtype=jnp.bfloat16), low, ours),
+        "cpu, sums": (lambda x, w: cpu.sums(x, w)[0], codes, ours),
+        "xla": (lambda x, w: bj.matmul(x, w, implementation="xla"), x, kernels.xla[:count]),
+        "bfloat16": (lambda x, w: x @ w, low, kernels.bfloat16[:count]),
+        "int8, unpacked": (int8_product, x, kernels.int8[:count]),
     }
+    if hot:
+        pairs = {name: pairs[name] for name in ("float32", "cpu")}
+        pairs = {name: (f, x, [ws[0]] * LAYERS) for name, (f, x, ws) in pairs.items()}
+        pairs = {name: (lambda x, w, f=f: f(x, w), x, ws) for name, (f, x, ws) in pairs.items()}
     return {
-        name: functools.partial(chained(product), x, kernels)
-        for name, (product, kernels) in pairs.items()
+        name: (functools.partial(chained(product), x, ws), len(ws))
+        for name, (product, x, ws) in pairs.items()
     }
 
 
-def temporary_bytes(x, leaf) -> int:
-    product = jax.jit(lambda x, leaf: bj.matmul(x, leaf, implementation="xla"))
-    return product.lower(x, leaf).compile().memory_analysis().temp_size_in_bytes
+def torch_candidates(x: jax.Array, kernels: Kernels, count: int) -> dict[str, Any]:
+    """PyTorch's linear layers on the same numbers."""
+    if torch is None:
+        return {}
+    floats = torch.from_numpy(np.array(x))
+    low = floats.bfloat16()
+    codes = [torch.from_numpy(np.array(w)).t().contiguous() for w in kernels.int8[:count]]
+    packed = [torch.ops.onednn.qlinear_prepack(w, None) for w in codes]
+    wide = [w.bfloat16() for w in codes]
+    outputs = codes[0].shape[0]
+    ones, zeros = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
+    shifted = (torch.from_numpy(np.array(bj.quantize_activations(x)[0])).int() + 128).byte()
+    linear = torch.ops.onednn.qlinear_pointwise
+
+    def product(x, w):
+        return linear(x, 1.0, 128, w, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+
+    def whole(x, w):
+        gamma = x.abs().amax(1, keepdim=True).clamp_min(1e-5)
+        codes = (torch.round(x * (127 / gamma)) + 128).byte()
+        return product(codes, w) * (gamma * (1 / 127))
+
+    runs = {
+        "torch bfloat16": lambda: [torch.nn.functional.linear(low, w) for w in wide],
+        "torch int8, bare": lambda: [product(shifted, w) for w in packed],
+        "torch int8": lambda: [whole(floats, w) for w in packed],
+    }
+    return {name: (run, count) for name, run in runs.items()}
+
+
+class Point(NamedTuple):
+    """One product of ours, for the picture."""
+
+    label: str
+    rows: int
+    bytes_read: float
+    operations: float
+    ms: float
+
+
+def measure_shape(k: int, n: int, args: Any, most: Limits, points: list[Point]) -> None:
+    kernels = Kernels(k, n)
+    codes_bytes = kernels.panels[0].codes.nbytes
+    header = ("product", *HEADER, "GB/s", "of reading", "GOP/s", "of registers")
+    for m in args.rows:
+        x = jnp.asarray(np.random.default_rng(m).standard_normal((m, k), np.float32))
+        for hot in (False, True) if m == 1 else (False,):
+            count = LAYERS if m <= STREAMED else FEW
+            runs = jax_candidates(x, kernels, count, hot)
+            runs |= {} if hot else torch_candidates(x, kernels, count)
+            each = {name: 1 / layers for name, (_, layers) in runs.items()}
+            plain = {name: run for name, (run, _) in runs.items()}
+            timings = in_turn(plain, args.rounds, each=each)
+            lines = []
+            for name, t in timings.items():
+                goal = GOAL if name == "cpu" else None
+                line = [name, *versus(t, goal)]
+                if name.startswith("cpu"):
+                    rate, done = codes_bytes / t.median, 2 * m * k * n / t.median
+                    line += [f"{rate / 1e6:.1f}", f"{rate / most.bytes_per_ms:.0%}"]
+                    line += [f"{done / 1e6:.0f}", f"{done / most.operations_per_ms:.0%}"]
+                lines.append(line + [""] * (len(header) - len(line)))
+                if name == "cpu" and not hot:
+                    points.append(Point(f"{k}x{n}", m, codes_bytes, 2 * m * k * n, t.median))
+            state = "one kernel, hot" if hot else f"{runs['cpu'][1]} kernels of ours"
+            table(f"{k}x{n}, M = {m}, {state}", header, lines)
+
+
+def small_networks(width: int, depth: int) -> dict[str, tuple[Any, Any]]:
+    """Dense and packed, with the kernels as arguments and as a server may have them."""
+    floats = [jax.random.normal(jax.random.key(i), (width, width)) for i in range(depth)]
+    leaves = [bj.prepare(bj.pack(w)) for w in floats]
+    x = jax.random.normal(jax.random.key(99), (1, width))
+
+    def network(product):
+        def run(x, kernels):
+            for kernel in kernels:
+                x = jax.nn.relu(product(x, kernel))
+            return x
+
+        return jax.jit(run)
+
+    dense, packed = network(jnp.matmul), network(bj.matmul)
+    dense_in = jax.jit(lambda x: dense(x, floats))
+    packed_in = jax.jit(lambda x: packed(x, leaves))
+    return {
+        "arguments": (lambda: dense(x, floats), lambda: packed(x, leaves)),
+        "constants": (lambda: dense_in(x), lambda: packed_in(x)),
+    }
+
+
+def measure_small(rounds: int) -> None:
+    """A row through networks that fit in a cache: what a layer costs when it is all overhead."""
+    lines = []
+    for width in (64, 128, 256, 512, 1024):
+        for depth in (1, 20):
+            for name, (dense, packed) in small_networks(width, depth).items():
+                timings = in_turn({"dense": dense, "packed": packed}, 20 * rounds)
+                first = [f"{width}, {depth} layers, {name}", f"{timings['dense'].median:.3f}"]
+                lines.append(first + versus(timings["packed"], 1.10))
+    header = ("width", "dense ms", *HEADER)
+    table("A single row through small networks, packed against dense", header, lines)
+
+
+def measure_head(rounds: int, most: Limits) -> None:
+    """The head of a 2B model at eight bits."""
+    w = jax.random.normal(jax.random.key(0), (2560, 128_256), jnp.float32)
+    stored = bj.pack(w, bj.Int8Config())
+    leaf = bj.prepare(stored, "cpu")
+    low = w.astype(jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (1, 2560))
+    run = jax.jit(bj.matmul)
+    timings = in_turn(
+        {
+            "float32": lambda: jnp.matmul(x, w),
+            "bfloat16": lambda: jnp.matmul(x.astype(jnp.bfloat16), low),
+            "int8, stored": lambda: run(x, stored),
+            "int8, prepared": lambda: run(x, leaf),
+        },
+        rounds,
+    )
+    share = leaf.codes.nbytes / timings["int8, prepared"].median / most.bytes_per_ms
+    lines = [[name, *versus(t, None)] for name, t in timings.items()]
+    table(f"Head 2560x128256, M = 1; prepared reads at {share:.0%}", ("product", *HEADER), lines)
+
+
+def measure_scan(rounds: int) -> None:
+    """Stacked layers: XLA cuts each out of the stack before it is multiplied."""
+    k = n = 2560
+    one = bj.pack(jax.random.normal(jax.random.key(0), (k, n)))
+    leaves = prepare_copies(one, 300)
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *leaves)
+    x = jax.random.normal(jax.random.key(1), (1, k))
+    unrolled = jax.jit(lambda x, leaves: functools.reduce(bj.matmul, leaves, x))
+    scanned = jax.jit(
+        lambda x, stack: jax.lax.scan(lambda x, leaf: (bj.matmul(x, leaf), None), x, stack)[0]
+    )
+    timings = in_turn(
+        {"one by one": lambda: unrolled(x, leaves), "lax.scan": lambda: scanned(x, stack)}, rounds
+    )
+    lines = [[name, *versus(t, None)] for name, t in timings.items()]
+    title = f"{len(leaves)} layers of {k}x{n}, {stack.nbytes / 1e6:.0f} MB, M = 1"
+    table(title, ("layers", *HEADER), lines)
+
+
+def print_memory() -> None:
+    lines = []
+    for k, n in SHAPES:
+        stored = bj.pack(jnp.ones((k, n)))
+        for name in ("cpu", "xla"):
+            leaf = bj.prepare(stored, name)
+            for m in (1, 512):
+                x = jnp.ones((m, k))
+                plan = jax.jit(bj.matmul).lower(x, leaf).compile().memory_analysis()
+                peak = plan.temp_size_in_bytes
+                size = f"{peak / 2**20:.2f} MiB"
+                lines.append([f"{k}x{n}", name, str(m), size, f"{peak / (4 * k * n):.3f}"])
+    header = ("kernel", "implementation", "M", "temporary", "of the float32 kernel")
+    table("Temporary memory of one jitted product; goal <= 0.25", header, lines)
+
+
+def draw_roofline(points: list[Point], most: Limits, path: str) -> None:
+    """Operations a second over operations a byte of codes, under the two limits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    intensity = np.logspace(0.5, 4, 200)
+    roof = np.minimum(intensity * most.bytes_per_ms, most.operations_per_ms) / 1e6
+    axes.loglog(intensity, roof, color="black", label="limits: reading, registers")
+    for label in dict.fromkeys(p.label for p in points):
+        mine = [p for p in points if p.label == label]
+        x = [p.operations / p.bytes_read for p in mine]
+        axes.loglog(x, [p.operations / p.ms / 1e6 for p in mine], "o", ms=5, label=label)
+    ticks = {p.rows: p.operations / p.bytes_read for p in points}
+    axes.set_xticks(list(ticks.values()), [f"{m}" for m in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("rows M (8 M operations for a byte of codes)")
+    axes.set_ylabel("GOP/s, quantiser and epilogue included")
+    axes.set_title(f"bj.matmul on {native.load().chosen()}, {jax.__version__}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    print(f"\nroofline: {path}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    names = [f"{k}x{n}" for k, n in SHAPES]
+    parser.add_argument("--shapes", nargs="*", default=names, choices=names)
+    parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="processors to run on; default: all")
+    parser.add_argument("--path", help="an instruction set instead of the fastest")
+    parser.add_argument("--plot", help="where to draw the roofline")
+    parser.add_argument("--brief", action="store_true", help="the products alone")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--layers", type=int, default=20, help="kernels in a chain")
-    args = parser.parse_args()
+    args = parse()
+    if args.threads is not None:  # before XLA counts them
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    if torch is not None:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     machine()
-    memory = []
+    native.load().choose(args.path)
+    most, points = measure_limits(args.rounds), []
     for k, n in SHAPES:
-        rng = np.random.default_rng(0)
-        count = args.layers
-        floats = [jnp.asarray(rng.standard_normal((k, n), np.float32)) for _ in range(count)]
-        stored = [bj.pack(w) for w in floats]
-        rows = []
-        for m in ROWS:
-            x = jnp.asarray(rng.standard_normal((m, k), np.float32))
-            used = count if m <= 8 else min(count, 4)
-            timings = in_turn(candidates(x, floats[:used], stored[:used]), args.rounds)
-            for name, t in timings.items():
-                wanted = GOALS.get(name, {}).get(m)
-                rows.append([f"M = {m}: {name}", *versus(t, wanted)])
-            peak = temporary_bytes(x, bj.prepare(stored[0], implementation="xla"))
-            memory.append(
-                [f"{k}x{n}", str(m), f"{peak / 2**20:.1f} MiB", f"{peak / (4 * k * n):.3f}"]
-            )
-        title = f"matmul {k}x{n}, {count} kernels chained (at most 4 where M > 8)"
-        table(title, ("product", *HEADER), rows)
-    table(
-        "Peak temporary memory of one jitted product; goal <= 0.25 of the float32 kernel",
-        ("kernel", "M", "bytes", "ratio"),
-        memory,
-    )
+        if f"{k}x{n}" in args.shapes:
+            measure_shape(k, n, args, most, points)
+    if args.plot:
+        draw_roofline(points, most, args.plot)
+    if not args.brief:
+        measure_small(args.rounds)
+        measure_head(args.rounds, most)
+        measure_scan(args.rounds)
+        print_memory()
 
 
 if __name__ == "__main__":

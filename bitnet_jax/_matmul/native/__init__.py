@@ -58,6 +58,10 @@ class Native(NamedTuple):
         supported = self.library.bitnet_path_supported
         return [name for i, name in enumerate(self.built()) if supported(i)]
 
+    def chosen(self) -> str | None:
+        """The one that serves; None without a library."""
+        return None if self.library is None else self.built()[self.library.bitnet_chosen_path()]
+
     def choose(self, path: str | None) -> None:
         """Takes one of :meth:`paths` from now on, in every thread; None: the fastest."""
         paths = self.paths()

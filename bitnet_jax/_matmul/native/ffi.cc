@@ -249,5 +249,12 @@ BITNET_EXPORT int bitnet_path_supported(int index) {
   return index >= 0 && index < bitnet::kPathCount && bitnet::kPaths[index]->supported();
 }
 
+// The index of the path that serves.
+BITNET_EXPORT int bitnet_chosen_path() {
+  return static_cast<int>(std::find(bitnet::kPaths, bitnet::kPaths + bitnet::kPathCount,
+                                    &bitnet::Chosen()) -
+                          bitnet::kPaths);
+}
+
 // Takes a path by its index from now on, in every thread.
 BITNET_EXPORT void bitnet_choose_path(int index) { bitnet::Choose(*bitnet::kPaths[index]); }
