@@ -320,17 +320,21 @@ def draw_roofline(points: list[Point], most: Limits, path: str) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     intensity = np.logspace(0.5, 4, 200)
     roof = np.minimum(intensity * most.bytes_per_ms, most.operations_per_ms) / 1e6
-    axes.loglog(intensity, roof, color="black", label="limits: reading, registers")
+    axes.loglog(intensity, roof, color="black", label="limits: reading; multiplying in registers")
     for label in dict.fromkeys(p.label for p in points):
         mine = [p for p in points if p.label == label]
         x = [p.operations / p.bytes_read for p in mine]
         axes.loglog(x, [p.operations / p.ms / 1e6 for p in mine], "o", ms=5, label=label)
-    ticks = {p.rows: p.operations / p.bytes_read for p in points}
-    axes.set_xticks(list(ticks.values()), [f"{m}" for m in ticks])
+    rows = {p.rows: p.operations / p.bytes_read for p in points}
+    rates = [25 * 2**i for i in range(12) if roof[0] < 25 * 2**i < 1.5 * roof[-1]]
+    axes.set_xticks(list(rows.values()), [f"{m}" for m in rows])
+    axes.set_yticks(rates, [f"{rate}" for rate in rates])
     axes.minorticks_off()
     axes.set_xlabel("rows M (8 M operations for a byte of codes)")
     axes.set_ylabel("GOP/s, quantiser and epilogue included")
-    axes.set_title(f"bj.matmul on {native.load().chosen()}, {jax.__version__}")
+    axes.set_title(
+        f"bj.matmul on {native.load().chosen()}, {os.cpu_count()} cores, jax {jax.__version__}"
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
