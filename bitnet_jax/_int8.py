@@ -48,7 +48,7 @@ class ActivationConfig:
 
     def __post_init__(self) -> None:
         _checks.bits("ActivationConfig", self.bits)
-        _checks.epsilon("ActivationConfig", self.eps)
+        _checks.epsilon("ActivationConfig", self.eps, self.qmax)
 
     @property
     def qmax(self) -> int:
@@ -79,7 +79,7 @@ class Int8Config:
     granularity: ClassVar[str] = "channel"
 
     def __post_init__(self) -> None:
-        _checks.epsilon("Int8Config", self.eps)
+        _checks.epsilon("Int8Config", self.eps, _LARGEST_CODE)
 
 
 INT8 = ActivationConfig()
@@ -92,13 +92,21 @@ def check_activations(who: str, activations: Any) -> None:
     _checks.instance(who, "activations", activations, kinds, "Use ActivationConfig().")
 
 
+def _largest(x: Float32[Array, "..."], axes: tuple[int, ...]) -> Float32[Array, "..."]:
+    """max|x| over some axes, kept; Inf where one of them is NaN.
+
+    XLA's maximum on CPUs drops NaN where its input has 4096 elements or more.
+    """
+    magnitudes = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+    return jnp.max(magnitudes, axis=axes, keepdims=True, initial=0.0)
+
+
 def quantize_channels(
     w: Float[Array, "*b k n"], config: Int8Config
 ) -> tuple[Int8[Array, "*b k n"], Float32[Array, "*b 1 n"]]:
     """Codes in [-127, 127] of a canonical kernel and the step of each output channel."""
     wide = w.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=-2, keepdims=True)
-    floor = jnp.maximum(largest, np.float32(config.eps))
+    floor = jnp.maximum(_largest(wide, (-2,)), np.float32(config.eps))
     codes = jnp.round(wide * (np.float32(_LARGEST_CODE) / floor)).astype(jnp.int8)
     # The runtime 0 keeps this constant from being folded with the epilogue's.
     return codes, floor * (np.float32(1 / _LARGEST_CODE) + floor * 0.0)
@@ -151,8 +159,7 @@ def quantize_activations_as(
 @functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all layers of a shape
 def _token_codes(x: jax.Array, config: ActivationConfig, shared: tuple[int, ...]):
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=shared, keepdims=True, initial=0.0)
-    gamma = jnp.maximum(largest, np.float32(config.eps))
+    gamma = jnp.maximum(_largest(x, shared), np.float32(config.eps))
     codes = jnp.round(x * (np.float32(config.qmax) / gamma)).astype(jnp.int8)
     return codes, gamma
 

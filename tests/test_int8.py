@@ -83,6 +83,30 @@ def test_gradients():
     np.testing.assert_allclose(served, dx, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [2, 20])  # 20: from 4096 elements on XLA's maximum drops NaN
+def test_a_nan_is_never_lost(rows):
+    x = jax.random.normal(jax.random.key(0), (rows, 256)).at[1, 7].set(jnp.nan)
+    for quantize in (bj.quantize_activations, jax.jit(bj.quantize_activations)):
+        gamma = quantize(x)[1][:, 0]
+        assert not np.isfinite(gamma[1])
+        assert np.isfinite(np.delete(gamma, 1)).all()
+    step = bj.pack(x.T, INT8).scale[0]
+    assert not np.isfinite(step[1])
+    assert np.isfinite(np.delete(step, 1)).all()
+    y = bj.ternary_dot(x, jnp.ones((256, 3)))
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(np.delete(y, 1, axis=0)).all()
+
+
+def test_an_eps_that_127_over_it_leaves_float32_is_refused():
+    for config in (bj.ActivationConfig, bj.Int8Config):
+        config(eps=4e-37)
+        with pytest.raises(ValueError, match=r"`eps` must be .* finite 127 / eps, 3.73e-37 to"):
+            config(eps=3.7e-37)
+    bj.ActivationConfig(bits=2, eps=1.2e-38)
+    bj.TernaryConfig(eps=1.2e-38)
+
+
 def test_stacks_slice_and_scan():
     stack = jnp.stack([W, 2 * W, -W])
     packed = bj.pack(stack, INT8, contracting_axes=1, batch_axes=0)

@@ -27,14 +27,15 @@ def positive(who: str, name: str, value: Any) -> None:
         raise ValueError(f"{who}: `{name}` must be a finite number > 0, got {value!r}.")
 
 
-def epsilon(who: str, value: Any) -> None:
-    """Refuses an eps that float32 cannot hold as a normal number."""
+def epsilon(who: str, value: Any, most: int = 1) -> None:
+    """Refuses an eps that float32 cannot hold as a normal number, or ``most`` over it."""
     positive(who, "eps", value)
-    smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-    if not smallest <= value <= largest:
+    limits = np.finfo(np.float32)
+    smallest, largest = max(float(limits.tiny), most / float(limits.max)), float(limits.max)
+    if not smallest <= value <= largest or not np.isfinite(most / np.float32(value)):
         raise ValueError(
-            f"{who}: `eps` must be a normal float32, {smallest:.2e} to {largest:.2e}, got "
-            f"{value!r}."
+            f"{who}: `eps` must be a normal float32 with a finite {most} / eps, {smallest:.2e} "
+            f"to {largest:.2e}, got {value!r}."
         )
 
 

@@ -180,12 +180,13 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
       tree: a packed kernel, or any tree with packed kernels among its leaves;
         other leaves pass through.
       implementation: None picks ``"cpu"``, the native one, where this processor has
-        more than its portable path, else ``"xla"``. ``"cpu"`` pads each group to 256
-        weights along the contraction; ``jax.export`` wants ``"xla"``.
+        more than its portable path, else ``"xla"``. ``"cpu"`` pads each group to 16
+        weights along the contraction (int8: to 4), and outputs to 16; ``jax.export``
+        refuses its custom calls, ``"xla"`` travels anywhere.
 
     Returns:
-      The tree with ``Prepared`` leaves; where the implementation runs
-      from the stored layout, the leaf itself.
+      The tree with ``PreparedTernary`` and ``PreparedInt8`` leaves; where the
+      implementation runs from the stored layout, the leaf itself.
 
     Raises:
       ValueError: a tree without packed kernels, or an unknown implementation.

@@ -89,10 +89,9 @@ def prepare(packed: Stored) -> Prepared:
         stored = _axes.canonical(packed.codes, packed.axes) if int8 else canonical_bytes(packed)
     groups = packed.canonical_scale().shape[-2]
     depth, n = math.prod(contraction) // groups, math.prod(outputs)
-    shape = (*batch, groups, *_panel_shape(int8, depth, n))
-    call = jax.ffi.ffi_call(
-        native.LAY_OUT, jax.ShapeDtypeStruct(shape, jnp.uint8), vmap_method="broadcast_all"
-    )
+    size = groups * math.prod(_panel_shape(int8, depth, n))
+    shape = jax.ShapeDtypeStruct((*batch, size), jnp.uint8)
+    call = jax.ffi.ffi_call(native.LAY_OUT, shape, vmap_method="broadcast_all")
     panels = call(
         stored,
         last=np.int64(contraction[-1]),
@@ -150,7 +149,7 @@ def sums(x: Int8[Array, "*b *m k"], prepared: Prepared) -> Int32[Array, "g *b *m
 def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
     """The canonical int8 codes of a prepared kernel; undoes :func:`prepare`."""
     k, n = math.prod(prepared.contraction), math.prod(prepared.outputs)
-    rows = _by_rows(prepared.codes)  # (*b, g, byte rows, panels, 64)
+    rows = _by_rows(_panels_of(prepared))  # (*b, g, byte rows, panels, 64)
     if isinstance(prepared, PreparedInt8):
         codes = _in_order(rows).astype(jnp.int8) ^ jnp.int8(-128)
     else:
@@ -158,13 +157,13 @@ def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
         parts = [rows[..., :whole, :, :], rows[..., whole:, :, :]]
         codes = jnp.concatenate([_in_order(_unpacked(part)) for part in parts], axis=-2)
         codes = codes.astype(jnp.int8) - jnp.int8(1)
-    codes = codes[..., : k // prepared.codes.shape[-4], :n]
+    codes = codes[..., : k // prepared.scale.shape[-2], :n]
     return codes.reshape(*prepared.batch, k, n)
 
 
 def rows_of(prepared: PreparedInt8, index: Int[Array, "..."]) -> Int8[Array, "... k"]:
     """Codes of some outputs: rows of an embedding, which contracts over its features."""
-    _, panels, rows, _ = prepared.codes.shape
+    _, panels, rows, _ = _panels_of(prepared).shape
     panel, output = index // _OUTPUTS, index % _OUTPUTS
     first = panel // _BESIDE * _BESIDE
     beside = jnp.minimum(_BESIDE, panels - first)
@@ -174,6 +173,14 @@ def rows_of(prepared: PreparedInt8, index: Int[Array, "..."]) -> Int8[Array, "..
     at = start[..., None] + (beside * _OUTPUTS)[..., None] * row
     codes = jnp.take(prepared.codes.reshape(-1, 4), at, axis=0).reshape(*index.shape, rows * 4)
     return codes[..., : math.prod(prepared.contraction)].astype(jnp.int8) ^ jnp.int8(-128)
+
+
+def _panels_of(prepared: Prepared) -> UInt8[Array, "*b g p r 64"]:
+    """The flat codes as panels: flat, since XLA slices a stack of them faster so."""
+    int8, n = isinstance(prepared, PreparedInt8), math.prod(prepared.outputs)
+    groups = prepared.scale.shape[-2]
+    shape = _panel_shape(int8, math.prod(prepared.contraction) // groups, n)
+    return prepared.codes.reshape(*prepared.batch, groups, *shape)
 
 
 def _by_rows(panels: UInt8[Array, "*g p r 64"]) -> UInt8[Array, "*g r p 64"]:
@@ -210,7 +217,7 @@ def _panel_shape(int8: bool, depth: int, outputs: int) -> tuple[int, int, int]:
     return -(-outputs // _OUTPUTS), -(-depth // (4 if int8 else 16)), _ROW
 
 
-def _slices(prepared: Prepared) -> tuple[UInt8[Array, "b g p r 64"], Float32[Array, "b g n"]]:
+def _slices(prepared: Prepared) -> tuple[UInt8[Array, "b bytes"], Float32[Array, "b g n"]]:
     """Panels and scale with one batch axis."""
     count, lead = math.prod(prepared.batch), len(prepared.batch)
     panels, scale = prepared.codes, prepared.scale
@@ -249,7 +256,7 @@ class _Spec(NamedTuple):
 
 @functools.cache
 def _multiply(spec: _Spec) -> Callable[..., jax.Array]:
-    """(codes (B, M, K), gamma (B, M, 1), panels, scale (B, G, 1 or N)) -> (B, M, N)."""
+    """(codes (B, M, K), gamma (B, M, 1), panels (B, bytes), scale (B, G, 1 or N)) -> (B, M, N)."""
 
     @jax.custom_batching.custom_vmap
     def multiply(codes, gamma, panels, scale):

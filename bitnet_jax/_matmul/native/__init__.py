@@ -91,10 +91,15 @@ def load() -> Native:
             f"it was built for XLA FFI {_dotted(built)}, and this jaxlib has {_dotted(runs)}. "
             "Install bitnet_jax again"
         )
-    library.bitnet_path.restype = ctypes.c_char_p
-    for target in TARGETS:
-        handler = jax.ffi.pycapsule(getattr(library, target))
-        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    try:
+        library.bitnet_path.restype = ctypes.c_char_p
+        handlers = {target: getattr(library, target) for target in TARGETS}
+        for name in ("bitnet_path_supported", "bitnet_chosen_path", "bitnet_choose_path"):
+            getattr(library, name)
+    except AttributeError as error:
+        return _without(f"it was built from other sources: {error}. Install bitnet_jax again")
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     return Native(library, None)
 
 

@@ -38,17 +38,20 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// GCC 12 does not know what memory the tile instructions read: stores before them may be
+// left out, or come after.
+inline void MemoryIsRead() { asm volatile("" : : : "memory"); }
+
 // Puts back what it found: another library may take its own tiles for still configured.
 struct Configured {
   TileConfig ours, before;
   Configured() {
+    MemoryIsRead();
     _tile_storeconfig(&before);
-    // GCC 12 would leave the stores to `ours` out without it.
-    asm volatile("" : : "r"(&ours) : "memory");
     _tile_loadconfig(&ours);
   }
   ~Configured() {
-    asm volatile("" : : "r"(&before) : "memory");
+    MemoryIsRead();
     if (before.palette == 0) {
       _tile_release();
     } else {
@@ -60,6 +63,7 @@ struct Configured {
 // 16 * RowTiles rows times 16 * PanelTiles outputs, `rows` byte rows (a multiple of 16).
 template <int RowTiles, int PanelTiles>
 void Block(const int8_t* x, int64_t stride, Panel codes, int64_t rows, int32_t* sums) {
+  MemoryIsRead();
   int32_t* lower = sums + kTileRows * kWidth;
   _tile_loadd(0, sums, kSumsStride);
   if (PanelTiles > 1) _tile_loadd(1, sums + kOutputs, kSumsStride);

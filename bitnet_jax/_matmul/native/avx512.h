@@ -57,7 +57,7 @@ struct Avx512 {
 void Avx512::OneRow(const Rows& rows_of_x, Panel panel, int64_t byte_rows, int32_t* sums) {
   const int8_t* x = rows_of_x.codes;
   const uint8_t* codes = panel.bytes;
-  // 64 * 2 * 127 * 16 a block and field: far below 2^31 after so many byte rows.
+  // 4 * 64 * 2 * 127 a byte row at most: half of 2^31 after so many.
   constexpr int64_t kWidthBytes = kPanels * kRowBytes;
   constexpr int64_t kFold = int64_t{1} << 14;
   const Row mask[kFields] = {_mm512_set1_epi8(3), _mm512_set1_epi8(12), _mm512_set1_epi8(48),

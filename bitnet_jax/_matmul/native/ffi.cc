@@ -22,7 +22,7 @@ using Dimensions = ffi::Span<const int64_t>;
 class XlaPool : public Pool {
  public:
   explicit XlaPool(ffi::ThreadPool& pool) : pool_(pool) {}
-  int64_t Threads() const override { return pool_.num_threads(); }
+  int64_t Threads() const override { return std::max<int64_t>(1, pool_.num_threads()); }
   void Schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
 
  private:
@@ -70,21 +70,26 @@ ffi::Error QuantizeImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, float qmax, f
   return Wrong("x must be float32 or bfloat16");
 }
 
-// The operands that MultiplyImpl and SumsImpl share, or why they do not meet.
-ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels, int64_t depth, bool int8,
-                    int64_t outputs, Product& product) {
-  const Dimensions xd = x.dimensions(), pd = panels.dimensions();
-  if (xd.size() != 3 || pd.size() != 5) {
-    return Wrong("want x (B, M, K), panels (B, G, N/16, byte rows, 64)");
+int64_t PanelBytes(Kind kind, int64_t groups, int64_t outputs, int64_t depth) {
+  return groups * Panels(outputs) * ByteRows(kind, depth) * kRowBytes;
+}
+
+// The operands that MultiplyImpl and SumsImpl share, or why they do not meet. Panels are one
+// flat axis: XLA cuts a layer out of a stack of them several times as fast.
+ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels, int64_t groups,
+                    int64_t depth, bool int8, int64_t outputs, Product& product) {
+  const Dimensions xd = x.dimensions();
+  if (xd.size() != 3 || groups < 1 || outputs < 0) {
+    return Wrong("want x (B, M, K), panels (B, bytes), and a group or more");
+  }
+  if (depth < 1 || (groups - 1) * depth + CeilDiv(depth, kPadding) * kPadding > xd[2]) {
+    return Wrong("want groups of depth >= 1, and each readable up to a multiple of 64 codes of x");
   }
   const Kind kind = int8 ? Kind::kInt8 : Kind::kTernary;
-  if (!Is(pd, {xd[0], pd[1], Panels(outputs), ByteRows(kind, depth), kRowBytes})) {
+  if (!Is(panels.dimensions(), {xd[0], PanelBytes(kind, groups, outputs, depth)})) {
     return Wrong("x, panels and outputs do not meet");
   }
-  if (depth < 1 || (pd[1] - 1) * depth + CeilDiv(depth, kPadding) * kPadding > xd[2]) {
-    return Wrong("the rows of x must be padded to a multiple of 64 codes");
-  }
-  product = {kind, xd[0], xd[1], outputs, pd[1], depth, x.typed_data(), xd[2],
+  product = {kind, xd[0], xd[1], outputs, groups, depth, x.typed_data(), xd[2],
              panels.typed_data()};
   return ffi::Error::Success();
 }
@@ -95,11 +100,11 @@ ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
                         ffi::Buffer<ffi::F32> scale, int64_t depth, bool int8, float qmax,
                         ffi::Result<ffi::AnyBuffer> y) {
   const Dimensions yd = y->dimensions(), sd = scale.dimensions();
-  if (yd.size() != 3) return Wrong("want y (B, M, N)");
+  if (yd.size() != 3 || sd.size() != 3) return Wrong("want y (B, M, N), scale (B, G, 1 or N)");
   Product product;
-  const ffi::Error error = Operands(x, panels, depth, int8, yd[2], product);
+  const ffi::Error error = Operands(x, panels, sd[1], depth, int8, yd[2], product);
   if (error.failure()) return error;
-  const int64_t scales = sd.size() == 3 ? sd[2] : 0;
+  const int64_t scales = sd[2];
   if (!Is(yd, {product.batch, product.rows, product.outputs}) ||
       !Is(gamma.dimensions(), {product.batch, product.rows, 1}) ||
       !Is(sd, {product.batch, product.groups, scales}) ||
@@ -122,7 +127,7 @@ ffi::Error SumsImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x, ffi::Buffer
   const Dimensions yd = sums->dimensions();
   if (yd.size() != 4) return Wrong("want sums (B, G, M, N)");
   Product product;
-  const ffi::Error error = Operands(x, panels, depth, int8, yd[3], product);
+  const ffi::Error error = Operands(x, panels, yd[1], depth, int8, yd[3], product);
   if (error.failure()) return error;
   if (!Is(yd, {product.batch, product.groups, product.rows, product.outputs})) {
     return Wrong("sums do not meet the product");
@@ -133,23 +138,22 @@ ffi::Error SumsImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x, ffi::Buffer
 }
 
 // stored (..., rows, N), ternary bytes or int8 codes, or int8 (..., N, rows) transposed
-// -> panels (..., G, N/16, byte rows, 64).
+// -> panels (..., bytes).
 ffi::Error LayOutImpl(ffi::ThreadPool threads, ffi::AnyBuffer stored, int64_t last, int64_t depth,
                       bool int8, bool transposed, ffi::ResultBuffer<ffi::U8> panels) {
   const Dimensions sd = stored.dimensions(), pd = panels->dimensions();
-  if (sd.size() < 2 || pd.size() != sd.size() + 2 || last < 1 || depth < 1) {
-    return Wrong("want stored (..., rows, N), panels (..., G, N/16, byte rows, 64)");
+  if (sd.size() < 2 || pd.size() != sd.size() - 1 || last < 1 || depth < 1) {
+    return Wrong("want stored (..., rows, N), panels (..., bytes)");
   }
   const Kind kind = int8 ? Kind::kInt8 : Kind::kTernary;
   const int64_t batch = ElementsBefore(sd, 2);
   const int64_t rows = sd[sd.size() - (transposed ? 1 : 2)];
   const int64_t outputs = sd[sd.size() - (transposed ? 2 : 1)];
-  const int64_t groups = pd[sd.size() - 2], length = groups * depth;
-  if (stored.element_type() != (int8 ? Type::S8 : Type::U8) || (int8 && groups != 1) ||
-      (transposed && !int8) ||
-      rows != (int8 ? length : length / last * CeilDiv(last, kFields)) ||
-      (!int8 && length % last != 0) || ElementsBefore(pd, 4) != batch ||
-      !EndsWith(pd, {Panels(outputs), ByteRows(kind, depth), kRowBytes})) {
+  const int64_t bytes = CeilDiv(last, kFields);  // of `last` weights
+  const int64_t length = int8 ? rows : rows / bytes * last, groups = length / depth;
+  if (stored.element_type() != (int8 ? Type::S8 : Type::U8) || (transposed && !int8) ||
+      (int8 && groups != 1) || (!int8 && rows % bytes != 0) || length % depth != 0 ||
+      ElementsBefore(pd, 1) != batch || pd.back() != PanelBytes(kind, groups, outputs, depth)) {
     return Wrong("stored codes and panels do not meet");
   }
   XlaPool pool(threads);

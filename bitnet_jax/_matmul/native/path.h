@@ -24,7 +24,7 @@ struct Rows {
 using Sums = void (*)(const Rows& x, const uint8_t* panels, int64_t byte_rows,
                       int64_t panel_count, int32_t* sums);
 
-// One token: codes, and its gamma, or not a finite number.
+// One token: codes, and its gamma, infinite where x has NaN or Inf.
 template <class Float>
 using Quantize = float (*)(const Float* x, int64_t length, float qmax, float eps, int8_t* codes);
 

@@ -36,6 +36,7 @@ float QuantizeRow(const Float* x, int64_t length, float qmax, float eps, int8_t*
     const uint32_t magnitude = Bits(AsFloat(x[i])) & 0x7FFFFFFF;
     largest = magnitude > largest ? magnitude : largest;
   }
+  if (largest > kInfinity) largest = kInfinity;  // NaN, as _int8.py has it
   float gamma;
   std::memcpy(&gamma, &largest, sizeof(gamma));
   if (gamma < eps) gamma = eps;

@@ -5,7 +5,6 @@
 namespace bitnet {
 namespace {
 
-// One output's sums over `rows` byte rows of the int8 layout, less a bias.
 void PortableInt8(const Rows& x, const uint8_t* panels, int64_t byte_rows, int64_t panel_count,
                   int32_t* sums) {
   for (int64_t m = 0; m < x.count; ++m) {

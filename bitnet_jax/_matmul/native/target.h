@@ -12,7 +12,9 @@
 
 #if defined(__x86_64__)
 #define BITNET_X86 1
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's own headers
+#endif
 #include <immintrin.h>
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define BITNET_AVX_VNNI 1

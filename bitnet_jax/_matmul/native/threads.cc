@@ -24,7 +24,8 @@ struct Shared {
   std::mutex mutex;
   std::condition_variable all_done;
 
-  void Run() {
+  // What a piece throws (no memory) ends the process: others still use what it unwinds.
+  void Run() noexcept {
     int64_t mine = 0;
     for (int64_t first; (first = next.fetch_add(run)) < pieces;) {
       const int64_t last = std::min(pieces, first + run);
