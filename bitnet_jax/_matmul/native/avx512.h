@@ -46,7 +46,7 @@ struct Avx512 {
     }
   };
 
-  // Four streams. The codes are masked where they stand, so field j counts 4^j times, and
+  // Four panels. The codes are masked where they stand, so field j counts 4^j times, and
   // the sums are shifted back before they could overflow.
   static void OneRow(const Rows& x, Panel codes, int64_t byte_rows, int32_t* sums);
 

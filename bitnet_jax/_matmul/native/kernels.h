@@ -14,8 +14,8 @@
 //   I::kDirectRows                       up to so many rows, fields unpack in registers
 //   I::OneRow                            kPanels ternary panels for a single row
 //
-// One row: every stream of codes is read once, from memory. A few rows: the same, each
-// byte unpacked once for all of them. Many rows: panels are unpacked a block of the
+// One row: codes are read once, from memory, end to end. A few rows: the same, each byte
+// unpacked once for all of them. Many rows: panels are unpacked a block of the
 // contraction at a time into the int8 layout, which stays in cache, and multiplied from
 // there, as int8 kernels are at any number of rows.
 
