@@ -17,6 +17,7 @@ float one: any cut at a multiple of four rows is a cut between bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -26,6 +27,7 @@ from jaxtyping import Array, Bool, Float32, Int8, Int32, UInt8
 
 PER_BYTE = 4
 ZEROS = np.uint8(0x55)
+_LOW_BITS = np.uint64(0x5555555555555555)
 
 
 def packed_length(length: int) -> int:
@@ -71,15 +73,67 @@ def unpack_trits(packed: UInt8[Array, "..."], axis: int, length: int) -> Int8[Ar
     return jax.lax.slice_in_dim(codes, 0, length, axis=axis)
 
 
-def invalid(packed: UInt8[np.ndarray, "..."], axis: int, length: int) -> Bool[np.ndarray, "..."]:
-    """Marks bytes that :func:`pack_trits` cannot have written: a 3, or padding that is not 0."""
-    wrong = (packed & (packed >> 1) & np.uint8(0x55)) != 0
-    used = length % PER_BYTE
-    if used:
-        last = np.moveaxis(packed, axis, -1)[..., -1]
-        pad = (0xFF << 2 * used) & 0xFF
-        np.moveaxis(wrong, axis, -1)[..., -1] |= (last & np.uint8(pad)) != (0x55 & pad)
+def dense_length(count: int) -> int:
+    """Bytes for so many packed bytes at five trits a byte, as a dense file has them (io/_trits)."""
+    return 4 * -(-count // 5)
+
+
+def count_invalid(
+    part: UInt8[np.ndarray, " n"], start: int, shape: Sequence[int], axis: int, length: int
+) -> int:
+    """How many bytes :func:`invalid` marks; finds that there are none without a large temporary."""
+    words = part[: part.size & ~7].view(np.uint64)
+    threes = words >> np.uint64(1)
+    threes &= words
+    threes &= _LOW_BITS
+    rest = part[words.nbytes :]
+    if not threes.any() and not (rest & (rest >> 1) & ZEROS).any():
+        pad = _padding(length)
+        if all(((row & pad) == (ZEROS & pad)).all() for row in _last(part, start, shape, axis)):
+            return 0
+    return int(np.count_nonzero(invalid(part, start, shape, axis, length)))
+
+
+def invalid(
+    part: UInt8[np.ndarray, " n"], start: int, shape: Sequence[int], axis: int, length: int
+) -> Bool[np.ndarray, " n"]:
+    """Marks bytes that :func:`pack_trits` cannot have written: a 3, or padding that is not 0.
+
+    Args:
+      part: contiguous bytes out of packed codes in C order, all of them or some.
+      start: the index of the first of them.
+      shape: of the packed codes.
+      axis: the packed axis.
+      length: how many codes lie along it.
+
+    Returns:
+      A mark for each byte.
+    """
+    wrong = (part & (part >> 1) & ZEROS) != 0
+    pad = _padding(length)
+    marks = _last(wrong, start, shape, axis)
+    for mark, row in zip(marks, _last(part, start, shape, axis), strict=True):
+        mark |= (row & pad) != (ZEROS & pad)
     return wrong
+
+
+def _padding(length: int) -> np.uint8:
+    """The bits of a last byte that hold no code."""
+    used = length % PER_BYTE
+    return np.uint8(0xFF << 2 * used & 0xFF) if used else np.uint8(0)
+
+
+def _last(part: np.ndarray, start: int, shape: Sequence[int], axis: int) -> list[np.ndarray]:
+    """Views of those of ``part`` that come last along the packed axis."""
+    inner = math.prod(shape[axis:][1:])
+    before = (shape[axis] - 1) * inner  # in each period, what is last comes after these
+    period = before + inner
+    if not period:
+        return []
+    first = min(-start % period, part.size)  # of the first whole period in this part
+    end = first + (part.size - first) // period * period
+    whole = part[first:end].reshape(-1, period)[:, before:]
+    return [part[:first][max(0, before - start % period) :], whole, part[end:][before:]]
 
 
 def differ(a: UInt8[Array, "... n"], b: UInt8[Array, "... n"]) -> Float32[Array, ""]:

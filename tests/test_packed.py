@@ -57,7 +57,8 @@ def assert_valid(packed, shape):
     assert list(packed.contracting_axes) == sorted(packed.contracting_axes)
     last = packed.contracting_axes[-1]
     assert packed.codes.shape[last] == -(-packed.length // 4)
-    assert not _packing.invalid(np.asarray(packed.codes), last, packed.length).any()
+    codes = np.asarray(packed.codes)
+    assert not _packing.count_invalid(codes.reshape(-1), 0, codes.shape, last, packed.length)
     for have, want in zip(packed.scale.shape, shape, strict=True):
         assert want % have == 0
     assert (np.asarray(packed.scale) > 0).all()

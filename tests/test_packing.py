@@ -85,6 +85,18 @@ def test_fields_are_planes():
             np.testing.assert_array_equal(fields.take(i, axis), (packed >> (2 * i)) & 3)
 
 
+def invalid(packed, axis, length):
+    """The marks of a whole array, which its parts of any size must give too."""
+    marks = _packing.invalid(packed.reshape(-1), 0, packed.shape, axis, length)
+    for size in (1, 5, 64, packed.size):
+        for start in range(0, min(packed.size, 300), size):
+            part = packed.reshape(-1)[start : start + size].copy()
+            about = (part, start, packed.shape, axis, length)
+            np.testing.assert_array_equal(_packing.invalid(*about), marks[start : start + size])
+            assert _packing.count_invalid(*about) == marks[start : start + size].sum()
+    return marks.reshape(packed.shape)
+
+
 @pytest.mark.parametrize("length", range(1, 9))
 def test_invalid_knows_all_256_bytes_in_every_place(length):
     every = np.arange(256, dtype=np.uint8)
@@ -96,21 +108,21 @@ def test_invalid_knows_all_256_bytes_in_every_place(length):
         fields = [[(b >> (2 * i)) & 3 for i in range(4)] for b in range(256)]
         want = [3 in f or any(v != 1 for v in f[used:]) for f in fields]
         before = packed.copy()
-        got = _packing.invalid(packed, 0, length)
+        got = invalid(packed, 0, length)
         np.testing.assert_array_equal(packed, before)
         assert got.shape == packed.shape
         assert got[place].tolist() == want
         assert not np.delete(got, place, 0).any()
         assert (256 - sum(want)) == 3**used
-        np.testing.assert_array_equal(_packing.invalid(packed.T, 1, length), got.T)
-        np.testing.assert_array_equal(_packing.invalid(packed.T, -1, length), got.T)
+        np.testing.assert_array_equal(invalid(packed.T, 1, length), got.T)
+        np.testing.assert_array_equal(invalid(packed.T, -1, length), got.T)
 
 
 def test_nothing_that_pack_wrote_is_invalid():
     for shape in ((13, 4), (5, 6), (8, 3)):
         for axis in (0, 1):
             packed = np.asarray(pack_trits(trits(shape), axis))
-            assert not _packing.invalid(packed, axis, shape[axis]).any()
+            assert not invalid(packed, axis, shape[axis]).any()
 
 
 @hypothesis.given(
@@ -126,7 +138,7 @@ def test_unpack_of_pack_is_the_dequantised_kernel(shape, dtype, config, seed, si
     oracles.assert_same_bits(bj.unpack(packed), t.dequantize(dtype))
     oracles.assert_same_bits(bj.unpack(packed, jnp.float32), t.dequantize())
     oracles.assert_same_bits(packed.codes, oracles.pack_bytes(t.codes, 0))
-    assert not _packing.invalid(np.asarray(packed.codes), 0, shape[0]).any()
+    assert not invalid(np.asarray(packed.codes), 0, shape[0]).any()
 
 
 @hypothesis.given(line=st.lists(st.integers(-1, 1), min_size=1, max_size=24))

@@ -4,33 +4,36 @@ A file is eight bytes of header length, the header (JSON), then the bytes of all
 tensors, end to end. The safetensors library reads a file with a key twice, with
 a relabelled dtype, or with most of its bits flipped. This reader does not::
 
-    __metadata__["sha256"] = sha256(n, name, dtype, shape, bytes of each of n tensors by name,
+    __metadata__["sha256"] = sha256(n, name, dtype, shape, chunks of each of n tensors by name,
                                     key, value of all other metadata by key)
+    chunks                 = sha256(first MiB) sha256(second MiB) ... of a tensor's bytes, the
+                             last of what is left; in version 1, the bytes themselves
 
 where each part is preceded by its length, so that no two contents spell the
-same. The bytes are written aside, forced to the disk and moved into place: at
-any moment there is the old file or the new one.
+same. All chunks of a tensor are one part, and are hashed on several cores at once.
+
+The header is filled up with spaces to a multiple of 64 bytes, and tensors are
+ordered by the powers of two in their sizes: one whose size is a multiple of 64
+bytes starts at a multiple of 64, where JAX on a CPU uses the memory as it lies.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
-import os
-import secrets
-import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import jax.numpy as jnp
-import numpy as np
-import safetensors
 
-# What safetensors itself accepts; checked before a byte of the header is read.
-MAX_HEADER = 100_000_000
+# Bounds on what a header may claim, far above any model's: memory and time stay small
+# whatever a file says. ``save`` keeps to them too.
+MAX_HEADER = 32 << 20  # bytes; some 50,000 leaves
+MAX_RANK = 64  # NumPy's own
+MAX_ELEMENTS = 2**48
+ALIGNMENT = 64
+CHUNK = 1 << 20
 DIGEST = "sha256"
 METADATA = "__metadata__"
 
@@ -56,7 +59,6 @@ TAGS = {
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
     "float8_e8m0fnu": "F8_E8M0",
 }
-_NAMES = {tag: name for name, tag in TAGS.items()}
 _ITEMSIZE = {tag: jnp.dtype(name).itemsize for name, tag in TAGS.items()}
 _DAMAGED = "Copy or download it again, or write it again with bj.io.save."
 
@@ -81,16 +83,36 @@ download it again, or write it again with bj.io.save.
     """
 
 
-class Tensor(NamedTuple):
-    """One tensor as a file holds it: a dtype's name in the header, a shape, uint8 bytes."""
+class Entry(NamedTuple):
+    """One tensor as a header has it: a dtype's name, a shape, and where its bytes are.
+
+    ``begin`` and ``end`` count from the end of the header.
+    """
 
     tag: str
     shape: tuple[int, ...]
-    data: np.ndarray
+    begin: int
+    end: int
+
+    @property
+    def chunks(self) -> list[slice]:
+        """Where its chunks are, counted from its own first byte."""
+        size = self.end - self.begin
+        return [slice(at, min(at + CHUNK, size)) for at in range(0, size, CHUNK)]
+
+
+class Header(NamedTuple):
+    """What a file says of itself: its tensors, its metadata, and where its data starts."""
+
+    tensors: dict[str, Entry]
+    metadata: dict[str, str]
+    start: int
 
 
 def damaged(what: str) -> NoReturn:
-    """Refuses a file that is not as it was written; :func:`load` puts its name before this."""
+    """Refuses a file that is not as it was written; the caller puts its name before this."""
+    if len(what) > 1000:  # names in a header may be of any length
+        what = f"{what[:700]} ... {what[-200:]}"
     raise FormatError(f"{what}. {_DAMAGED}")
 
 
@@ -101,128 +123,104 @@ def canonical_json(value: Any) -> str:
     )
 
 
-def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over all that a file says, but for the digest itself."""
+def hash_chunk(chunk: Any) -> bytes:
+    """What stands for a chunk in the digest; in version 1 the chunk itself does."""
+    return hashlib.sha256(chunk).digest()
+
+
+def digest(
+    tensors: Mapping[str, Entry],
+    metadata: Mapping[str, str],
+    chunks: Callable[[str], Iterable[Any]],
+) -> str:
+    """SHA-256 over all that a file says, but for the digest itself.
+
+    Args:
+      tensors: by name.
+      metadata: all of it; an old digest in it is left out.
+      chunks: called with one name after the other, for what stands for each of its chunks.
+
+    Returns:
+      64 hexadecimal digits.
+    """
     sha = hashlib.sha256()
 
-    def put(part: str | memoryview) -> None:
-        # surrogatepass: a crafted header may hold what UTF-8 cannot.
-        raw = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        sha.update(len(raw).to_bytes(8, "little"))
-        sha.update(raw)
+    def put(length: int, parts: Iterable[Any]) -> None:
+        sha.update(length.to_bytes(8, "little"))
+        for part in parts:
+            sha.update(part)
 
-    put(str(len(tensors)))
+    def put_text(text: str) -> None:
+        # surrogatepass: a crafted header may hold what UTF-8 cannot.
+        raw = text.encode("utf-8", "surrogatepass")
+        put(len(raw), [raw])
+
+    put_text(str(len(tensors)))
     for name in sorted(tensors):
-        put(name)
-        put(tensors[name].tag)
-        put(canonical_json(tensors[name].shape))
-        put(tensors[name].data.data)
+        entry = tensors[name]
+        put_text(name)
+        put_text(entry.tag)
+        put_text(canonical_json(entry.shape))
+        size = entry.end - entry.begin
+        put(size if metadata["version"] == "1" else 32 * len(entry.chunks), chunks(name))
     for key in sorted(set(metadata) - {DIGEST}):
-        put(key)
-        put(metadata[key])
+        put_text(key)
+        put_text(metadata[key])
     return sha.hexdigest()
 
 
-def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a file with its digest: all of it, or nothing."""
-    target = os.path.realpath(path)  # through a link, as open() does
-    _check_target(path, target)
-    parts = _encode(tensors, {**metadata, DIGEST: digest(tensors, metadata)})
-    folder = os.path.dirname(target)
-    temporary = os.path.join(folder, f".bitnet_jax-{secrets.token_hex(8)}.tmp")
-    # The mode of the file that is replaced, so that a private one stays private.
-    mode = stat.S_IMODE(os.stat(target).st_mode) if os.path.exists(target) else 0o666
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(temporary, flags, mode)
-    try:
-        with open(descriptor, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(folder)
+def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry]:
+    """Places tensors, of a dtype's name in the header and a shape, one after the other."""
+    sizes = {name: math.prod(shape) * _ITEMSIZE[tag] for name, (tag, shape) in tensors.items()}
+    twos = {name: min(size & -size or ALIGNMENT, ALIGNMENT) for name, size in sizes.items()}
+    entries, end = {}, 0
+    for name in sorted(tensors, key=lambda name: (-twos[name], name)):
+        begin, end = end, end + sizes[name]
+        entries[name] = Entry(*tensors[name], begin, end)
+    return entries
 
 
-def _check_target(path: str, target: str) -> None:
-    folder = os.path.dirname(target)
-    if not os.path.isdir(folder):
-        text = "save: there is no such directory. Make it first (os.makedirs)"
-        raise FileNotFoundError(errno.ENOENT, text, folder)
-    if os.path.exists(target) and not os.path.isfile(target):
-        text = "save: `path` is a directory or a device. Name a file"
-        kind = IsADirectoryError if os.path.isdir(target) else OSError
-        raise kind(errno.EISDIR if os.path.isdir(target) else errno.EINVAL, text, path)
-
-
-def _encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """The bytes of a file, in parts; the same content always gives the same bytes."""
-    specs = {
-        name: safetensors.TensorSpec(
-            dtype=_NAMES[t.tag],
-            shape=list(t.shape),
-            data_ptr=t.data.ctypes.data,
-            data_len=t.data.nbytes,
-        )
-        for name, t in tensors.items()
+def encode(tensors: Mapping[str, Entry], metadata: Mapping[str, str], digest: str) -> bytes:
+    """All that comes before the data; the same content always gives the same bytes."""
+    entries = {
+        name: {"dtype": entry.tag, "shape": entry.shape, "data_offsets": entry[2:]}
+        for name, entry in tensors.items()
     }
-    blob = safetensors.serialize(specs, metadata=dict(metadata))
-    # safetensors writes the metadata in an order that changes from call to call.
-    length = int.from_bytes(blob[:8], "little")
-    header = canonical_json(json.loads(blob[8 : 8 + length])).encode()
-    start = len(header) + -len(header) % 8
-    return [start.to_bytes(8, "little"), header.ljust(start), memoryview(blob)[8 + length :]]
+    header = canonical_json({METADATA: {**metadata, DIGEST: digest}, **entries}).encode()
+    length = len(header) + -(8 + len(header)) % ALIGNMENT
+    if length > MAX_HEADER:
+        raise ValueError(
+            f"save: `tree` needs a header of {length} bytes, and a file has at most {MAX_HEADER}. "
+            "Stack layers into one leaf, or save parts of the tree."
+        )
+    return length.to_bytes(8, "little") + header.ljust(length)
 
 
-def _sync_folder(folder: str) -> None:
-    """Forces the new name to the disk, where a file system can do that for a directory."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+def read_header(file: BinaryIO, size: int) -> Header:
+    """Reads and checks the header of a file of ``size`` bytes."""
+    header, start = _read_json(file, size)
+    metadata = header.pop(METADATA, {})
+    if not _is_strings(metadata):
+        damaged("has a damaged header: its metadata maps no strings to strings")
+    places = {name: _place(name, entry) for name, entry in header.items()}
+    tensors = {}
+    position = 0
+    for name in sorted(places, key=lambda n: places[n][2:]):
+        tensors[name] = entry = places[name]
+        if entry.begin != position:
+            damaged(
+                f"has a damaged header: {name!r} begins at byte {entry.begin} of the data, and "
+                f"what is before it ends at {position}"
+            )
+        position = entry.end
+        if position > size - start:
+            damaged(f"is truncated: {name!r} ends at byte {start + position}, the file at {size}")
+    if start + position != size:
+        damaged(f"has {size - start - position} bytes after its last tensor")
+    return Header(tensors, metadata, start)
 
 
-def read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a file; the container is checked, the digest is not."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        header, start = _read_header(file, size)
-        metadata = header.pop(METADATA, {})
-        if not _is_strings(metadata):
-            damaged("has a damaged header: its metadata maps no strings to strings")
-        places = {name: _place(name, entry) for name, entry in header.items()}
-        tensors = {}
-        position = 0
-        for name in sorted(places, key=lambda n: places[n][2:]):
-            tag, shape, begin, end = places[name]
-            if begin != position:
-                damaged(
-                    f"has a damaged header: {name!r} begins at byte {begin} of the data, and "
-                    f"what is before it ends at {position}"
-                )
-            position = end
-            if end > size - start:
-                damaged(f"is truncated: {name!r} ends at byte {start + end}, the file at {size}")
-            data = np.empty(end - begin, np.uint8)
-            if file.readinto(data.data) != data.size:
-                damaged(f"is truncated: it ended inside {name!r} while it was read")
-            tensors[name] = Tensor(tag, shape, data)
-        if start + position != size:
-            damaged(f"has {size - start - position} bytes after its last tensor")
-    return tensors, metadata
-
-
-def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+def _read_json(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     """The header as a dict, and where the data starts."""
     if size < 8:
         damaged(f"is no safetensors file: it has {size} bytes")
@@ -249,18 +247,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; json itself keeps the last of two values and says nothing."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         damaged(f"has a damaged header: the key {twice!r} is there twice")
     return result
 
 
-def _place(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _place(name: str, entry: Any) -> Entry:
     """Dtype, shape, first byte and end of one tensor, which must agree."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         damaged(f"has a damaged header: {name!r} must have a dtype, a shape and data_offsets")
     tag, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not (is_ints(shape) and is_ints(offsets) and len(offsets) == 2):
+    if not (is_shape(shape) and is_ints(offsets) and len(offsets) == 2 and max(offsets) < 2**63):
         damaged(f"has a damaged header: {name!r} has shape {shape!r} and data_offsets {offsets!r}")
     if not isinstance(tag, str) or tag not in _ITEMSIZE:
         damaged(f"has a damaged header: {name!r} has dtype {tag!r}, which no array here has")
@@ -271,12 +269,19 @@ def _place(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
             f"has a damaged header: {name!r} is {tag} of shape {tuple(shape)}, {wanted} bytes, "
             f"and has {end - begin}"
         )
-    return tag, tuple(shape), begin, end
+    return Entry(tag, tuple(shape), begin, end)
 
 
 def is_ints(value: Any, low: int = 0) -> bool:
     """Whether a JSON value is a list of integers, none below ``low``."""
     return isinstance(value, list) and all(type(v) is int and v >= low for v in value)
+
+
+def is_shape(value: Any, low: int = 0) -> bool:
+    """Whether a JSON value is the shape of an array that could be, no axis below ``low``."""
+    if not is_ints(value, low) or len(value) > MAX_RANK or any(v > MAX_ELEMENTS for v in value):
+        return False
+    return math.prod(max(v, 1) for v in value) <= MAX_ELEMENTS
 
 
 def _is_strings(value: Any) -> bool:

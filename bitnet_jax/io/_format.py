@@ -1,15 +1,15 @@
 """Our own file format: a parameter tree in one safetensors file.
 
 An array is one tensor, named by its keys joined with ``/``. A packed kernel is
-two, ``<name>.codes`` and ``<name>.scale``, in storage layout. The names are for
-people and for other tools; what the file means is in its metadata, where every
-value is a string::
+two, ``<name>.codes`` and ``<name>.scale``, in storage layout; in a dense file the
+codes are ``<name>.trits`` (_trits). The names are for people and for other tools;
+what the file means is in its metadata, where every value is a string::
 
     format    "bitnet_jax"
-    version   "1"
+    version   "2"; "1", whose digest is over bytes and not over chunks, is read too
     leaves    canonical JSON, one object a leaf: its kind (array, packed, int8, empty), its
               path as a list of str and int keys, its dtype and logical shape, and for a packed
-              kernel all of its static data
+              kernel all of its static data, with "stored": "trits" if it is dense
     sha256    over everything else (_container)
 
 Nothing in a file is executed or unpickled, and nothing in it is trusted: what
@@ -21,39 +21,48 @@ tree is saved: sharding belongs to the mesh of a run, not to its weights.
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from bitnet_jax import _boxes, _checks
-from bitnet_jax.io import _container, _leaves
-from bitnet_jax.io._container import FormatError, Tensor, damaged
-from bitnet_jax.io._leaves import Leaf, name_of
+from bitnet_jax.io import _container, _leaves, _parts, _placing, _stream, _trits
+from bitnet_jax.io._container import FormatError, Header, damaged
+from bitnet_jax.io._leaves import Leaf
+from bitnet_jax.io._parts import DTYPES, Part, name_of
 
-FORMAT, VERSION = "bitnet_jax", "1"
+FORMAT, VERSIONS = "bitnet_jax", ("1", "2")
 
 
-def save(path: str | os.PathLike[str], tree: Any) -> None:
+def save(path: str | os.PathLike[str], tree: Any, *, dense: bool = False) -> None:
     """Writes a parameter tree, packed kernels included, to one safetensors file.
 
     The file is written aside, forced to the disk and moved into place: a save
-    that fails leaves what was there before. The same tree always gives the same
-    bytes. Boxes (linen's ``Partitioned``, ``nnx.Variable``) are opened and not
-    stored; ``FrozenDict`` and ``nnx.State`` come back as dicts.
+    that fails leaves what was there before, and one whose process is killed also
+    leaves a ``.bitnet_jax-*.tmp`` beside it, which nothing reads and you may
+    delete. The same tree always gives the same bytes. Beside the tree, memory
+    holds one of its arrays at a time. Boxes (linen's ``Partitioned``,
+    ``nnx.Variable``) are opened and not stored; ``FrozenDict`` and ``nnx.State``
+    come back as dicts.
 
     Args:
       path: the file; by custom ``*.bitnet.safetensors``.
       tree: nested mappings with str or int keys. Leaves are arrays of any dtype
         or packed kernels. An empty mapping in it is kept.
+      dense: whether two-bit kernels take 1.6 bits a weight, five codes to a byte,
+        a fifth less than in memory. :func:`load` gives back the same bits.
 
     Raises:
       TypeError: a list, tuple, None, Python number, tracer, random key or
         prepared kernel in the tree; a key that is no str or int; another type
-        of ``path`` or ``tree``. Nothing is written.
+        of ``path``, ``tree`` or ``dense``. Nothing is written.
       ValueError: no arrays; two leaves of one name; a packed kernel that breaks
         its invariants (a scale that is not finite and > 0, say); an array that
-        other processes hold a part of. Nothing is written.
+        was deleted, or that other processes hold a part of; more than 100 keys
+        to a leaf. Nothing is written.
       OSError: the disk's own.
 
     Example:
@@ -67,36 +76,52 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     _checks.instance("save", "path", path, (str, os.PathLike), "Name a file.")
     remedy = "Wrap a leaf in a dict, {'kernel': leaf}; of an nnx model pass nnx.state(model)."
     _checks.instance("save", "tree", tree, Mapping, remedy)
-    tensors: dict[str, Tensor] = {}
-    described = []
-    for where, value in _walk((), tree):
-        leaf = _leaves.describe(where, value)
-        described.append(leaf.described)
-        for end, array in leaf.arrays.items():
-            name = name_of(where) + end
-            if name in tensors or name == _container.METADATA:
-                raise ValueError(
-                    f"save: `tree` has two leaves that are {name!r} in a file, or a name that "
-                    "safetensors keeps for itself. Rename one."
-                )
-            tensors[name] = _leaves.tensor(array)
-    _checks.tree_not_empty("save", "tree", len(tensors))
+    _checks.instance("save", "dense", dense, bool, "True packs five codes to a byte in the file.")
+    described, contents = _describe(tree, dense)
+    for part, array in contents.values():
+        wrong = part.count_all(array)
+        if wrong:
+            raise ValueError(
+                f"save: {part.owner} {part.fault(wrong)}. Make packed kernels with bj.pack."
+            )
+    tensors = _container.lay_out({name: part.stored for name, (part, _) in contents.items()})
     leaves = _container.canonical_json(described)
-    metadata = {"format": FORMAT, "version": VERSION, "leaves": leaves}
-    _container.write(os.fspath(path), tensors, metadata)
+    metadata = {"format": FORMAT, "version": VERSIONS[-1], "leaves": leaves}
+    _stream.write(os.fspath(path), tensors, metadata, lambda name: _content(*contents[name]))
 
 
-def _walk(path: _leaves.Path, node: Any) -> Iterator[tuple[_leaves.Path, Any]]:
+def _describe(tree: Any, dense: bool) -> tuple[list[dict[str, Any]], dict[str, tuple[Part, Any]]]:
+    """Every leaf's description, and every array by the name of its tensor."""
+    described: list[dict[str, Any]] = []
+    contents: dict[str, tuple[Part, Any]] = {}
+    for where, value in _walk((), tree):
+        leaf, arrays = _leaves.describe(where, value, dense=dense)
+        described.append(leaf.described)
+        for part, array in zip(leaf.parts, arrays, strict=True):
+            if part.name in contents or part.name == _container.METADATA:
+                raise ValueError(
+                    f"save: `tree` has two leaves that are {part.name!r} in a file, or a name "
+                    "that safetensors keeps for itself. Rename one."
+                )
+            contents[part.name] = part, array
+    _checks.tree_not_empty("save", "tree", len(contents))
+    return described, contents
+
+
+def _walk(path: _parts.Path, node: Any) -> Iterator[tuple[_parts.Path, Any]]:
     """The leaves of a tree out of their boxes, in an order that only the keys decide."""
     while _boxes.is_box(node):
         node = _boxes.opened(node)
     if not isinstance(node, Mapping) or (path and not node):
         yield path, node
         return
+    where = f"{name_of(path)!r} has" if path else "`tree` has"
+    if len(path) == _leaves.MAX_DEPTH:
+        raise ValueError(
+            f"save: {where:.200} more than {_leaves.MAX_DEPTH} keys before it. Flatten the tree."
+        )
     for key in node:
-        # Control characters have two spellings in JSON, surrogates have none in UTF-8.
-        if not (type(key) is str and key.isprintable()) and type(key) is not int:
-            where = f"{name_of(path)!r} has" if path else "`tree` has"
+        if not _leaves.is_key(key):
             raise TypeError(
                 f"save: {where} the key {key!r} ({type(key).__name__}). Keys are ints and "
                 "printable strings: rename it."
@@ -105,11 +130,34 @@ def _walk(path: _leaves.Path, node: Any) -> Iterator[tuple[_leaves.Path, Any]]:
         yield from _walk((*path, key), node[key])
 
 
-def load(path: str | os.PathLike[str]) -> Any:
+def _content(part: Part, array: Any) -> Callable[[slice], np.ndarray]:
+    """What gives the bytes of a chunk, as a file holds them."""
+    raw = _parts.host_bytes(array)
+    if part.dense:
+        return lambda chunk: _trits.encode(raw[_trits.packed_slice(chunk, raw.size)])
+    return raw.__getitem__
+
+
+def load(path: str | os.PathLike[str], *, mmap: bool = False, sharding: Any = None) -> Any:
     """The tree that :func:`save` wrote, to the bit, or an error: never something else.
+
+    Beside the tree, memory holds one of its arrays at a time; on CPUs ``jax.Array``
+    takes what was read as it lies.
 
     Args:
       path: the file.
+      mmap: whether arrays stay in the file, mapped into memory. It is still read
+        and checked once, here. On CPUs arrays whose sizes are multiples of 64 bytes
+        are then no copies: the system may drop their pages and read them again, and
+        processes that load the same file share them. What becomes of a file under
+        such arrays is your risk: written in place it changes them unnoticed, cut it
+        crashes the process. :func:`save` does neither, it puts another file there.
+      sharding: where arrays go, each straight onto its devices. One
+        ``jax.sharding.Sharding`` for all; or a tree of them with the file's
+        structure, where one may also stand for all that is below it and a packed
+        kernel is one, or a packed kernel of two, ``codes`` and ``scale``; or a
+        function that makes such a tree of the tree of ``jax.ShapeDtypeStruct`` that
+        the file holds. None: the default device.
 
     Returns:
       Nested dicts with ``jax.Array`` and packed leaves, the latter
@@ -121,68 +169,74 @@ def load(path: str | os.PathLike[str]) -> Any:
         it is truncated, or has one byte too many; its digest is missing or
         another than its content's; its parts contradict each other.
       FileNotFoundError: no such file.
-      TypeError: ``path`` is no path.
+      TypeError: ``path`` is no path, or ``sharding`` holds something else.
+      ValueError: ``sharding`` has another structure than the file, does not divide
+        an array, or meets a 64-bit one that JAX would cut. No data was read.
       OSError: the disk's own.
 
     Example:
-      >>> import os, tempfile, jax.numpy as jnp, bitnet_jax as bj
+      >>> import os, tempfile, jax, jax.numpy as jnp, bitnet_jax as bj
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = os.path.join(folder, "model.bitnet.safetensors")
-      ...     bj.io.save(path, {"layer": {"bias": jnp.array([0.5, -2.0], jnp.bfloat16)}})
+      ...     bj.io.save(path, {"bias": jnp.arange(3.0)})
       ...     bj.io.load(path)
-      {'layer': {'bias': Array([0.5, -2], dtype=bfloat16)}}
+      {'bias': Array([0., 1., 2.], dtype=float32)}
     """
     _checks.instance("load", "path", path, (str, os.PathLike), "Name a file.")
-    name = os.fspath(path)
-    try:
-        return _tree(*_container.read(name))
-    except FileNotFoundError:
-        text = "load: there is no such file. Check the path, or write it with bj.io.save"
-        raise FileNotFoundError(errno.ENOENT, text, name) from None
-    except FormatError as error:
-        raise FormatError(f"load: {name!r} {error}") from None
+    _checks.instance("load", "mmap", mmap, bool, "True maps the file.")
+    with _stream.opened("load", os.fspath(path), mapped=mmap) as source:
+        leaves = declared(source.header)
+        parts = {leaf.path: leaf.parts for leaf in leaves}
+        abstract = _build(leaves, _abstract)
+        places = _placing.shardings(sharding, abstract, parts)
+        arrays = _stream.read(
+            source,
+            {part.name: part for leaf in leaves for part in leaf.parts},
+            lambda part, array: _placing.place(array, places.get(part.name)),
+        )
+    return _build(leaves, lambda part: arrays[part.name])
 
 
-def _tree(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Any:
-    """Rebuilds a tree; all is checked before the first array is made."""
-    _check_metadata(tensors, metadata)
-    declared = _leaves.descriptions(metadata.get("leaves", ""))
-    leaves = [Leaf(d, _leaves.arrays(d, tensors)) for d in declared]
-    names = [name_of(leaf.described["path"]) + end for leaf in leaves for end in leaf.arrays]
+def declared(header: Header) -> list[Leaf]:
+    """The leaves that a header declares, after every check that needs no data."""
+    metadata, tensors = header.metadata, header.tensors
+    if metadata.get("format") != FORMAT:
+        raise FormatError(
+            f"was not written by bj.io.save: its metadata gives the format "
+            f"{metadata.get('format')!r:.100}, and load reads {FORMAT!r}. Open it with the "
+            "library that wrote it."
+        )
+    if metadata.get("version") not in VERSIONS:
+        raise FormatError(
+            f"is of version {metadata.get('version')!r:.100}, and this bitnet_jax reads "
+            f"{' and '.join(map(repr, VERSIONS))}. Update bitnet_jax."
+        )
+    if _container.DIGEST not in metadata:
+        damaged("has no sha256 in its metadata")
+    described = _leaves.descriptions(metadata.get("leaves", ""))
+    leaves = [_leaves.found(one, tensors) for one in described]
+    names = [part.name for leaf in leaves for part in leaf.parts]
     if sorted(names) != sorted(tensors):
         unknown = sorted(set(tensors) - set(names))
         damaged(f"holds tensors that no leaf declares, or several do: {unknown or names}")
+    return leaves
+
+
+def _abstract(part: Part) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(part.shape, DTYPES[part.dtype])
+
+
+def _build(leaves: list[Leaf], array_of: Callable[[Part], Any]) -> dict[str | int, Any]:
+    """The tree of the leaves, with an array or what stands for it in the place of each part."""
     tree: dict[str | int, Any] = {}
     for leaf in leaves:
-        *folders, last = leaf.described["path"]
+        *folders, last = leaf.path
         node = tree
         for key in folders:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                damaged(f"has a leaf inside another, {leaf.described['path']!r}")
+                damaged(f"has a leaf inside another, {list(leaf.path)!r}")
         if last in node:
-            damaged(f"has two leaves at {leaf.described['path']!r}")
-        node[last] = _leaves.value(leaf)
+            damaged(f"has two leaves at {list(leaf.path)!r}")
+        node[last] = _leaves.value(leaf.described, [array_of(part) for part in leaf.parts])
     return tree
-
-
-def _check_metadata(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise FormatError(
-            f"was not written by bj.io.save: its metadata gives the format "
-            f"{metadata.get('format')!r}, and load reads {FORMAT!r}. Open it with the library "
-            "that wrote it."
-        )
-    if metadata.get("version") != VERSION:
-        raise FormatError(
-            f"is of version {metadata.get('version')!r}, and this bitnet_jax reads "
-            f"{VERSION!r}. Update bitnet_jax."
-        )
-    if _container.DIGEST not in metadata:
-        damaged("has no sha256 in its metadata")
-    actual = _container.digest(tensors, metadata)
-    if metadata[_container.DIGEST] != actual:
-        damaged(
-            "was changed after it was written: the sha256 of its content is "
-            f"{actual[:16]}..., and it was {metadata[_container.DIGEST][:16]}..."
-        )

@@ -3,16 +3,12 @@
 What is refused on the way in is refused on the way out, by the same functions:
 a packed kernel in a file keeps the invariants in the docstring of
 ``PackedTernary`` or ``PackedInt8``, or there is no file.
-
-A dtype that safetensors has no name for (int4, complex128, some float8) is
-stored as its bytes, uint8 with one more axis.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,15 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
-from bitnet_jax import _checks, _packing
+from bitnet_jax import _checks
 from bitnet_jax._int8 import Int8Config
 from bitnet_jax._packed import PackedInt8, PackedTernary, Prepared, is_stored
 from bitnet_jax._ternary import TernaryConfig
 from bitnet_jax.io import _container
-from bitnet_jax.io._container import Tensor, damaged
+from bitnet_jax.io._container import Entry, damaged
+from bitnet_jax.io._parts import DTYPES, Part, Path, name_of, parts_of
 
-_RAW = ("complex128", "int4", "uint4", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz")
-_DTYPES = {name: np.dtype(jnp.dtype(name)) for name in (*_container.TAGS, *_RAW)}
 _STATIC = {"config", "contracting_axes", "kernel_ndim"}
 _FIELDS = {
     "array": {"kind", "path", "dtype", "shape"},
@@ -37,71 +32,80 @@ _FIELDS = {
     "int8": {"kind", "path", "dtype", "shape"} | _STATIC,
     "empty": {"kind", "path"},
 }
+_DTYPES = DTYPES
 _CONFIGS = {"packed": TernaryConfig, "int8": Int8Config}
 
-Path = tuple[str | int, ...]
+MAX_DEPTH = 100  # keys of a path; JAX walks trees by recursion
 
 
 class Leaf(NamedTuple):
-    """A leaf's description, as in the metadata, and its arrays by the ends of their names."""
+    """A leaf's description, as in the metadata, and its arrays."""
 
     described: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+    parts: list[Part]
+
+    @property
+    def path(self) -> tuple[str | int, ...]:
+        """Its keys."""
+        return tuple(self.described["path"])
 
 
-def name_of(path: Sequence[str | int]) -> str:
-    """The keys of a path joined by ``/``."""
-    return "/".join(str(key) for key in path)
-
-
-def describe(path: Path, value: Any) -> Leaf:
-    """Describes one leaf, and refuses what a file cannot hold."""
+def describe(path: Path, value: Any, *, dense: bool) -> tuple[Leaf, list[Any]]:
+    """Describes one leaf, and refuses what a file cannot hold; its arrays, one for each part."""
     where = name_of(path)
     described: dict[str, Any] = {"path": list(path)}
     if isinstance(value, Mapping):
-        return Leaf({**described, "kind": "empty"}, {})
+        return Leaf({**described, "kind": "empty"}, []), []
     if isinstance(value, Prepared):
         _checks.stored_layout("save", where, value.implementation)
     if not is_stored(value):
-        array = _numpy(where, value)
-        about = {"kind": "array", "dtype": array.dtype.name, "shape": list(array.shape)}
-        return Leaf({**described, **about}, {"": array})
-    arrays = {
-        ".codes": _numpy(f"{where}.codes", value.codes),
-        ".scale": _numpy(f"{where}.scale", value.scale),
-    }
+        _check_array(where, value)
+        shape = list(value.shape)
+        described |= {"kind": "array", "dtype": value.dtype.name, "shape": shape}
+        return Leaf(described, parts_of(described, ())), [value]
+    codes, scale = value.codes, value.scale
+    _check_array(f"{where}.codes", codes)
+    _check_array(f"{where}.scale", scale)
     described |= {
         "kind": "packed" if isinstance(value, PackedTernary) else "int8",
         "dtype": np.dtype(value.dtype).name,
-        "shape": list(value.shape) if value.ndim >= value.kernel_ndim else list(value.codes.shape),
+        "shape": list(value.shape) if value.ndim >= value.kernel_ndim else list(codes.shape),
         "contracting_axes": list(value.contracting_axes),
         "kernel_ndim": value.kernel_ndim,
         "config": dataclasses.asdict(value.config),
     }
     if isinstance(value, PackedTernary):
-        described["length"] = value.length
-    fault = _packed_fault(described) or _arrays_fault(described, arrays)
+        described |= {"length": value.length} | ({"stored": "trits"} if dense else {})
+    fault = _packed_fault(described) or _form_fault(described, codes, scale)
     if fault:
         raise ValueError(f"save: {where} {fault}. Make packed kernels with bj.pack.")
-    return Leaf(described, arrays)
+    return Leaf(described, parts_of(described, scale.shape)), [codes, scale]
 
 
-def _numpy(where: str, value: Any) -> np.ndarray:
-    """An array as NumPy holds it: native byte order, C order, every process's part."""
+def _check_array(where: str, value: Any) -> None:
+    """Refuses what is no array of numbers, or not all here."""
     if isinstance(value, core.Tracer) or not isinstance(value, (np.ndarray, np.generic, jax.Array)):
         _refuse_leaf(where, value)
-    if value.dtype.name not in _DTYPES:
+    if value.dtype.name not in DTYPES:
         raise TypeError(
             f"save: {where} is {value.dtype} of shape {tuple(value.shape)}, a dtype that a file "
             "cannot hold. Cast it; of a random key save jax.random.key_data(key)."
+        )
+    if not _container.is_shape(list(value.shape)):
+        raise ValueError(
+            f"save: {where} has shape {tuple(value.shape)}, and a file holds at most "
+            f"{_container.MAX_RANK} axes and 2**48 elements. Reshape it."
+        )
+    if isinstance(value, jax.Array) and value.is_deleted():
+        raise ValueError(
+            f"save: {where} of shape {value.shape} was deleted, or donated to a jitted function. "
+            "Save what that function returned."
         )
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         raise ValueError(
             f"save: {where} of shape {tuple(value.shape)} is spread over several processes. "
             "Gather the tree first (jax.experimental.multihost_utils.process_allgather)."
         )
-    # Not ascontiguousarray, which gives a scalar an axis. safetensors reads memory as it lies.
-    return np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
 
 
 def _refuse_leaf(where: str, value: Any) -> NoReturn:
@@ -118,18 +122,6 @@ def _refuse_leaf(where: str, value: Any) -> NoReturn:
     raise TypeError(f"save: {where} must be an array or a packed kernel, got {what}. {remedy}")
 
 
-def _stored(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """How a file holds an array: the dtype's name in the header, and the shape."""
-    if dtype in _container.TAGS:
-        return _container.TAGS[dtype], shape
-    return _container.TAGS["uint8"], (*shape, _DTYPES[dtype].itemsize)
-
-
-def tensor(array: np.ndarray) -> Tensor:
-    """An array as its bytes."""
-    return Tensor(*_stored(array.dtype.name, array.shape), array.reshape(-1).view(np.uint8))
-
-
 def descriptions(text: str) -> list[dict[str, Any]]:
     """What the metadata declares, each leaf checked on its own."""
     try:
@@ -141,15 +133,22 @@ def descriptions(text: str) -> list[dict[str, Any]]:
         damaged("does not describe its leaves in canonical JSON")
     for leaf in leaves:
         kind = leaf.get("kind") if isinstance(leaf, dict) else None
-        if kind not in list(_FIELDS) or set(leaf) != _FIELDS[kind]:
+        if kind not in list(_FIELDS) or set(leaf) - _optional(leaf) != _FIELDS[kind]:
             damaged(f"has a leaf that it describes wrongly, {leaf!r}")
         path = leaf["path"]
-        if not isinstance(path, list) or not path or any(type(k) not in (str, int) for k in path):
-            damaged(f"has a leaf with the path {path!r}; it must be a list of str and int")
+        if (
+            not isinstance(path, list)
+            or not 0 < len(path) <= MAX_DEPTH
+            or not all(map(is_key, path))
+        ):
+            damaged(
+                f"has a leaf with the path {path!r}; it must be a list of printable str and int, "
+                f"at most {MAX_DEPTH}"
+            )
         if kind == "empty":
             continue
         where = name_of(path)
-        if leaf["dtype"] not in list(_DTYPES) or not _container.is_ints(leaf["shape"]):
+        if leaf["dtype"] not in list(DTYPES) or not _container.is_shape(leaf["shape"]):
             damaged(f"declares {where!r} as {leaf['dtype']!r} of shape {leaf['shape']!r}")
         fault = _packed_fault(leaf) if kind in _CONFIGS else None
         if fault:
@@ -157,67 +156,61 @@ def descriptions(text: str) -> list[dict[str, Any]]:
     return leaves
 
 
-def arrays(described: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """The arrays of a leaf by the ends of their names, of the dtypes and shapes declared."""
-    where, kind = name_of(described["path"]), described["kind"]
-    if kind == "empty":
-        return {}
-    if kind == "array":
-        return {"": _array(where, described["dtype"], described["shape"], tensors)}
+def _optional(leaf: dict[str, Any]) -> set[str]:
+    """The field that only codes at five trits a byte have."""
+    is_dense = leaf.get("kind") == "packed" and leaf.get("stored") == "trits"
+    return {"stored"} if is_dense else set()
+
+
+def is_key(key: Any) -> bool:
+    """Whether a key of a mapping has one spelling in a file, which a terminal may show."""
+    # Control characters have two spellings in JSON, surrogates have none in UTF-8.
+    return type(key) is int or (type(key) is str and key.isprintable())
+
+
+def found(described: dict[str, Any], tensors: Mapping[str, Entry]) -> Leaf:
+    """A leaf of a file, whose tensors must be of the dtypes and shapes declared."""
+    where = name_of(described["path"])
     scale = tensors.get(f"{where}.scale")
-    found = {
-        ".codes": _array(
-            f"{where}.codes", _codes_dtype(described), _codes_shape(described), tensors
-        ),
-        ".scale": _array(f"{where}.scale", "float32", scale.shape if scale else (), tensors),
-    }
-    fault = _arrays_fault(described, found)
-    if fault:
-        damaged(f"holds a kernel that is none: {where!r} {fault}")
-    return found
+    leaf = Leaf(described, parts_of(described, scale.shape if scale else ()))
+    for part in leaf.parts:
+        if part.name not in tensors:
+            damaged(f"lacks the tensor {part.name!r}")
+        tensor = tensors[part.name]
+        if tensor[:2] != part.stored:
+            tag, shape = part.stored
+            damaged(
+                f"declares {part.name!r} as {tag} of shape {shape}, and holds {tensor.tag} of "
+                f"shape {tensor.shape}"
+            )
+        if part.rule == "scale":
+            fault = _scale_fault(described, part.dtype, part.shape)
+            if fault:
+                damaged(f"holds a kernel that is none: {where!r} {fault}")
+    return leaf
 
 
-def _array(name: str, dtype: str, shape: Any, tensors: dict[str, Tensor]) -> np.ndarray:
-    if name not in tensors:
-        damaged(f"lacks the tensor {name!r}")
-    tensor, (tag, stored) = tensors[name], _stored(dtype, tuple(shape))
-    if (tensor.tag, tensor.shape) != (tag, stored):
-        damaged(
-            f"declares {name!r} as {tag} of shape {stored}, and holds {tensor.tag} of shape "
-            f"{tensor.shape}"
-        )
-    if dtype == "bool" and (tensor.data > 1).any():
-        damaged(f"holds booleans that are neither 0 nor 1 in {name!r}")
-    try:
-        return tensor.data.view(_DTYPES[dtype]).reshape(shape)
-    except (ValueError, OverflowError) as error:  # an axis of none beside one of too many
-        damaged(f"declares {name!r} of shape {tuple(shape)}, which no array has ({error})")
-
-
-def value(leaf: Leaf) -> Any:
-    """The leaf itself; a 64-bit array stays with NumPy where JAX would cut it to 32."""
-    described, arrays = leaf
+def value(described: dict[str, Any], arrays: Sequence[Any]) -> Any:
+    """The leaf itself, of its arrays or of what stands for them."""
     if described["kind"] == "empty":
         return {}
     if described["kind"] == "array":
-        array = jnp.asarray(arrays[""])
-        return array if array.dtype == arrays[""].dtype else arrays[""]
+        return arrays[0]
     static: dict[str, Any] = {
         "contracting_axes": tuple(described["contracting_axes"]),
         "kernel_ndim": described["kernel_ndim"],
         "config": _CONFIGS[described["kind"]](**described["config"]),
-        "dtype": _DTYPES[described["dtype"]],
+        "dtype": DTYPES[described["dtype"]],
     }
-    codes, scale = jnp.asarray(arrays[".codes"]), jnp.asarray(arrays[".scale"])
     if described["kind"] == "int8":
-        return PackedInt8(codes, scale, **static)
-    return PackedTernary(codes, scale, length=described["length"], **static)
+        return PackedInt8(*arrays, **static)
+    return PackedTernary(*arrays, length=described["length"], **static)
 
 
 def _packed_fault(described: dict[str, Any]) -> str | None:
     """What is wrong with a packed kernel's static data, if anything is."""
     shape, ndim = described["shape"], described["kernel_ndim"]
-    if not _container.is_ints(shape, 1) or type(ndim) is not int or not 2 <= ndim <= len(shape):
+    if not _container.is_shape(shape, 1) or type(ndim) is not int or not 2 <= ndim <= len(shape):
         return f"has shape {shape!r} and a kernel_ndim of {ndim!r}"
     axes = described["contracting_axes"]
     if not _container.is_ints(axes, -ndim) or not axes or max(axes) >= 0 or axes != sorted({*axes}):
@@ -225,7 +218,7 @@ def _packed_fault(described: dict[str, Any]) -> str | None:
     length = described.get("length", shape[axes[-1]])
     if type(length) is not int or length != shape[axes[-1]]:
         return f"has a length of {length!r} and shape {shape!r}"
-    if not jnp.issubdtype(_DTYPES.get(described["dtype"], np.dtype(object)), jnp.floating):
+    if not jnp.issubdtype(DTYPES.get(described["dtype"], np.dtype(object)), jnp.floating):
         return f"stands for a kernel of dtype {described['dtype']!r}, not floating point"
     kind = _CONFIGS[described["kind"]]
     config, fields = described["config"], {f.name for f in dataclasses.fields(kind)}
@@ -233,42 +226,46 @@ def _packed_fault(described: dict[str, Any]) -> str | None:
         return f"has a config {config!r}; its fields are {sorted(fields)}"
     try:
         kind(**config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         return f"has no valid config: {str(error).rstrip('.')}"
     return None
 
 
 def _codes_dtype(described: dict[str, Any]) -> str:
-    return "uint8" if described["kind"] == "packed" else "int8"
+    return parts_of(described, ())[0].dtype
 
 
 def _codes_shape(described: dict[str, Any]) -> tuple[int, ...]:
-    if described["kind"] == "int8":
-        return tuple(described["shape"])
-    return _packing.packed_shape(described["shape"], described["contracting_axes"][-1])
+    return parts_of(described, ())[0].shape
 
 
 def _arrays_fault(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
     """What is wrong with a packed kernel's codes and scale, if anything is."""
-    codes, scale, shape = arrays[".codes"], arrays[".scale"], described["shape"]
-    dtype = _codes_dtype(described)
-    if codes.dtype != dtype or codes.shape != _codes_shape(described):
+    codes, scale = arrays[".codes"], arrays[".scale"]
+    fault = _form_fault(described, codes, scale)
+    if fault:
+        return fault
+    parts = parts_of(described, scale.shape)
+    wrong = [part.count_all(array) for part, array in zip(parts, (codes, scale), strict=True)]
+    return next((part.fault(n) for part, n in zip(parts, wrong, strict=True) if n), None)
+
+
+def _form_fault(described: dict[str, Any], codes: Any, scale: Any) -> str | None:
+    """What is wrong with the dtypes or the shapes of codes and scale, if anything is."""
+    dtype, shape = _codes_dtype(described), _codes_shape(described)
+    if (codes.dtype.name, codes.shape) != (dtype, shape):
         return (
-            f"has codes that are {codes.dtype} of shape {codes.shape}; shape {tuple(shape)} "
-            f"needs {dtype} of shape {_codes_shape(described)}"
+            f"has codes that are {codes.dtype} of shape {codes.shape}; shape "
+            f"{tuple(described['shape'])} needs {dtype} of shape {shape}"
         )
+    return _scale_fault(described, scale.dtype.name, scale.shape)
+
+
+def _scale_fault(described: dict[str, Any], dtype: str, scale: tuple[int, ...]) -> str | None:
+    """What is wrong with the dtype or the shape of a packed kernel's scale, if anything is."""
+    shape = tuple(described["shape"])
     batch = len(shape) - described["kernel_ndim"]
-    fits = len(scale.shape) == len(shape) and scale.shape[:batch] == tuple(shape[:batch])
-    if not fits or math.prod(scale.shape) == 0 or any(np.mod(shape, scale.shape)):
-        return f"has a scale of shape {scale.shape}, which does not tile shape {tuple(shape)}"
-    if scale.dtype != np.float32:
-        return f"has a {scale.dtype} scale; it must be float32"
-    if not (np.isfinite(scale) & (scale > 0)).all():
-        return "has a scale that is not finite and > 0"
-    if described["kind"] == "int8":
-        wrong = (codes == -128).sum()
-        return f"has {int(wrong)} codes of -128; they are -127 to 127" if wrong else None
-    wrong = _packing.invalid(codes, described["contracting_axes"][-1], described["length"])
-    if wrong.any():
-        return f"has {int(wrong.sum())} bytes with a code of 3, or padding that is not zero"
-    return None
+    fits = len(scale) == len(shape) and scale[:batch] == shape[:batch] and min(scale) > 0
+    if not fits or any(n % s for n, s in zip(shape, scale, strict=True)):
+        return f"has a scale of shape {scale}, which does not tile shape {shape}"
+    return None if dtype == "float32" else f"has a {dtype} scale; it must be float32"

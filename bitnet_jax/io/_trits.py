@@ -1,0 +1,82 @@
+"""Five trits to a byte: two-bit codes as a dense file stores them, at 1.6 bits a weight.
+
+Five bytes of two-bit codes (``_packing``) hold 20 trits; 3**5 = 243 <= 256, so four bytes
+hold them too. Per chunk of a file, m bytes in each of four stored planes make five planes
+of m bytes, end to end (those of the last chunk filled up with the byte of four zeros)::
+
+    stored   | S0        | S1        | S2        | S3        |             4 m bytes
+    codes    | P0        | P1        | P2        | P3        | P4        | 5 m bytes
+
+    S_i = value(P_i) + 81 * field_i(P4)                    0 .. 242
+    value(byte) = field_0 + 3 field_1 + 9 field_2 + 27 field_3     0 .. 80
+    field_i(byte) = (byte >> 2 i) & 3, a code + 1
+
+So P0 to P3 are one table look-up a byte and P4 is four comparisons, all on whole planes; a
+chunk is 4 m <= 1 MiB and is read on its own. No two sequences of bytes mean the same: a byte
+above 242 and filling that is not zero are refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from jaxtyping import UInt8
+
+from bitnet_jax._packing import ZEROS
+
+_LARGEST = 242
+
+
+def _tables() -> tuple[bytes, bytes]:
+    """The value of each byte of two-bit codes, and the byte of each stored one's first four."""
+    values, packed = bytearray(256), bytearray([ZEROS] * 256)
+    for stored, (d, c, b, a) in enumerate(itertools.product(range(3), repeat=4)):
+        byte = a | b << 2 | c << 4 | d << 6
+        values[byte] = stored
+        for fifth in range(3):
+            packed[stored + 81 * fifth] = byte
+    return bytes(values), bytes(packed)
+
+
+_VALUES, _PACKED = _tables()
+
+
+def _look_up(table: bytes, at: np.ndarray) -> np.ndarray:
+    # bytes.translate is several times as fast as indexing, which widens its indices.
+    return np.frombuffer(bytearray(at.data).translate(table), np.uint8)
+
+
+def packed_slice(stored: slice, size: int) -> slice:
+    """Where the codes of a stored chunk are, in ``size`` bytes of two-bit codes."""
+    return slice(stored.start // 4 * 5, min(stored.stop // 4 * 5, size))
+
+
+def encode(packed: UInt8[np.ndarray, " n"]) -> UInt8[np.ndarray, " m"]:
+    """One stored chunk, from its bytes of two-bit codes, none of them invalid."""
+    size = -(-packed.size // 5)
+    planes = np.full(5 * size, ZEROS)
+    planes[: packed.size] = packed
+    stored = _look_up(_VALUES, planes[: 4 * size]).reshape(4, size)
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    stored += np.uint8(81) * (planes[4 * size :] >> shifts & np.uint8(3))
+    return stored.reshape(-1)
+
+
+def decode(stored: UInt8[np.ndarray, " m"], out: UInt8[np.ndarray, " n"]) -> int:
+    """Writes the bytes of two-bit codes of one chunk into ``out``.
+
+    Returns:
+      How many bytes :func:`encode` cannot have written.
+    """
+    size = stored.size // 4
+    planes = out if out.size == 5 * size else np.empty(5 * size, np.uint8)
+    planes[: 4 * size] = _look_up(_PACKED, stored)
+    fields = (stored >= 81).view(np.uint8)
+    fields += (stored >= 162).view(np.uint8)
+    one, two, three, four = fields.reshape(4, size)
+    planes[4 * size :] = one | two << np.uint8(2) | three << np.uint8(4) | four << np.uint8(6)
+    if planes is not out:
+        out[:] = planes[: out.size]
+    filling = np.count_nonzero(planes[out.size :] != ZEROS)
+    return int(np.count_nonzero(stored > _LARGEST) + filling)
