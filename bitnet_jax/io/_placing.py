@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from bitnet_jax._packed import is_stored
 from bitnet_jax.io._parts import DTYPES, Part, name_of
@@ -90,7 +90,8 @@ def _refuse(where: str, given: Any, wanted: str) -> NoReturn:
     remedy = "See what load takes as `sharding`."
     if isinstance(given, PartitionSpec):
         remedy = "Put a mesh to it: jax.sharding.NamedSharding(mesh, spec)."
-    raise TypeError(f"load: `sharding` must have {wanted} at {where}, got {given!r:.200}. {remedy}")
+    got = f"a {type(given).__name__}, {repr(given)[:200]}"
+    raise TypeError(f"load: `sharding` must have {wanted} at {where}, got {got}. {remedy}")
 
 
 def _check_fit(part: Part, sharding: Sharding) -> None:
@@ -100,14 +101,22 @@ def _check_fit(part: Part, sharding: Sharding) -> None:
             f"load: `sharding` cannot place {part.name} of {part.dtype}, which JAX would cut to 32 "
             "bits. Set jax_enable_x64, or load without a sharding: it stays with NumPy."
         )
-    try:
-        sharding.shard_shape(part.shape)
-    except ValueError as error:
+    reason = _misfit(part.shape, sharding)
+    if reason:
         remedy = "Shard axes that the mesh divides, or replicate it (PartitionSpec())."
         if part.end:
             remedy += " Codes and scale of a packed kernel may have one sharding each."
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"load: `sharding` does not fit {part.name} of shape {part.shape}: {reason:.300} "
-            f"{remedy}"
-        ) from None
+            f"load: `sharding` does not fit {part.name} of shape {part.shape}: {reason} {remedy}"
+        )
+
+
+def _misfit(shape: tuple[int, ...], sharding: Sharding) -> str | None:
+    """Why a sharding does not fit a shape, if it does not."""
+    if isinstance(sharding, NamedSharding) and len(sharding.spec) > len(shape):
+        return f"{sharding.spec} has more axes."  # JAX stumbles over it
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        return str(error).strip().splitlines()[0][:300]
+    return None

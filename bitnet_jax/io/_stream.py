@@ -1,7 +1,7 @@
 """Files in chunks: read or written, hashed and checked a MiB at a time, on a few threads.
 
 A chunk is read, hashed and checked by one thread, while it is in that core's
-cache. Neither direction holds more than one tensor beside the tree itself.
+cache. Beside the tree itself, neither direction holds more than one tensor and those chunks.
 
 A file is written aside, forced to the disk and moved into place: at any moment
 there is the old file or the new one.
@@ -31,7 +31,7 @@ from bitnet_jax.io._parts import Part
 
 _Result = TypeVar("_Result")
 _THREADS = min(8, os.cpu_count() or 1)
-_AHEAD = 2 * _THREADS  # chunks that are done before they are asked for
+_AHEAD = _THREADS + 2  # chunks that are done before they are asked for
 
 
 def pool() -> ThreadPoolExecutor:
