@@ -3,8 +3,12 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
+import time
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from io_files import assert_same, pack
 
@@ -107,3 +111,78 @@ def test_pathlike_and_relative_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bitnet_jax.io.save("model", {"x": jnp.ones(1)})
     assert_same(bitnet_jax.io.load(tmp_path / "model"), {"x": jnp.ones(1)})
+
+
+FULL = """
+import os, resource, signal, sys, numpy as np, bitnet_jax as bj
+path, = sys.argv[1:]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, resource.RLIM_INFINITY))
+for size in (6 << 20, (5 << 20) - 100):  # within the data, and at its last bytes
+    try:
+        bj.io.save(path, {"x": np.ones(size, np.uint8)})
+    except OSError as error:
+        print(error.strerror)
+"""
+
+
+def test_a_disk_that_fills_leaves_the_old_file(path, tmp_path):
+    old = {"kernel": pack()}
+    bitnet_jax.io.save(path, old)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, path], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split("\n") == ["File too large"] * 2 + [""], done.stderr
+    assert os.listdir(tmp_path) == ["model.bitnet.safetensors"]
+    assert_same(bitnet_jax.io.load(path), old)
+
+
+LOOP = """
+import sys, numpy as np, bitnet_jax as bj
+path, = sys.argv[1:]
+trees = [
+    {f"{i}": np.random.default_rng(10 * t + i).integers(0, 2**63, 1 << 18) for i in range(8)}
+    for t in range(2)
+]
+print("ready", flush=True)
+while True:
+    for tree in trees:
+        bj.io.save(path, tree)
+        print("saved", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_a_killed_save_leaves_one_whole_file(path, tmp_path, seed):
+    """16 MiB that do not compress, over a file that was good, killed at 30 moments."""
+    random = np.random.default_rng(seed)
+    trees = [
+        {f"{i}": np.random.default_rng(10 * t + i).integers(0, 2**63, 1 << 18) for i in range(8)}
+        for t in range(2)
+    ]
+    bitnet_jax.io.save(path, trees[0])
+    torn = 0
+    for _ in range(30):
+        child = subprocess.Popen([sys.executable, "-c", LOOP, path], stdout=subprocess.PIPE)
+        assert child.stdout.readline() == b"ready\n"
+        for _ in range(random.integers(3)):
+            child.stdout.readline()
+        time.sleep(random.uniform(0, 0.15))
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        loaded = bitnet_jax.io.load(path)
+        assert any(all((loaded[k] == tree[k]).all() for k in tree) for tree in trees)
+        left = [name for name in os.listdir(tmp_path) if name != os.path.basename(path)]
+        for name in left:  # what the killed process wrote aside
+            assert name.startswith(".bitnet_jax-")
+            assert name.endswith(".tmp")
+            try:
+                loaded = bitnet_jax.io.load(tmp_path / name)
+            except bitnet_jax.io.FormatError:
+                torn += 1
+            else:  # killed before it was moved into place
+                assert any(all((loaded[k] == tree[k]).all() for k in tree) for tree in trees)
+            os.unlink(tmp_path / name)
+    assert torn > 5  # the moments were within a save
