@@ -1,12 +1,17 @@
-"""The command line: ``python -m bitnet_jax doctor`` says how well it works on this machine."""
+"""The command line, ``python -m bitnet_jax``.
+
+``doctor`` says how well it works on this machine; ``inspect`` what is in a file; ``verify``
+whether a file is whole.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bitnet_jax import _doctor
+from bitnet_jax.io import _inspect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,6 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(title="commands", metavar="command", required=True)
     _add_doctor(commands)
+    text = "what is in a file of bj.io.save, from its header alone"
+    _add_of_file(commands, "inspect", text, _inspect.inspect)
+    text = "whether a file of bj.io.save is whole, having read all of it"
+    _add_of_file(commands, "verify", text, _inspect.verify)
     parsed = parser.parse_args(arguments)
     return parsed.run(parsed)
 
@@ -28,6 +37,15 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
         "--quick", action="store_true", help="leave out the speed, which takes ten seconds"
     )
     doctor.set_defaults(run=lambda parsed: _doctor.examine(speed=not parsed.quick))
+
+
+def _add_of_file(
+    commands: argparse._SubParsersAction, name: str, text: str, run: Callable[[str], int]
+) -> None:
+    """Adds a command that looks at one file."""
+    command = commands.add_parser(name, help=text, description=f"Prints {text}.")
+    command.add_argument("file", help="the file to look at")
+    command.set_defaults(run=lambda parsed: run(parsed.file))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class LayerReport:
         for a kernel of zeros.
       bytes_before: of the float kernel.
       bytes_after: of the packed codes and scales.
+      bytes_dense: of the same in a file of ``bj.io.save(..., dense=True)``.
     """
 
     path: str
@@ -51,6 +52,7 @@ class LayerReport:
     error: float
     bytes_before: int
     bytes_after: int
+    bytes_dense: int
 
     @property
     def ratio(self) -> float:
@@ -84,10 +86,11 @@ class PackReport:
       >>> w = jax.random.normal(jax.random.key(0), (64, 16))
       >>> _, report = bj.pack_params({"head": {"kernel": w, "bias": jnp.zeros(16)}})
       >>> print(report)
-      path             shape     -1      0     +1         scale  error  before  after   ratio
-      head/kernel      64x16  33.7%  31.6%  34.7%  0.776..0.776  0.269  4.1 kB  260 B  15.75x
-      ternary kernels                                                   4.1 kB  260 B  15.75x
-      whole model                                                       4.2 kB  324 B  12.84x
+      path                shape     -1      0     +1         scale  error  before  after   ratio
+      head/kernel         64x16  33.7%  31.6%  34.7%  0.776..0.776  0.269  4.1 kB  260 B  15.75x
+      ternary kernels                                                      4.1 kB  260 B  15.75x
+      whole model                                                          4.2 kB  324 B  12.84x
+      whole model, dense                                                   4.2 kB  276 B  15.07x
     """
 
     layers: tuple[LayerReport, ...]
@@ -114,6 +117,17 @@ class PackReport:
         """Bytes before over after, of the whole model."""
         return self.model_bytes_before / self.model_bytes_after
 
+    @property
+    def model_bytes_dense(self) -> int:
+        """Bytes of the whole model in a file of ``bj.io.save(..., dense=True)``, but its header."""
+        saved = sum(layer.bytes_after - layer.bytes_dense for layer in self.layers)
+        return self.model_bytes_after - saved
+
+    @property
+    def model_dense_ratio(self) -> float:
+        """Bytes before over those in a dense file, of the whole model."""
+        return self.model_bytes_before / self.model_bytes_dense
+
     def to_dict(self) -> dict[str, Any]:
         """Every number as plain Python, ready for ``json.dumps`` or a logger.
 
@@ -133,7 +147,8 @@ class PackReport:
         return {
             "layers": [row(layer) for layer in self.layers],
             **{name: totals(*size) for name, size in self._by_kind().items()},
-            "model": totals(self.model_bytes_before, self.model_bytes_after),
+            "model": totals(self.model_bytes_before, self.model_bytes_after)
+            | {"bytes_dense": self.model_bytes_dense, "dense_ratio": self.model_dense_ratio},
         }
 
     def _by_kind(self) -> dict[str, tuple[int, int]]:
@@ -153,6 +168,8 @@ class PackReport:
         rows = [_row(layer) for layer in self.layers]
         totals = [(f"{name} kernels", *size) for name, size in self._by_kind().items()]
         totals.append(("whole model", self.model_bytes_before, self.model_bytes_after))
+        if self.model_bytes_dense != self.model_bytes_after:
+            totals.append(("whole model, dense", self.model_bytes_before, self.model_bytes_dense))
         for name, before, after in totals:
             sizes = (size_text(before), size_text(after), f"{before / after:.2f}x")
             rows.append((name, *("",) * 6, *sizes))
@@ -224,7 +241,15 @@ def layer_report(
         error=float(values["error"]),
         bytes_before=w.nbytes,
         bytes_after=packed.nbytes,
+        bytes_dense=_dense_bytes(packed),
     )
+
+
+def _dense_bytes(packed: Stored) -> int:
+    """Bytes of a kernel in a dense file."""
+    if not isinstance(packed, PackedTernary):
+        return packed.nbytes
+    return packed.nbytes - packed.codes.nbytes + _packing.dense_length(packed.codes.nbytes)
 
 
 def nbytes(leaves: Iterable[Any]) -> int:

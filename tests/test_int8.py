@@ -148,7 +148,7 @@ def test_trees_mix_and_the_report_says_so(tmp_path):
     )
     assert head.bytes_after == 240 + 40
     lines = str(report).splitlines()
-    assert [line.split()[0] for line in lines[-3:]] == ["ternary", "int8", "whole"]
+    assert [line.split()[0] for line in lines[-4:]] == ["ternary", "int8", "whole", "whole"]
     assert "int8" in lines[2]
     data = report.to_dict()
     assert data["int8"]["bytes_after"] == 280

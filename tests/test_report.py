@@ -39,6 +39,8 @@ def test_numbers_are_counted_from_the_arrays(config, shape):
     assert layer.config == config
     assert layer.bytes_before == 4 * w.size
     assert layer.bytes_after == -(-shape[0] // 4) * shape[1] + 4 * scale.size
+    stored = -(-shape[0] // 4) * shape[1]
+    assert layer.bytes_dense == 4 * -(-stored // 5) + 4 * scale.size
     rest = 4 * shape[1] + 12
     assert report.model_bytes_before == layer.bytes_before + rest
     assert report.model_bytes_after == layer.bytes_after + rest
@@ -108,7 +110,8 @@ def test_table_and_dict():
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["layers"][1]["config"]["threshold"] == 0.5
     assert plain["layers"][1]["shape"] == [16, 8]
-    assert plain["model"] == plain["ternary"]
+    sizes = {name: plain["model"][name] for name in plain["ternary"]}
+    assert sizes == plain["ternary"]
     assert plain["model"]["ratio"] == report.model_ratio
 
 
@@ -247,13 +250,17 @@ def test_every_number_of_the_dict_is_plain_python():
     }
     assert again["model"]["bytes_after"] == report.model_bytes_after
     assert again["model"]["ratio"] == report.model_ratio
+    assert again["model"]["bytes_dense"] == report.model_bytes_dense < report.model_bytes_after
+    assert again["model"]["dense_ratio"] == report.model_dense_ratio > report.model_ratio
 
 
 def test_the_table_holds_the_numbers():
     _, _, report = mixed()
     _, *lines = str(report).splitlines()
-    *rows, kernels, whole = [line.split("  ") for line in lines]
-    rows, kernels, whole = ([c.strip() for c in r if c.strip()] for r in (rows[0], kernels, whole))
+    *rows, kernels, whole, dense = [line.split("  ") for line in lines]
+    rows, kernels, whole, dense = (
+        [c.strip() for c in r if c.strip()] for r in (rows[0], kernels, whole, dense)
+    )
     layer = report.layers[0]
     assert rows == [
         "a/kernel",
@@ -267,6 +274,10 @@ def test_the_table_holds_the_numbers():
     ]
     assert kernels == ["ternary kernels", "1.8 kB", "225 B", f"{report.ratio:.2f}x"]
     assert whole == ["whole model", "1.9 kB", "407 B", f"{report.model_ratio:.2f}x"]
+    saved = sum(layer.bytes_after - layer.bytes_dense for layer in report.layers)
+    assert report.model_bytes_dense == 407 - saved < 407
+    ratio = f"{report.model_dense_ratio:.2f}x"
+    assert dense == ["whole model, dense", "1.9 kB", f"{407 - saved} B", ratio]
     assert [line.split()[0] for line in lines[:3]] == ["a/kernel", "b/kernel", "c/kernel"]
 
 

@@ -187,14 +187,14 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, sharding: Any = No
     with _stream.opened("load", os.fspath(path), mapped=mmap) as source:
         leaves = declared(source.header)
         parts = {leaf.path: leaf.parts for leaf in leaves}
-        abstract = _build(leaves, _abstract)
+        abstract = build(leaves, _abstract)
         places = _placing.shardings(sharding, abstract, parts)
         arrays = _stream.read(
             source,
             {part.name: part for leaf in leaves for part in leaf.parts},
             lambda part, array: _placing.place(array, places.get(part.name)),
         )
-    return _build(leaves, lambda part: arrays[part.name])
+    return build(leaves, lambda part: arrays[part.name])
 
 
 def declared(header: Header) -> list[Leaf]:
@@ -226,7 +226,7 @@ def _abstract(part: Part) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(part.shape, DTYPES[part.dtype])
 
 
-def _build(leaves: list[Leaf], array_of: Callable[[Part], Any]) -> dict[str | int, Any]:
+def build(leaves: list[Leaf], array_of: Callable[[Part], Any]) -> dict[str | int, Any]:
     """The tree of the leaves, with an array or what stands for it in the place of each part."""
     tree: dict[str | int, Any] = {}
     for leaf in leaves:

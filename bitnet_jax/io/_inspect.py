@@ -1,0 +1,136 @@
+"""What ``python -m bitnet_jax inspect`` and ``verify`` print: what a file holds, if it is whole.
+
+Both are for files that nobody vouches for. ``inspect`` reads the header alone, of a bounded
+size; ``verify`` reads all of the file a chunk at a time and keeps nothing. Names come from the
+file: the header's keys are printable or refused, and all other text is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bitnet_jax._report import size_text, table
+from bitnet_jax.io import _container, _format, _stream
+from bitnet_jax.io._leaves import Leaf
+from bitnet_jax.io._parts import name_of
+from bitnet_jax.io._stream import Source
+
+_COLUMNS = ("path", "kind", "shape", "config", "dtype", "stored as", "in file", "loaded")
+_WIDEST = 120
+_KINDS = {"packed": "ternary", "int8": "int8", "array": "array", "empty": "empty"}
+
+
+def inspect(path: str) -> int:
+    """Prints the report of a file, from its header alone; returns the exit code."""
+
+    def report() -> str:
+        with _stream.opened("inspect", path) as source:
+            leaves = _format.declared(source.header)
+            rows = [_row(leaf, source) for leaf in leaves]
+            return f"{table(_COLUMNS, rows)}\n\n{_totals(leaves, source)}"
+
+    return _run(report)
+
+
+def verify(path: str) -> int:
+    """Prints whether a file is whole, having read all of it; returns the exit code."""
+
+    def check() -> str:
+        with _stream.opened("verify", path) as source:
+            leaves = _format.declared(source.header)
+            _format.build(leaves, lambda part: part)  # refuses leaves that meet
+            _stream.read(source, {part.name: part for leaf in leaves for part in leaf.parts}, None)
+            digest = source.header.metadata[_container.DIGEST]
+            return (
+                f"ok {printable(path)}: {len(leaves)} leaves, "
+                f"{sum(map(_size, leaves)):,} parameters, {source.size:,} bytes, "
+                f"version {source.header.metadata['version']}, sha256 {digest[:16]}..."
+            )
+
+    return _run(check)
+
+
+def _run(text: Callable[[], str]) -> int:
+    """Prints a text; in its place, why there is none."""
+    try:
+        print("\n".join(map(printable, text().split("\n"))))
+    except OSError as error:
+        print(printable(f"{error.strerror or error}: {error.filename}"), file=sys.stderr)
+        return 1
+    except _container.FormatError as error:
+        print(printable(str(error)), file=sys.stderr)
+        return 1
+    return 0
+
+
+def printable(text: str) -> str:
+    """A line in which everything that a terminal might obey is escaped."""
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = sys.stdout.encoding or "ascii"
+    return "".join(escaped).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _row(leaf: Leaf, source: Source) -> tuple[str, ...]:
+    described, kind = leaf.described, leaf.described["kind"]
+    if kind == "empty":
+        return (name_of(leaf.path)[:_WIDEST], "empty", *("",) * 6)
+    dense = any(part.dense for part in leaf.parts)
+    packed = "5 trits/byte" if dense else "2 bits"
+    cells = (
+        name_of(leaf.path),
+        _KINDS[kind],
+        "x".join(map(str, described["shape"])) or "scalar",
+        _config(described.get("config")),
+        described["dtype"],
+        {"packed": packed, "int8": "8 bits"}.get(kind, str(described["dtype"])),
+        size_text(_stored_bytes(leaf, source)),
+        size_text(_loaded_bytes(leaf)),
+    )
+    # A column is as wide as its widest cell, in every row.
+    return tuple(cell if len(cell) <= _WIDEST else f"{cell[: _WIDEST - 3]}..." for cell in cells)
+
+
+def _config(config: dict[str, Any] | None) -> str:
+    """A quantiser in few words."""
+    if config is None:
+        return ""
+    if "granularity" not in config:
+        return "per channel"
+    granularity = config["granularity"]
+    per = f"groups of {granularity}" if isinstance(granularity, int) else f"per {granularity}"
+    return f"{config['scale']} {config['threshold']:g}, {per}"
+
+
+def _size(leaf: Leaf) -> int:
+    return 0 if leaf.described["kind"] == "empty" else math.prod(leaf.described["shape"])
+
+
+def _stored_bytes(leaf: Leaf, source: Source) -> int:
+    entries = [source.header.tensors[part.name] for part in leaf.parts]
+    return sum(entry.end - entry.begin for entry in entries)
+
+
+def _loaded_bytes(leaf: Leaf) -> int:
+    return sum(part.nbytes for part in leaf.parts)
+
+
+def _totals(leaves: list[Leaf], source: Source) -> str:
+    """Sizes of the whole, and what was not looked at."""
+    parameters = sum(map(_size, leaves))
+    loaded = sum(map(_loaded_bytes, leaves))
+    as_float = parameters * np.dtype(np.float32).itemsize
+    lines = {
+        "parameters": f"{parameters:,}",
+        "bytes in file": f"{source.size:,}, {source.header.start:,} of them header",
+        "bytes loaded": f"{loaded:,}",
+        "bytes as float32": f"{as_float:,}",
+        "ratio": f"{as_float / source.size:.2f}x in file, {as_float / max(loaded, 1):.2f}x loaded",
+        "format": f"version {source.header.metadata['version']}",
+        "data": "not read: python -m bitnet_jax verify checks it",
+    }
+    return "\n".join(f"{name:18}{value}" for name, value in lines.items())
