@@ -19,11 +19,14 @@ from bitnet_jax._matmul import matmul, prepare
 from bitnet_jax._pack import pack, unpack
 from bitnet_jax._packed import PackedInt8, PackedTernary, PreparedInt8, PreparedTernary
 from bitnet_jax._phase import phase_in
+from bitnet_jax._placement import gather_codes
 from bitnet_jax._report import GradientFlow, LayerReport, LeafGradient, PackReport, gradient_flow
 from bitnet_jax._select import exclude, only
+from bitnet_jax._specs import partition_specs
 from bitnet_jax._ste import fake_quantize, fake_quantize_activations
 from bitnet_jax._survive import LayerSensitivity, Sensitivity, sensitivity
 from bitnet_jax._ternary import B158, PHASE4, TWN, Ternary, TernaryConfig, quantize
+from bitnet_jax._traffic import Collective, Traffic, traffic
 from bitnet_jax._tree import combine, fake_quantize_params, pack_params, partition, unpack_params
 from bitnet_jax._watch import LayerTrits, TritStats, trit_stats
 
@@ -37,6 +40,7 @@ __all__ = [
     "PHASE4",
     "TWN",
     "ActivationConfig",
+    "Collective",
     "Comparison",
     "GradientFlow",
     "Int8Config",
@@ -52,6 +56,7 @@ __all__ = [
     "Sensitivity",
     "Ternary",
     "TernaryConfig",
+    "Traffic",
     "TritStats",
     "combine",
     "compare",
@@ -59,6 +64,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_activations",
     "fake_quantize_params",
+    "gather_codes",
     "gradient_flow",
     "io",
     "linen",
@@ -70,12 +76,14 @@ __all__ = [
     "pack",
     "pack_params",
     "partition",
+    "partition_specs",
     "phase_in",
     "prepare",
     "quantize",
     "quantize_activations",
     "sensitivity",
     "ternary_dot",
+    "traffic",
     "trit_stats",
     "unpack",
     "unpack_params",

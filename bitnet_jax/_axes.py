@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 
 from bitnet_jax import _checks
 
 AxesLike = int | Sequence[int]
+T = TypeVar("T")
 
 
 class KernelAxes(NamedTuple):
@@ -31,8 +32,8 @@ class KernelAxes(NamedTuple):
         """The permutation that brings a kernel to (batch, contraction, outputs)."""
         return self.batch + self.contracting + self.outputs
 
-    def split(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """The lengths of the batch, contracting and output axes."""
+    def split(self, shape: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
+        """What is said of each axis, a length or a sharding: batch, contracting, output axes."""
         b, c, o = (
             tuple(shape[a] for a in axes) for axes in (self.batch, self.contracting, self.outputs)
         )

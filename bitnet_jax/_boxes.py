@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax.core import meta
+from jax.sharding import PartitionSpec
 
 from bitnet_jax import _checks
 from bitnet_jax._packed import is_packed
@@ -74,6 +75,24 @@ def closed(box: Any, value: Any) -> Any:
     if _is_variable(box):
         return box.replace(value)
     return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
+
+
+def placement(box: Any) -> PartitionSpec | None:
+    """How Flax's metadata says the value of a box lies on a mesh; None where it says nothing.
+
+    Logical names go through the rules of the box, or of ``nn.logical_axis_rules``.
+    """
+    if _is_variable(box):
+        metadata = box.get_metadata()
+        if not any(metadata.get(name) for name in ("out_sharding", "sharding_names", "sharding")):
+            return None
+        return sys.modules["flax.nnx"].get_partition_spec({"": box})[""].get_value()
+    linen = sys.modules.get("flax.linen")
+    if linen is not None and isinstance(box, linen.LogicallyPartitioned):
+        rules = box.rules or linen.get_logical_axis_rules()
+        _checks.logical_rules("placement", box.names, bool(rules))
+        return linen.logical_to_mesh_axes(box.names, rules)
+    return box.get_partition_spec() if isinstance(box, meta.Partitioned) else None
 
 
 def _is_variable(leaf: Any) -> bool:

@@ -7,21 +7,25 @@ Only int8 codes and scales are saved for the backward pass.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32
 
-from bitnet_jax import _axes, _checks, _dot
+from bitnet_jax import _axes, _checks, _dot, _placement
 from bitnet_jax._conv import Convolution
 from bitnet_jax._int8 import (
     INT8,
     ActivationConfig,
+    Int8Config,
     check_activations,
     dequantize_activations,
     quantize_activations_as,
@@ -46,6 +50,7 @@ def ternary_dot(
     dtype: DTypeLike | None = None,
     backward_dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
+    kernel_spec: PartitionSpec | None = None,
 ) -> Float[Array, "*b *m n"]:
     """The training op: ``x @ w`` in int8 x int8 -> int32, with float gradients.
 
@@ -72,9 +77,12 @@ def ternary_dot(
       backward_dtype: of the backward products' operands, for example bfloat16;
         they are summed in float32. By default float32.
       precision: of the float product, where there is one.
+      kernel_spec: how w lies on a mesh, for :func:`gather_codes`, where w's type
+        does not say it (Auto axes).
 
     Returns:
-      (*batch, ..., *outputs) of ``dtype``.
+      (*batch, ..., *outputs) of ``dtype``. On Explicit mesh axes it lies as x's rows
+      and w's outputs do.
 
     Raises:
       TypeError: x or w is not floating point.
@@ -96,15 +104,22 @@ def ternary_dot(
     batch, contraction, outputs = axes.split(w.shape)
     _checks.contraction(who, x.shape, contraction, batch)
     lead = x.shape[: x.ndim - len(contraction)]
-    y = _contract(
-        _Spec(_dot.Product(), config, activations, np.dtype(backward_dtype or jnp.float32)),
-        x.reshape(*lead, math.prod(contraction)),
-        _axes.canonical(w, axes),
-        traced_strength(who, strength),
-        dtype or jnp.promote_types(x.dtype, w.dtype),
-        precision,
+    rows = _placement.spec_of(x)[: len(lead)]
+    placed, gather = _placed(who, rows, w, axes, config, kernel_spec)
+    spec = _Spec(
+        _dot.Product(), config, activations, np.dtype(backward_dtype or jnp.float32), gather
     )
-    return y.reshape(*lead, *outputs)
+    dtype = dtype or jnp.promote_types(x.dtype, w.dtype)
+
+    def run(x: jax.Array, w: jax.Array, phase: jax.Array | None) -> jax.Array:
+        x = x.reshape(*lead, math.prod(contraction))
+        y = _contract(spec, x, _axes.canonical(w, axes), phase, dtype, precision)
+        return y.reshape(*lead, *outputs)
+
+    operands = x, w, traced_strength(who, strength)
+    return _placement.in_auto(
+        run, *operands, out=_placement.rows_and_outputs(run, operands, placed[2])
+    )
 
 
 def ternary_conv(
@@ -118,17 +133,22 @@ def ternary_conv(
     dtype: DTypeLike | None = None,
     backward_dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
+    kernel_spec: PartitionSpec | None = None,
 ) -> Float[Array, "b *space n"]:
     """:func:`ternary_dot` for a convolution: one gamma per example."""
     who = "ternary_conv"
     axes = _operands(who, x, w, config, activations, tuple(range(w.ndim - 1)), ())
-    return _contract(
-        _Spec(convolution, config, activations, np.dtype(backward_dtype or jnp.float32)),
-        x,
-        _axes.canonical(w, axes),
-        traced_strength(who, strength),
-        dtype or jnp.promote_types(x.dtype, w.dtype),
-        precision,
+    rows = _placement.spec_of(x)[:1]
+    placed, gather = _placed(who, rows, w, axes, config, kernel_spec)
+    spec = _Spec(convolution, config, activations, np.dtype(backward_dtype or jnp.float32), gather)
+    dtype = dtype or jnp.promote_types(x.dtype, w.dtype)
+
+    def run(x: jax.Array, w: jax.Array, phase: jax.Array | None) -> jax.Array:
+        return _contract(spec, x, _axes.canonical(w, axes), phase, dtype, precision)
+
+    operands = x, w, traced_strength(who, strength)
+    return _placement.in_auto(
+        run, *operands, out=_placement.rows_and_outputs(run, operands, placed[2])
     )
 
 
@@ -139,29 +159,71 @@ def _operands(who, x, w, config, activations, contracting_axes, batch_axes) -> _
     return contracted_axes(who, w, config, contracting_axes, batch_axes)
 
 
+def _placed(
+    who: str,
+    rows: _placement.Spec,
+    w: jax.Array,
+    axes: _axes.KernelAxes,
+    config: KernelConfig,
+    kernel_spec: PartitionSpec | None,
+) -> tuple[tuple[_placement.Spec, _placement.Spec, _placement.Spec], _placement.Gather | None]:
+    """How the kernel lies, (batch, contraction, outputs), and how its codes are gathered."""
+    _checks.kernel_spec(who, kernel_spec, w.ndim)
+    typed = _placement.is_typed(w)
+    lies = _placement.spec_of(w) if typed else kernel_spec or ()
+    parts = axes.split(_placement.padded(lies, w.ndim))
+    gather = _placement.gather_of(
+        who,
+        rows,
+        parts,
+        math.prod(axes.split(w.shape)[1]),
+        explicit=_placement.explicit_mesh(w),
+        given=typed or kernel_spec is not None,
+        two_bits=not isinstance(config, Int8Config),
+    )
+    return parts, gather
+
+
 class _Spec(NamedTuple):
     operator: Operator
     config: KernelConfig
     activations: Any  # ActivationConfig, or None on the way to a float product
     backward_dtype: Any
+    gather: _placement.Gather | None
 
     def quantized(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The codes of x and their gammas."""
         axes = self.operator.token_axes
         return quantize_activations_as("ternary_dot", x, self.activations, axes)
 
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Where the gather's specs mean its mesh: a custom_vjp is traced out of its caller's."""
+        if self.gather is None:
+            return contextlib.nullcontext()
+        return jax.sharding.use_abstract_mesh(self.gather.mesh)
+
+    def whole(self, w_codes: jax.Array) -> jax.Array:
+        """The codes of w that the product needs here; only the shard is saved for later."""
+        return w_codes if self.gather is None else self.gather(w_codes)
+
 
 def _contract(spec: _Spec, x, w, phase, dtype, precision) -> jax.Array:
     """x times a canonical kernel, by a path for each kind of activations and strength."""
     if spec.activations is None:
-        w_hat = through(w, _dequantized(w, spec.config), phase)
+        with spec.on_mesh():
+            w_hat = through(w, _dequantized(w, spec.config, spec.whole), phase)
         return spec.operator.apply(x.astype(dtype), w_hat.astype(dtype), precision)
     y = _int8_dot(spec, x, w) if phase is None else _phased_dot(spec, x, w, phase)
     return cast(jax.Array, y).astype(dtype)  # custom_vjp loses the type
 
 
-def _dequantized(w: Float[Array, "*b k n"], config: KernelConfig) -> Float32[Array, "*b k n"]:
-    return dequantize_canonical(*quantize_canonical(lax.stop_gradient(w), config))
+def _dequantized(
+    w: Float[Array, "*b k n"],
+    config: KernelConfig,
+    whole: Callable[[jax.Array], jax.Array] = lambda codes: codes,
+) -> Float32[Array, "*b k n"]:
+    codes, scale = quantize_canonical(lax.stop_gradient(w), config)
+    return dequantize_canonical(whole(codes), scale)
 
 
 def dequantize_canonical(codes: jax.Array, scale: jax.Array) -> Float32[Array, "*b k n"]:
@@ -178,9 +240,11 @@ def _int8_dot(spec: _Spec, x: jax.Array, w: jax.Array) -> Float32[Array, "*b *m 
 
 
 def _int8_dot_forward(spec: _Spec, x, w):
-    codes, gamma = spec.quantized(x)
-    w_codes, scale = quantize_canonical(w, spec.config)
-    y = contract_codes(spec.operator, codes, gamma, w_codes, scale, spec.activations.qmax)
+    with spec.on_mesh():
+        codes, gamma = spec.quantized(x)
+        w_codes, scale = quantize_canonical(w, spec.config)
+        whole, qmax = spec.whole(w_codes), spec.activations.qmax
+        y = contract_codes(spec.operator, codes, gamma, whole, scale, qmax)
     # An empty array carries a dtype through the residuals at no cost.
     dtypes = jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype)
     return y, (codes, gamma, w_codes, scale, dtypes)
@@ -190,8 +254,9 @@ def _int8_dot_backward(spec: _Spec, residuals, g):
     codes, gamma, w_codes, scale, (x_like, w_like) = residuals
     step = gamma * np.float32(1 / spec.activations.qmax)
     to_kernel, dtype = spec.operator.to_kernel, spec.backward_dtype
-    dw = to_kernel(codes, g * step, w_codes.shape, dtype)
-    dx = input_gradient(spec.operator, g, w_codes, scale, codes.shape, dtype)
+    with spec.on_mesh():
+        dw = to_kernel(codes, g * step, w_codes.shape, dtype)
+        dx = input_gradient(spec.operator, g, spec.whole(w_codes), scale, codes.shape, dtype)
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8
 
-from bitnet_jax import _axes, _checks
+from bitnet_jax import _axes, _checks, _placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,15 +153,29 @@ def quantize_activations_as(
     _checks.instance(who, "config", config, ActivationConfig, "Use bj.ActivationConfig().")
     _checks.float_array(who, "x", x)
     shared = _checks.axes_in_range(who, "axes", axes, x.ndim)
-    return _token_codes(jax.lax.stop_gradient(x), config, shared)
+    run = functools.partial(_token_codes, config=config, shared=shared)
+    return _placement.in_auto_like(run, jax.lax.stop_gradient(x))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all layers of a shape
+# Traced once for all layers of a shape.
+@functools.partial(jax.jit, static_argnames=("config", "shared"))
 def _token_codes(x: jax.Array, config: ActivationConfig, shared: tuple[int, ...]):
-    x = x.astype(jnp.float32)
-    gamma = jnp.maximum(_largest(x, shared), np.float32(config.eps))
-    codes = jnp.round(x * (np.float32(config.qmax) / gamma)).astype(jnp.int8)
-    return codes, gamma
+    gamma = gamma_of(x, config, shared)
+    return codes_at(x, gamma, config), gamma
+
+
+def gamma_of(
+    x: Float[Array, "..."], config: ActivationConfig, shared: tuple[int, ...]
+) -> Float32[Array, "..."]:
+    """``max(max|x|, eps)`` over some axes, kept."""
+    return jnp.maximum(_largest(x.astype(jnp.float32), shared), np.float32(config.eps))
+
+
+def codes_at(
+    x: Float[Array, "..."], gamma: Float32[Array, "..."], config: ActivationConfig
+) -> Int8[Array, "..."]:
+    """``round(x * (qmax / gamma))``."""
+    return jnp.round(x.astype(jnp.float32) * (np.float32(config.qmax) / gamma)).astype(jnp.int8)
 
 
 def dequantize_activations(

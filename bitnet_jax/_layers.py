@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bitnet_jax import _axes, _checks
+from bitnet_jax import _axes, _boxes, _checks, _placement
 from bitnet_jax._adapted import Adapted
 from bitnet_jax._calls import Call, ConvCall, dot_general
 from bitnet_jax._contract import ternary_conv, ternary_dot
@@ -45,10 +45,11 @@ def layer_config(
 
 
 class Fields(NamedTuple):
-    """What a float layer says about its arithmetic."""
+    """What a float layer says about its arithmetic, and the box that its kernel came in."""
 
     dtype: Any
     precision: Any
+    box: Any = None
 
 
 def run(
@@ -72,7 +73,7 @@ def run(
     x = call.enter(x)
     if config.norm:
         flat = x.reshape(*x.shape[: x.ndim - call.features], -1)
-        x = cast(jax.Array, rms_normalize(flat)).reshape(x.shape)  # custom_vjp loses the type
+        x = _placement.in_auto_like(rms_normalize, flat).reshape(x.shape)
     adapted = kernel if isinstance(kernel, Adapted) else None
     kernel = kernel if adapted is None else adapted.base
     if is_packed(kernel):
@@ -81,7 +82,7 @@ def run(
         if adapted is not None:
             y = y + _low_rank(who, where, call, x, adapted, dtype, fields.precision)
     else:
-        y = _train(config, call, x, kernel, ambient(strength), dtype, fields.precision)
+        y = _train(config, call, x, kernel, ambient(strength), dtype, fields)
     y = call.leave(y, x_shape)
     if bias is None:
         return y
@@ -89,12 +90,15 @@ def run(
     return y + bias.astype(dtype).reshape(spread)
 
 
-def _train(config: LayerConfig, call: Call, x, kernel, strength, dtype, precision) -> jax.Array:
+def _train(
+    config: LayerConfig, call: Call, x, kernel, strength, dtype, fields: Fields
+) -> jax.Array:
     how: dict[str, Any] = {
         "strength": strength,
         "dtype": dtype,
         "backward_dtype": config.backward_dtype,
-        "precision": precision,
+        "precision": fields.precision,
+        "kernel_spec": _boxes.placement(fields.box) if _placement.gathering() else None,
     }
     if isinstance(call, ConvCall):
         convolution = call.convolution
@@ -120,13 +124,19 @@ def _low_rank(who: str, where: str, call: Call, x, kernel: Adapted, dtype, preci
     if isinstance(call, ConvCall):
         _checks.adapter_groups(who, where, call.convolution.feature_groups)
         operator = call.convolution
-    else:
-        x = x.reshape(*x.shape[: x.ndim - call.features], -1)
-    h = operator.apply(x.astype(dtype), kernel.a.astype(dtype), precision)
-    y = Product().apply(h, kernel.b.astype(dtype), precision) * jnp.asarray(kernel.scale, dtype)
     taken = call.contracting_axes + call.batch_axes
-    outputs = (n for axis, n in enumerate(call.kernel_shape) if axis not in taken)
-    return y.reshape(*y.shape[:-1], *outputs)
+    outputs = tuple(n for axis, n in enumerate(call.kernel_shape) if axis not in taken)
+
+    def run(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        if not isinstance(call, ConvCall):
+            x = x.reshape(*x.shape[: x.ndim - call.features], -1)
+        h = operator.apply(x.astype(dtype), a.astype(dtype), precision)
+        y = Product().apply(h, b.astype(dtype), precision) * jnp.asarray(kernel.scale, dtype)
+        return y.reshape(*y.shape[:-1], *outputs)
+
+    operands, whole = (x, kernel.a, kernel.b), (None,) * len(outputs)
+    out = _placement.rows_and_outputs(run, operands, whole)
+    return _placement.in_auto(run, *operands, out=out)
 
 
 def check_packed(who: str, where: str, config: LayerConfig, call: Call, kernel: Any) -> None:
@@ -157,7 +167,7 @@ def embed(
         return embedding_rows(embedding, index).astype(dtype or embedding.dtype)
     strength = ambient(strength)
     table = fake_quantize(embedding, config, contracting_axes=-1, strength=strength)
-    return jnp.take(table, index, axis=0).astype(dtype or embedding.dtype)
+    return _placement.rows_of(table, index).astype(dtype or embedding.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

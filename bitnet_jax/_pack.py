@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from bitnet_jax import _axes, _checks, _packing
+from bitnet_jax import _axes, _checks, _packing, _placement
 from bitnet_jax._int8 import Int8Config
 from bitnet_jax._packed import PackedInt8, PackedTernary, Prepared, Stored
 from bitnet_jax._ternary import B158, KernelConfig, Ternary, contracted_axes, quantize_as
@@ -66,7 +66,6 @@ def pack_quantized(
     w: Float[Array, "..."], config: KernelConfig, axes: _axes.KernelAxes
 ) -> tuple[Ternary, Stored]:
     """A kernel's codes and scale, and the same packed."""
-    t = quantize_as("pack", w, config, axes.contracting, axes.batch)
     last = axes.contracting[-1]
     static: dict[str, Any] = {
         "contracting_axes": tuple(a - w.ndim for a in axes.contracting),
@@ -74,10 +73,15 @@ def pack_quantized(
         "config": config,
         "dtype": np.dtype(w.dtype),
     }
-    if isinstance(config, Int8Config):
-        return t, PackedInt8(t.codes, t.scale, **static)
-    codes = _packing.pack_trits(t.codes, last)
-    return t, PackedTernary(codes, t.scale, length=w.shape[last], **static)
+
+    def run(w: jax.Array) -> tuple[Ternary, Stored]:
+        t = quantize_as("pack", w, config, axes.contracting, axes.batch)
+        if isinstance(config, Int8Config):
+            return t, PackedInt8(t.codes, t.scale, **static)
+        codes = _packing.pack_trits(t.codes, last)
+        return t, PackedTernary(codes, t.scale, length=w.shape[last], **static)
+
+    return _placement.in_auto_like(run, w)
 
 
 def unpack(packed: Stored, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "..."]:

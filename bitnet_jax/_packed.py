@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int8, UInt8
 
-from bitnet_jax import _axes, _checks, _guard, _packing
+from bitnet_jax import _axes, _checks, _guard, _packing, _placement
 from bitnet_jax._int8 import Int8Config
 from bitnet_jax._ternary import B158, TernaryConfig, spread
 
@@ -71,8 +71,12 @@ class _Stored:
 
     def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "..."]:
         """Codes times scale as a float kernel; by default in the kernel's own dtype."""
-        w = self.int8_codes().astype(jnp.float32) * spread(self.scale, self.shape)
-        return w.astype(dtype or self.dtype)
+
+        def run(packed: _Stored) -> jax.Array:
+            w = packed.int8_codes().astype(jnp.float32) * spread(packed.scale, packed.shape)
+            return w.astype(dtype or packed.dtype)
+
+        return _placement.in_auto_like(run, self)
 
     def canonical_scale(self) -> Float32[Array, "*b g m"]:
         """The scale with its contraction on axis -2 and its outputs on axis -1."""
@@ -206,7 +210,7 @@ class PackedInt8(_Stored):
         """
         _checks.embedding("PackedInt8.rows", index, self.shape)
         scale = jnp.broadcast_to(self.scale, (self.shape[0], 1))
-        return look_up(lambda at: jnp.take(self.codes, at, axis=0), scale, index, self.dtype)
+        return look_up(lambda at: _placement.rows_of(self.codes, at), scale, index, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -295,7 +299,7 @@ def look_up(
     """Rows of an embedding, from what gives their codes; indices as ``jnp.take`` has them."""
     at = index.astype(jnp.int32)
     at = jnp.clip(jnp.where(at < 0, at + len(scale), at), 0, len(scale) - 1)
-    scale = jnp.take(scale, index, axis=0)  # NaN where there is no such row
+    scale = _placement.rows_of(scale, index)  # NaN where there is no such row
     return (codes_of(at).astype(jnp.float32) * scale).astype(dtype)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from bitnet_jax import _axes, _checks
+from bitnet_jax import _axes, _checks, _placement
 from bitnet_jax._int8 import (
     INT8,
     ActivationConfig,
@@ -88,8 +88,12 @@ def fake_quantize_as(
     strength: Strength,
 ) -> Float[Array, "..."]:
     """:func:`fake_quantize` for a function that its errors name."""
-    t = quantize_as(who, w, config, contracting_axes, batch_axes)
-    return through(w, t.dequantize(), traced_strength(who, strength))
+
+    def run(w: jax.Array, phase: jax.Array | None) -> jax.Array:
+        t = quantize_as(who, w, config, contracting_axes, batch_axes)
+        return through(w, t.dequantize(), phase)
+
+    return _placement.in_auto_like(run, w, traced_strength(who, strength))
 
 
 def fake_quantize_activations(
@@ -123,9 +127,12 @@ def fake_quantize_activations(
       Ma et al., arXiv:2402.17764, section 2.
     """
     who = "fake_quantize_activations"
-    codes, gamma = quantize_activations_as(who, x, config, axes)
-    x_hat = dequantize_activations(codes, gamma, config)
-    return through(x, x_hat, traced_strength(who, strength))
+
+    def run(x: jax.Array, phase: jax.Array | None) -> jax.Array:
+        codes, gamma = quantize_activations_as(who, x, config, axes)
+        return through(x, dequantize_activations(codes, gamma, config), phase)
+
+    return _placement.in_auto_like(run, x, traced_strength(who, strength))
 
 
 def traced_strength(who: str, strength: Strength) -> Float32[Array, ""] | None:

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8
 
-from bitnet_jax import _axes, _checks
+from bitnet_jax import _axes, _checks, _placement
 from bitnet_jax._int8 import Int8Config, quantize_channels
 
 _SHIFT = np.float32(2.0**-32)
@@ -112,8 +112,11 @@ class Ternary(NamedTuple):
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """Codes times scale, computed in float32 and cast once to ``dtype``."""
-        scale = spread(self.scale, self.codes.shape)
-        return (self.codes.astype(jnp.float32) * scale).astype(dtype)
+
+        def run(codes: jax.Array, scale: jax.Array) -> jax.Array:
+            return (codes.astype(jnp.float32) * spread(scale, codes.shape)).astype(dtype)
+
+        return _placement.in_auto_like(run, self.codes, self.scale)
 
 
 def quantize(
@@ -169,11 +172,14 @@ def quantize_as(
     axes = kernel_axes(who, w, config, contracting_axes, batch_axes)
     _, contraction, outputs = axes.split(w.shape)
     grid = scale_grid(who, contraction, config)
-    codes, scale = quantize_canonical(_axes.canonical(jax.lax.stop_gradient(w), axes), config)
-    one_each = outputs if scale.shape[-1] > 1 else (1,) * len(outputs)
-    return Ternary(
-        _axes.restore(codes, axes, contraction, outputs), _axes.restore(scale, axes, grid, one_each)
-    )
+
+    def run(w: jax.Array) -> Ternary:
+        codes, scale = quantize_canonical(_axes.canonical(w, axes), config)
+        one_each = outputs if scale.shape[-1] > 1 else (1,) * len(outputs)
+        codes = _axes.restore(codes, axes, contraction, outputs)
+        return Ternary(codes, _axes.restore(scale, axes, grid, one_each))
+
+    return _placement.in_auto_like(run, jax.lax.stop_gradient(w))
 
 
 def check_config(who: str, config: Any) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
-from bitnet_jax import _boxes, _checks, _report, _select
+from bitnet_jax import _boxes, _checks, _placement, _report, _select
 from bitnet_jax._axes import AxesLike, KernelAxes
 from bitnet_jax._pack import pack_axes, pack_quantized
 from bitnet_jax._packed import (
@@ -78,7 +78,8 @@ def pack_params(
     for (leaf, c), found in zip(chosen, resolved, strict=True):
         packed = leaf.value
         if found is not None:
-            packed, measured = _pack_measured(leaf.value, c, found)
+            run = functools.partial(_pack_measured, config=c, axes=found)
+            packed, measured = _placement.in_auto_like(run, leaf.value)
             if not traced:
                 rows.append(_report.layer_report(who, leaf.where, leaf.value, packed, measured))
         done.append(packed)
@@ -98,7 +99,7 @@ def kernel_axes(
     return pack_axes(f"{who}: {leaf.where}", leaf.value, config, contracting, batch)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("config", "axes"))
 def _pack_measured(w, config, axes):
     t, packed = pack_quantized(w, config, axes)
     return packed, _report.measure(w, t, packed)

@@ -5,6 +5,9 @@ import hypothesis
 import jax
 import pytest
 
+# Meshes of eight devices, on any machine; what names no device runs on the first.
+jax.config.update("jax_num_cpu_devices", 8)
+
 hypothesis.settings.register_profile(
     "bitnet_jax",
     deadline=None,

@@ -128,6 +128,16 @@ def implementation_agrees(who: str, asked: str | None, prepared: str) -> None:
         )
 
 
+def whole_kernel(who: str, where: str, implementation: str | None) -> None:
+    """Refuses to lay out, by name, a kernel that lies in shards."""
+    if implementation is not None:
+        raise NotImplementedError(
+            f"{who}: {where} lies in shards, and a layout has no axis to be sharded along. Call "
+            f"{who} inside jax.shard_map, on each shard, or leave the kernel stored "
+            "(implementation=None): bj.matmul runs each shard from there."
+        )
+
+
 def stored_layout(who: str, path: str, implementation: str) -> None:
     """Refuses a prepared leaf where the stored layout is needed."""
     raise TypeError(

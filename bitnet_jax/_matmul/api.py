@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bitnet_jax import _axes, _checks
+from bitnet_jax import _axes, _checks, _placement
 from bitnet_jax._contract import contract_codes, dequantize_canonical, input_gradient
 from bitnet_jax._conv import Convolution
 from bitnet_jax._dot import Product
@@ -66,7 +66,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "cpu": Implementation(
         cpu.contract, cpu.cannot, cpu.prepare, cpu.codes_of, cpu.rows_of, cpu.picked
     ),
-    "xla": Implementation(xla.contract, xla.cannot, xla.prepare, xla.codes_of),
+    "xla": Implementation(xla.contract, xla.cannot, xla.prepare, xla.codes_of, picked=xla.picked),
     "reference": Implementation(reference.contract, reference.cannot),
 }
 
@@ -121,14 +121,18 @@ def matmul(
     _checks.contraction(who, x.shape, contraction, batch)
     dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
     lead = x.shape[: x.ndim - len(contraction)]
-    x = x.reshape(*lead, math.prod(contraction))
-    if activations is None:
-        y = Product().apply(x.astype(dtype), _float_kernel(packed).astype(dtype), precision)
-    else:
-        name = _choose(packed, implementation)
-        # custom_vjp loses the type
-        y = cast(jax.Array, _matmul(activations, name, np.dtype(dtype), x, packed))
-    return y.reshape(*lead, *outputs)
+
+    def run(x: jax.Array, packed: Packed) -> jax.Array:
+        x = x.reshape(*lead, math.prod(contraction))
+        if activations is None:
+            y = Product().apply(x.astype(dtype), _float_kernel(packed).astype(dtype), precision)
+        else:
+            name = _choose(packed, implementation)
+            # custom_vjp loses the type
+            y = cast(jax.Array, _matmul(activations, name, np.dtype(dtype), x, packed))
+        return y.reshape(*lead, *outputs)
+
+    return _on_mesh(run, x, packed)
 
 
 def convolve(
@@ -146,10 +150,26 @@ def convolve(
     """
     _operands("convolve", x, packed, activations)
     dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
-    if activations is None:
-        w = _float_kernel(packed).astype(dtype)
-        return convolution.apply(x.astype(dtype), w, precision)
-    return cast(jax.Array, _convolve(convolution, activations, x, packed)).astype(dtype)
+
+    def run(x: jax.Array, packed: Packed) -> jax.Array:
+        if activations is None:
+            w = _float_kernel(packed).astype(dtype)
+            return convolution.apply(x.astype(dtype), w, precision)
+        return cast(jax.Array, _convolve(convolution, activations, x, packed)).astype(dtype)
+
+    return _on_mesh(run, x, packed)
+
+
+def _on_mesh(run: Callable[..., jax.Array], x: jax.Array, packed: Packed) -> jax.Array:
+    """``run(x, packed)``; on Explicit axes the result lies as x's rows and the outputs do."""
+    outputs = split(packed)[2]
+    placed: _placement.Spec = (None,) * len(outputs)
+    if is_stored(packed):  # a prepared kernel is whole wherever it is
+        placed = packed.axes.split(_placement.spec_of(packed.codes))[2]
+    operands = x, packed
+    return _placement.in_auto(
+        run, *operands, out=_placement.rows_and_outputs(run, operands, placed)
+    )
 
 
 def embedding_rows(packed: PackedInt8 | PreparedInt8, index: Int[Array, "..."]) -> jax.Array:
@@ -186,12 +206,14 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
 
     Returns:
       The tree with ``PreparedTernary`` and ``PreparedInt8`` leaves; where the
-      implementation runs from the stored layout, the leaf itself.
+      implementation runs from the stored layout, or a kernel is in shards, the leaf
+      itself.
 
     Raises:
       ValueError: a tree without packed kernels, or an unknown implementation.
       TypeError: a kernel prepared already.
-      NotImplementedError: the implementation asked for cannot run a kernel.
+      NotImplementedError: the implementation asked for cannot run a kernel; or a
+        kernel in shards: prepare each inside ``jax.shard_map``.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -213,6 +235,10 @@ def _prepare_leaf(path, leaf: Any, implementation: str | None) -> Any:
         where = jax.tree_util.keystr(path) or "`tree`"
         _checks.stored_layout("prepare", where, leaf.implementation)
     if not is_stored(leaf):
+        return leaf
+    if _placement.is_cut(leaf.codes):
+        where = jax.tree_util.keystr(path) or "`tree`"
+        _checks.whole_kernel("prepare", where, implementation)
         return leaf
     make = IMPLEMENTATIONS[_choose(leaf, implementation, preparing=True)].prepare
     return leaf if make is None else make(leaf)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int8, Int32, UInt8
 
 from bitnet_jax import _axes, _packing
-from bitnet_jax._int8 import ActivationConfig
-from bitnet_jax._matmul import native
+from bitnet_jax._dot import finish
+from bitnet_jax._int8 import ActivationConfig, codes_at, gamma_of
+from bitnet_jax._matmul import native, shards
 from bitnet_jax._packed import (
     Packed,
     PackedInt8,
@@ -79,27 +80,29 @@ def prepare(packed: Stored) -> Prepared:
     reason = cannot(packed)
     if reason is not None:
         raise NotImplementedError(f"prepare: {reason}")
-    batch, contraction, outputs = packed.axes.split(packed.shape)
-    int8 = isinstance(packed, PackedInt8)
-    # A table contracts over its last axis: it is read as it lies, and not transposed first.
-    transposed = isinstance(packed, PackedInt8) and _is_table(packed)
-    if transposed:
-        stored = packed.codes
-    else:
-        stored = _axes.canonical(packed.codes, packed.axes) if int8 else canonical_bytes(packed)
-    groups = packed.canonical_scale().shape[-2]
-    depth, n = math.prod(contraction) // groups, math.prod(outputs)
-    size = groups * math.prod(_panel_shape(int8, depth, n))
-    shape = jax.ShapeDtypeStruct((*batch, size), jnp.uint8)
-    call = jax.ffi.ffi_call(native.LAY_OUT, shape, vmap_method="broadcast_all")
-    panels = call(
+    spec = _spec_of(packed, None, _FLOATS[0])
+    return lay_out(packed, _lay_out(spec, _stored_codes(packed)), "cpu")
+
+
+def _stored_codes(packed: Stored) -> UInt8[Array, "*b r n"] | Int8[Array, "*b k n"]:
+    """Canonical bytes or int8 codes; a table is read as it lies, (outputs, contraction)."""
+    if not isinstance(packed, PackedInt8):
+        return canonical_bytes(packed)
+    return packed.codes if _is_table(packed) else _axes.canonical(packed.codes, packed.axes)
+
+
+def _lay_out(spec: _Spec, stored: jax.Array) -> UInt8[Array, "*b bytes"]:
+    """Panels of outputs, flat."""
+    n = stored.shape[-2] if spec.table else stored.shape[-1]
+    size = spec.groups * math.prod(_panel_shape(spec.int8, spec.depth, n))
+    shape = jax.ShapeDtypeStruct((*stored.shape[:-2], size), jnp.uint8)
+    return jax.ffi.ffi_call(native.LAY_OUT, shape, vmap_method="broadcast_all")(
         stored,
-        last=np.int64(contraction[-1]),
-        depth=np.int64(depth),
-        int8=int8,
-        transposed=transposed,
+        last=np.int64(spec.last),
+        depth=np.int64(spec.depth),
+        int8=spec.int8,
+        transposed=spec.table,
     )
-    return lay_out(packed, panels, "cpu")
 
 
 def contract(
@@ -116,34 +119,120 @@ def contract(
     reason = cannot(packed)
     if reason is not None:
         raise NotImplementedError(f"matmul: {reason}")
-    prepared = packed if isinstance(packed, Prepared) else prepare(packed)
-    batch, _, outputs = split(prepared)
-    groups, n = prepared.scale.shape[-2], math.prod(outputs)
+    batch, _, outputs = split(packed)
     rows, k = x.shape[len(batch) : -1], x.shape[-1]
     x = x.reshape(math.prod(batch), math.prod(rows), k)
-    codes, gamma = _quantize(x, k // groups, activations)
     wide = jnp.dtype(dtype) if jnp.dtype(dtype) in _FLOATS else _FLOATS[0]
-    spec = _Spec(n, k // groups, isinstance(prepared, PreparedInt8), activations.qmax, wide)
-    y = _multiply(spec)(codes, gamma, *_slices(prepared))
-    return y.astype(dtype).reshape(*batch, *rows, n)
+    if isinstance(packed, Prepared):
+        codes, scale = packed.codes, packed.scale
+    else:
+        codes, scale = _stored_codes(packed), packed.canonical_scale()
+    one_batch = (a.reshape(len(x), *a.shape[len(batch) :]) for a in (codes, scale))
+    y = _product(_spec_of(packed, activations, wide))(x, *one_batch)
+    return y.astype(dtype).reshape(*batch, *rows, math.prod(outputs))
 
 
 def sums(x: Int8[Array, "*b *m k"], prepared: Prepared) -> Int32[Array, "g *b *m n"]:
     """The exact int32 sums of codes that :func:`contract` scales, one for each group."""
-    batch, _, outputs = split(prepared)
-    groups, n = prepared.scale.shape[-2], math.prod(outputs)
-    rows, k = x.shape[len(batch) : -1], x.shape[-1]
-    depth = k // groups
-    x = x.reshape(math.prod(batch), math.prod(rows), k)
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, _stride(k, depth) - k)])
-    shape = (x.shape[0], groups, x.shape[1], n)
-    y = jax.ffi.ffi_call(native.SUMS, jax.ShapeDtypeStruct(shape, jnp.int32))(
-        x,
-        _slices(prepared)[0],
-        depth=np.int64(depth),
-        int8=isinstance(prepared, PreparedInt8),
+    lead, n = len(prepared.batch), math.prod(prepared.outputs)
+    rows, count = x.shape[lead:-1], math.prod(prepared.batch)
+    panels = prepared.codes.reshape(count, *prepared.codes.shape[lead:])
+    x = x.reshape(count, math.prod(rows), x.shape[-1])
+    y = _sums(_spec_of(prepared, None, _FLOATS[0]), x, panels, n)
+    return y.reshape(y.shape[0], *prepared.batch, *rows, n)
+
+
+class _Spec(NamedTuple):
+    """What is static about a product: the functions that JAX transforms know arrays only.
+
+    ``outputs`` and ``depth``, the contraction of a group, are the whole kernel's;
+    ``last`` is the length of its last contracting axis, along which bytes lie.
+    """
+
+    outputs: int
+    depth: int
+    groups: int
+    last: int
+    int8: bool
+    prepared: bool
+    table: bool
+    activations: ActivationConfig | None
+    dtype: np.dtype
+
+
+def _spec_of(packed: Packed, activations: ActivationConfig | None, dtype: Any) -> _Spec:
+    _, contraction, outputs = split(packed)
+    prepared = isinstance(packed, Prepared)
+    groups = (packed.scale if prepared else packed.canonical_scale()).shape[-2]
+    return _Spec(
+        outputs=math.prod(outputs),
+        depth=math.prod(contraction) // groups,
+        groups=groups,
+        last=contraction[-1],
+        int8=isinstance(packed, (PackedInt8, PreparedInt8)),
+        prepared=prepared,
+        table=isinstance(packed, PackedInt8) and _is_table(packed),
+        activations=activations,
+        dtype=dtype,
     )
-    return jnp.moveaxis(y.reshape(*batch, groups, *rows, n), len(batch), 0)
+
+
+@functools.cache
+def _product(spec: _Spec) -> Callable[..., jax.Array]:
+    """(x (B, M, K), panels or stored codes (B, ...), scale (B, G, 1 or N)) -> (B, M, N)."""
+    assert spec.activations is not None
+    activations = spec.activations
+
+    def panels_of(spec: _Spec, codes: jax.Array) -> jax.Array:
+        return codes if spec.prepared else _lay_out(spec, codes)
+
+    def whole(x, codes, scale):
+        n = spec.outputs if spec.prepared else codes.shape[1 if spec.table else 2]
+        x_codes, gamma = _quantize(x, spec.depth, activations)
+        panels = panels_of(spec, codes)
+        y = jax.ShapeDtypeStruct((*x.shape[:2], n), spec.dtype)
+        return jax.ffi.ffi_call(native.MULTIPLY, y)(
+            x_codes,
+            gamma,
+            panels,
+            scale,
+            depth=np.int64(spec.depth),
+            int8=spec.int8,
+            qmax=np.float32(activations.qmax),
+        )
+
+    def summed(x, codes, scale, axes):
+        n, k = (codes.shape[a] for a in ((1, 2) if spec.table else (2, 1)))
+        k *= cut
+        gamma = gamma_of(x, activations, (-1,))
+        if x.shape[-1] == k:
+            gamma = jax.lax.pmax(gamma, axes)
+        else:
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * k, k, axis=-1)
+        part = spec._replace(depth=k, last=k)
+        y = _sums(part, codes_at(x, gamma, activations), panels_of(part, codes), n)
+        return finish(jax.lax.psum(y, axes), gamma, scale, activations.qmax).astype(spec.dtype)
+
+    cut = 1 if spec.int8 else _packing.PER_BYTE
+    plain = not spec.prepared and spec.groups == 1 and spec.last == spec.depth
+    body = shards.Body(
+        whole,
+        summed,
+        codes="p" if spec.prepared else "nk" if spec.table else "kn",
+        step=1 if plain and spec.depth % cut == 0 else 0,
+    )
+    return shards.partitioned(body)
+
+
+def _sums(
+    spec: _Spec, x: Int8[Array, "b m k"], panels: UInt8[Array, "b bytes"], n: int
+) -> Int32[Array, "g b m n"]:
+    k = x.shape[-1]
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, _stride(k, spec.depth) - k)])
+    shape = (x.shape[0], spec.groups, x.shape[1], n)
+    call = jax.ffi.ffi_call(native.SUMS, jax.ShapeDtypeStruct(shape, jnp.int32))
+    y = call(x, panels, depth=np.int64(spec.depth), int8=spec.int8)
+    return jnp.moveaxis(y, 1, 0)
 
 
 def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
@@ -217,13 +306,6 @@ def _panel_shape(int8: bool, depth: int, outputs: int) -> tuple[int, int, int]:
     return -(-outputs // _OUTPUTS), -(-depth // (4 if int8 else 16)), _ROW
 
 
-def _slices(prepared: Prepared) -> tuple[UInt8[Array, "b bytes"], Float32[Array, "b g n"]]:
-    """Panels and scale with one batch axis."""
-    count, lead = math.prod(prepared.batch), len(prepared.batch)
-    panels, scale = prepared.codes, prepared.scale
-    return panels.reshape(count, *panels.shape[lead:]), scale.reshape(count, *scale.shape[lead:])
-
-
 def _stride(k: int, depth: int) -> int:
     """Codes of a row and the zeros behind it: its last group is read in whole tiles."""
     return k + -depth % _PADDING
@@ -242,52 +324,3 @@ def _quantize(
     call = jax.ffi.ffi_call(native.QUANTIZE, results, vmap_method="broadcast_all")
     codes, gamma = call(x, qmax=np.float32(activations.qmax), eps=np.float32(activations.eps))
     return codes, gamma
-
-
-class _Spec(NamedTuple):
-    """What is static about a product: custom_vmap knows arrays only."""
-
-    outputs: int
-    depth: int
-    int8: bool
-    qmax: int
-    dtype: np.dtype
-
-
-@functools.cache
-def _multiply(spec: _Spec) -> Callable[..., jax.Array]:
-    """(codes (B, M, K), gamma (B, M, 1), panels (B, bytes), scale (B, G, 1 or N)) -> (B, M, N)."""
-
-    @jax.custom_batching.custom_vmap
-    def multiply(codes, gamma, panels, scale):
-        y = jax.ShapeDtypeStruct((*codes.shape[:2], spec.outputs), spec.dtype)
-        return jax.ffi.ffi_call(native.MULTIPLY, y)(
-            codes,
-            gamma,
-            panels,
-            scale,
-            depth=np.int64(spec.depth),
-            int8=spec.int8,
-            qmax=np.float32(spec.qmax),
-        )
-
-    @multiply.def_vmap
-    def one_call(size, mapped, *operands):
-        """Mapped rows are more rows, mapped kernels are more slices: one call, and no loop."""
-
-        def spread(operands, mapped):
-            pairs = zip(operands, mapped, strict=True)
-            return [a if m else jnp.broadcast_to(a, (size, *a.shape)) for a, m in pairs]
-
-        slices, rows = operands[0].shape[mapped[0] :][:2]
-        if any(mapped[2:]):
-            stacked = (a.reshape(size * slices, *a.shape[2:]) for a in spread(operands, mapped))
-            return multiply(*stacked).reshape(size, slices, rows, spec.outputs), True
-        codes, gamma = (
-            a.swapaxes(0, 1).reshape(slices, size * rows, a.shape[-1])
-            for a in spread(operands[:2], mapped[:2])
-        )
-        y = multiply(codes, gamma, *operands[2:])
-        return y.reshape(slices, size, rows, spec.outputs).swapaxes(0, 1), True
-
-    return multiply

@@ -78,6 +78,11 @@ def contract(
     return _dot.finish(sums, gamma, scale, activations.qmax).astype(dtype)
 
 
+def picked(packed: Packed, preparing: bool) -> bool:
+    """Whether it is the fastest for a kernel: not for a stored one, of which it makes one block."""
+    return preparing or isinstance(packed, Prepared)
+
+
 def cannot(packed: Packed) -> str | None:
     """Why this implementation cannot run a kernel; None if it can."""
     if isinstance(packed, PackedInt8):

@@ -115,7 +115,7 @@ def forward(
     if kernel is None:
         kernel = _param(module, "kernel", module.kernel_init, call, layer.flat)
     bias = _param(module, "bias", module.bias_init, call, layer.flat) if module.use_bias else None
-    fields = _layers.Fields(module.dtype, module.precision)
+    fields = _layers.Fields(module.dtype, module.precision, module.get_variable("params", "kernel"))
     return _layers.run(
         who, where, config, call, inputs, kernel, bias, strength=strength, fields=fields
     )

@@ -73,7 +73,7 @@ class _Ternary(nnx.Module):
             module.kernel.get_value(),
             None if module.bias is None else module.bias.get_value(),
             strength=strength,
-            fields=_layers.Fields(module.dtype, module.precision),
+            fields=_layers.Fields(module.dtype, module.precision, module.kernel),
         )
 
 

@@ -1,0 +1,152 @@
+"""The native product on a mesh: each device multiplies its own shard.
+
+XLA cannot partition a custom call: it would gather every operand first. This tells it
+how, once the placement of the operands is known (``custom_partitioning``)::
+
+    rows sharded          each device its rows; nothing travels
+    outputs sharded       each device its outputs; nothing travels
+    contraction sharded   one max of gamma over the devices, if x is sharded so, and
+                          one sum of int32; the epilogue comes after
+
+What does not divide by the devices, or is sharded over axes that the rows take already,
+is gathered in its stored form, at two bits a weight. A prepared kernel has no axis to be
+sharded along; the rows may be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from bitnet_jax._placement import Entry, names, padded
+
+
+class Body(NamedTuple):
+    """A product of x (B, M, K), codes (B, ...) and scale (B, G, 1 or N), and its shards.
+
+    Attributes:
+      whole: (x, codes, scale) -> y, where the contraction is whole.
+      summed: (x, codes, scale, mesh axes) -> y, where codes are cut over these axes, and
+        x is or is not.
+      codes: what the axes of codes after B are: ``"kn"``, ``"nk"`` for a table, or
+        ``"p"`` for a prepared kernel.
+      step: the contraction may be cut at multiples of so many bytes; 0: nowhere.
+    """
+
+    whole: Callable[..., jax.Array]
+    summed: Callable[..., jax.Array]
+    codes: str
+    step: int
+
+
+def partitioned(body: Body) -> Callable[..., jax.Array]:
+    """``body.whole`` for operands that may lie in shards, mapped by vmap in one call."""
+
+    @custom_partitioning
+    def product(x, codes, scale):
+        return body.whole(x, codes, scale)
+
+    def plan(mesh, arguments) -> tuple[_Cuts, list[NamedSharding], NamedSharding]:
+        cuts = _cuts(body, mesh, arguments)
+        x_cut = bool(names(padded(arguments[0].sharding.spec, 3)[2]))
+        specs, out = _specs(body, cuts, x_cut, arguments[2].shape[-1] > 1)
+        return cuts, [NamedSharding(mesh, s) for s in specs], NamedSharding(mesh, out)
+
+    def partition(mesh, arguments, result):
+        del result
+        cuts, places, out = plan(mesh, arguments)
+
+        def shard(x, codes, scale):
+            # Not the caller's mesh: on Explicit axes every operation would be annotated,
+            # and nothing reads annotations any more.
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                if not cuts.contraction:
+                    return body.whole(x, codes, scale)
+                return body.summed(x, codes, scale, cuts.contraction)
+
+        return mesh, shard, out, tuple(places)
+
+    def infer(mesh, arguments, result):
+        del result
+        return plan(mesh, arguments)[2]
+
+    codes = " ".join({"k": "r", "n": "n", "p": "p"}[axis] for axis in body.codes)
+    product.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=f"b m k, b {codes}, b g s -> b m n",
+    )
+    return _one_call(jax.jit(product))
+
+
+class _Cuts(NamedTuple):
+    """The mesh axes that each axis of the product is cut over."""
+
+    batch: tuple[str, ...]
+    rows: tuple[str, ...]
+    outputs: tuple[str, ...]
+    contraction: tuple[str, ...]
+
+
+def _cuts(body: Body, mesh: Any, arguments: Any) -> _Cuts:
+    x, codes, _ = (padded(a.sharding.spec, len(a.shape)) for a in arguments)
+    x_shape, codes_shape = arguments[0].shape, arguments[1].shape
+    taken: set[str] = set()
+
+    def take(entry: Entry, length: int) -> tuple[str, ...]:
+        axes = tuple(a for a in names(entry) if a not in taken)
+        if not axes or length % math.prod(mesh.shape[a] for a in axes):
+            return ()
+        taken.update(axes)
+        return axes
+
+    batch, rows = take(x[0], x_shape[0]), take(x[1], x_shape[1])
+    if body.codes == "p":
+        return _Cuts(batch, rows, (), ())
+    n, k = (1 + body.codes.index(axis) for axis in "nk")
+    outputs = take(codes[n], codes_shape[n])
+    if not body.step:
+        return _Cuts(batch, rows, outputs, ())
+    steps = codes_shape[k] // body.step if codes_shape[k] % body.step == 0 else 1
+    return _Cuts(batch, rows, outputs, take(codes[k], steps) or take(x[2], steps))
+
+
+def _specs(
+    body: Body, cuts: _Cuts, x_cut: bool, channels: bool
+) -> tuple[list[PartitionSpec], PartitionSpec]:
+    """How the operands and the result lie; an x that is whole stays so."""
+    batch, rows, outputs, contraction = (axes or None for axes in cuts)
+    of = {"k": contraction, "n": outputs, "p": None}
+    x = PartitionSpec(batch, rows, contraction if x_cut else None)
+    codes = PartitionSpec(batch, *(of[axis] for axis in body.codes))
+    scale = PartitionSpec(batch, None, outputs if channels else None)
+    return [x, codes, scale], PartitionSpec(batch, rows, outputs)
+
+
+def _one_call(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Under vmap, mapped rows are more rows and mapped kernels are more slices."""
+
+    @jax.custom_batching.custom_vmap
+    def merged(x, codes, scale):
+        return product(x, codes, scale)
+
+    @merged.def_vmap
+    def rule(size, mapped, x, codes, scale):
+        kernels = [codes, scale]
+        if not any(mapped[1:]):  # so x is
+            slices, rows, k = x.shape[1:]
+            x = x.swapaxes(0, 1).reshape(slices, size * rows, k)
+            y = merged(x, *kernels)
+            return y.reshape(slices, size, rows, y.shape[-1]).swapaxes(0, 1), True
+        pairs = zip((x, *kernels), mapped, strict=True)
+        spread = [a if m else jax.numpy.broadcast_to(a, (size, *a.shape)) for a, m in pairs]
+        slices = spread[0].shape[1]
+        y = merged(*(a.reshape(size * slices, *a.shape[2:]) for a in spread))
+        return y.reshape(size, slices, *y.shape[1:]), True
+
+    return merged

@@ -1,0 +1,304 @@
+"""Where a kernel lies on a mesh, and what of it travels.
+
+Placement follows from JAX's own engine. With **Auto** axes the partitioner decides,
+from how the arguments are placed. With **Explicit** axes every shape has a sharding
+and every operation must say its result's; the halving tree behind a scale cannot (it
+would halve below the mesh), so :func:`in_auto` runs a whole operation with the axes
+made Auto inside and its results' shardings, which its operands decide, said outside.
+The bits are the same: codes are elementwise, the tree is order-fixed, sums are int32.
+
+A kernel that is sharded over the mesh axes of the batch (FSDP) has to be gathered for
+the product. :class:`Gather` does that with its codes, four to a byte where the shards
+allow, in the forward pass and again in the backward one; float kernels, gradients and
+the optimizer's state stay in shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import core, lax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Int8
+
+from bitnet_jax import _checks, _packing
+
+Entry = str | tuple[str, ...] | None
+Spec = tuple[Entry, ...]
+
+_gathered: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("gathered", default=())
+# A function that was traced for one answer is not run from the cache for another.
+_cache_key = jax.make_user_context(())
+
+
+def names(entry: Entry) -> tuple[str, ...]:
+    """The mesh axes that one axis of an array is sharded over."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _entry(axes: Sequence[str]) -> Entry:
+    return None if not axes else axes[0] if len(axes) == 1 else tuple(axes)
+
+
+def padded(spec: PartitionSpec | Spec, ndim: int) -> Spec:
+    """A spec with an entry for every axis."""
+    return (*spec, *(None,) * (ndim - len(spec)))
+
+
+def spec_of(array: Any) -> Spec:
+    """How an array's type says it is sharded, an entry an axis; None where it says nothing."""
+    kind = jax.typeof(array)
+    sharding = getattr(kind, "sharding", None)
+    return padded(() if sharding is None else sharding.spec, len(kind.shape))
+
+
+def is_typed(array: Any) -> bool:
+    """Whether an array's type says how it lies: the mesh around it has Explicit axes."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    return sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
+
+
+def is_cut(array: Any) -> bool:
+    """Whether an array is in shards, each device with a part: by its type, or where it is."""
+    if isinstance(array, core.Tracer) or not isinstance(array, jax.Array):
+        return isinstance(array, core.Tracer) and any(names(entry) for entry in spec_of(array))
+    return not array.sharding.is_fully_replicated
+
+
+def explicit_mesh(operands: Any) -> Any:
+    """The mesh of the first operand whose type is sharded; None where none is."""
+    for leaf in jax.tree.leaves(operands):
+        # What is no array is for its own check to refuse.
+        if isinstance(leaf, jax.Array) and any(names(entry) for entry in spec_of(leaf)):
+            return jax.typeof(leaf).sharding.mesh
+    return None
+
+
+def fit(entries: Sequence[Entry], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """A spec for an array of a shape: without what does not divide it, or is taken already."""
+    taken: set[str] = set()
+    fitted: list[Entry] = []
+    for entry, length in zip(entries, shape, strict=True):
+        axes = tuple(a for a in names(entry) if a not in taken)
+        if length % math.prod(mesh.shape[a] for a in axes):
+            axes = ()
+        taken |= {*axes}
+        fitted.append(_entry(axes))
+    return PartitionSpec(*fitted)
+
+
+def in_auto(run: Callable[..., Any], *operands: Any, out: Callable[[Any], Any]) -> Any:
+    """``run(*operands)``, with Explicit mesh axes made Auto inside where operands are sharded.
+
+    Args:
+      run: what to run; its operands are arrays and trees of arrays.
+      *operands: of ``run``.
+      out: mesh -> the specs of the results, asked only where they are needed.
+
+    Returns:
+      What ``run`` returns.
+    """
+    mesh = explicit_mesh(operands)
+    if mesh is None:
+        return run(*operands)
+    with _within(mesh):
+        run = jax.sharding.auto_axes(run, axes=_explicit_axes(mesh), out_sharding=out(mesh))
+        return run(*operands)
+
+
+def in_auto_like(run: Callable[..., Any], *operands: Any) -> Any:
+    """:func:`in_auto` for results that lie as the first operand does.
+
+    A result of its rank has its axes, shorter or not (a scale, a gamma, bytes of four
+    codes); any other (a count) is whole everywhere.
+    """
+    first = jax.tree.leaves(operands)[0]
+
+    def out(mesh: Any) -> Any:
+        spec = spec_of(first)
+        plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), operands)
+        return jax.tree.map(
+            lambda a: fit(spec if a.ndim == first.ndim else (None,) * a.ndim, a.shape, mesh),
+            jax.eval_shape(run, *plain),
+        )
+
+    return in_auto(run, *operands, out=out)
+
+
+def _within(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context with a mesh: the caller's own, where there is one."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
+    """``jnp.take(table, index, axis=0)``; on Explicit axes it lies as index and features do."""
+    entries = (*spec_of(index), *spec_of(table)[1:])
+    shape = (*index.shape, *table.shape[1:])
+    return in_auto(
+        lambda table, index: jnp.take(table, index, axis=0),
+        table,
+        index,
+        out=lambda mesh: fit(entries, shape, mesh),
+    )
+
+
+def rows_and_outputs(run: Callable[..., Any], operands: Sequence[Any], outputs: Spec) -> Any:
+    """The ``out`` of :func:`in_auto` for a result that has x's axes, the last one excepted."""
+
+    def out(mesh: Any) -> PartitionSpec:
+        plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(operands))
+        y = jax.eval_shape(run, *plain)
+        return fit((*spec_of(operands[0])[: y.ndim - len(outputs)], *outputs), y.shape, mesh)
+
+    return out
+
+
+@contextlib.contextmanager
+def gather_codes(*axes: str) -> Iterator[None]:
+    """Layers inside gather the codes of their kernels over these mesh axes, not the floats.
+
+    For FSDP, where kernels are sharded over the mesh axes of the batch: each shard is
+    quantised where it lies, its codes are gathered at two bits a weight (eight for
+    ``Int8Config``, or where a shard is no multiple of four weights), in the forward pass
+    and again in the backward one. Sixteen times fewer bytes than a float32 kernel, and
+    the same bits in codes, scales and sums. Left to itself, XLA gathers int8 codes.
+
+    A kernel's placement comes from its Flax metadata (``nn.with_partitioning``, nnx
+    ``out_sharding``), from ``ternary_dot(kernel_spec=)``, or from its type where the mesh
+    has Explicit axes. There the ``with`` is not needed for axes that the batch is sharded
+    over: a kernel sharded over them can only be gathered.
+
+    Args:
+      *axes: names of mesh axes, for example ``"data"``.
+
+    Returns:
+      A context manager.
+
+    Raises:
+      TypeError: an axis that is no name. Inside, ValueError: a kernel whose placement
+        is not known, or no mesh (``jax.set_mesh``).
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+      >>> x = jax.random.normal(jax.random.key(0), (8, 64))
+      >>> w = jax.random.normal(jax.random.key(1), (64, 16))
+      >>> with jax.set_mesh(mesh), bj.gather_codes("data"):
+      ...     y = jax.jit(lambda x, w: bj.ternary_dot(x, w, kernel_spec=P("data", None)))(x, w)
+      >>> bool((y == bj.ternary_dot(x, w)).all())
+      True
+
+    References:
+      Zhao et al., PyTorch FSDP, arXiv:2304.11277, for what is gathered when.
+    """
+    _checks.mesh_axis_names("gather_codes", axes)
+    token = _gathered.set(axes)
+    try:
+        with _cache_key(axes):
+            yield
+    finally:
+        _gathered.reset(token)
+
+
+def gathering() -> bool:
+    """Whether this is inside :func:`gather_codes`."""
+    return bool(_gathered.get())
+
+
+class Gather(NamedTuple):
+    """Brings the shards of a canonical kernel's codes together.
+
+    Attributes:
+      mesh: with Auto axes, at least those of the specs.
+      shards: how the codes (*batch, K, N) lie.
+      whole: how the product needs them.
+      packs: whether each shard is a whole number of bytes of four codes.
+    """
+
+    mesh: Any
+    shards: PartitionSpec
+    whole: PartitionSpec
+    packs: bool
+
+    def __call__(self, codes: Int8[Array, "*b k n"]) -> Int8[Array, "*b k n"]:
+        """The codes, gathered at two bits a weight, or at eight; to be called on the mesh."""
+        # Twice: without the first, the second would reach back to the float kernel.
+        codes = lax.with_sharding_constraint(codes, self.shards)
+        if not self.packs:
+            return lax.with_sharding_constraint(codes, self.whole)
+        packed = _packing.pack_trits(codes, axis=-2)
+        packed = lax.with_sharding_constraint(packed, self.shards)
+        packed = lax.with_sharding_constraint(packed, self.whole)
+        return _packing.unpack_trits(packed, -2, codes.shape[-2])
+
+
+def gather_of(
+    who: str,
+    rows: Spec,
+    kernel: tuple[Spec, Spec, Spec],
+    depth: int,
+    *,
+    explicit: Any,
+    given: bool,
+    two_bits: bool,
+) -> Gather | None:
+    """How the codes of one kernel are to be gathered; None: they are not.
+
+    Args:
+      who: whose errors these are.
+      rows: entries of the row axes of x, where its type has them.
+      kernel: entries of the kernel's batch, contracting and output axes.
+      depth: how many weights are contracted.
+      explicit: the mesh of the operands' types, or None.
+      given: whether the kernel's placement is known at all.
+      two_bits: whether the codes are trits.
+    """
+    asked = set(_gathered.get())
+    if explicit is None and not asked:
+        return None
+    if asked:
+        _checks.placement_known(who, given)
+    mesh = explicit if explicit is not None else jax.sharding.get_abstract_mesh()
+    _checks.mesh_has_axes(who, sorted(asked), mesh.axis_names)
+    batch = {a for entry in rows for a in names(entry)}
+    lost = (asked | batch) & {a for part in kernel for entry in part for a in names(entry)}
+    if not lost:
+        return None
+    merged = [_merged(part) for part in kernel[1:]]
+    if None in merged:
+        _checks.placement_merges(who, not asked, kernel)
+        return None
+    shards = PartitionSpec(*kernel[0], *(_entry(part or ()) for part in merged))
+    kept = [_entry([a for a in names(entry) if a not in lost]) for entry in shards]
+    cuts = math.prod(mesh.shape[a] for a in names(shards[-2]))
+    packs = two_bits and depth % (_packing.PER_BYTE * cuts) == 0
+    return Gather(_auto(mesh), shards, PartitionSpec(*kept), packs)
+
+
+def _merged(entries: Spec) -> tuple[str, ...] | None:
+    """The mesh axes of several axes as one; None: other axes than the first are sharded."""
+    first, *rest = entries or (None,)
+    return None if any(names(entry) for entry in rest) else names(first)
+
+
+@functools.cache
+def _auto(mesh: Any) -> Any:
+    """A mesh with its Explicit axes made Auto."""
+    return mesh.update_axis_types(dict.fromkeys(_explicit_axes(mesh), AxisType.Auto))
+
+
+def _explicit_axes(mesh: Any) -> tuple[str, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
