@@ -146,7 +146,7 @@ def test_no_two_rooms_import_each_other():
 def test_exports_are_frozen():
     assert sorted(EXPORTS) == sorted(bj.__all__)
     assert all(hasattr(bj, name) for name in EXPORTS)
-    assert bj.io.__all__ == ["FormatError", "load", "save"]
+    assert bj.io.__all__ == ["FormatError", "abstract", "check", "describe", "load", "save"]
     assert bj.linen.__all__ == [
         "BitConv",
         "BitDense",

@@ -12,7 +12,8 @@ one safetensors file that is refused when one bit of it has changed.
 {'layer': {'kernel': PackedTernary(shape=(64, 16), scale=(1, 1), 260 bytes)}}
 """
 
+from bitnet_jax.io._checkpoint import abstract, check, describe
 from bitnet_jax.io._container import FormatError
 from bitnet_jax.io._format import load, save
 
-__all__ = ["FormatError", "load", "save"]
+__all__ = ["FormatError", "abstract", "check", "describe", "load", "save"]
