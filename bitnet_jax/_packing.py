@@ -83,11 +83,11 @@ def count_invalid(
 ) -> int:
     """How many bytes :func:`invalid` marks; finds that there are none without a large temporary."""
     words = part[: part.size & ~7].view(np.uint64)
-    threes = words >> np.uint64(1)
-    threes &= words
-    threes &= _LOW_BITS
+    pairs = words >> np.uint64(1)
+    pairs &= words
+    threes = np.bitwise_or.reduce(pairs) & _LOW_BITS
     rest = part[words.nbytes :]
-    if not threes.any() and not (rest & (rest >> 1) & ZEROS).any():
+    if not threes and not (rest & (rest >> 1) & ZEROS).any():
         pad = _padding(length)
         if all(((row & pad) == (ZEROS & pad)).all() for row in _last(part, start, shape, axis)):
             return 0

@@ -270,6 +270,8 @@ REFUSED = {
     "model": (lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0)), TypeError, r"nnx\.state\(model\)"),
     "float-key": (lambda: {1.5: jnp.ones(1)}, TypeError, "`tree` has the key 1.5"),
     "bool-key": (lambda: {"a": {True: jnp.ones(1)}}, TypeError, "'a' has the key True"),
+    "long-key": (lambda: {10**5000: jnp.ones(1)}, TypeError, "ints of 64 bits"),
+    "long-64-key": (lambda: {2**63: jnp.ones(1)}, TypeError, "ints of 64 bits"),
     "control-key": (lambda: {"a\x1f": jnp.ones(1)}, TypeError, "printable strings"),
     "surrogate-key": (lambda: {"\ud800": jnp.ones(1)}, TypeError, "printable strings"),
     "slash": (lambda: {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, ValueError, "'a/b' in a file"),

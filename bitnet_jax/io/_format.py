@@ -122,9 +122,11 @@ def _walk(path: _parts.Path, node: Any) -> Iterator[tuple[_parts.Path, Any]]:
         )
     for key in node:
         if not _leaves.is_key(key):
+            # Python does not spell an int of thousands of digits.
+            shown = f"of {key.bit_length()} bits" if type(key) is int else repr(key)
             raise TypeError(
-                f"save: {where} the key {key!r} ({type(key).__name__}). Keys are ints and "
-                "printable strings: rename it."
+                f"save: {where} the key {shown} ({type(key).__name__}). Keys are ints of 64 bits "
+                "and printable strings: rename it."
             )
     for key in sorted(node, key=lambda k: (isinstance(k, str), k)):
         yield from _walk((*path, key), node[key])

@@ -8,7 +8,6 @@ a packed kernel in a file keeps the invariants in the docstring of
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -125,7 +124,7 @@ def _refuse_leaf(where: str, value: Any) -> NoReturn:
 def descriptions(text: str) -> list[dict[str, Any]]:
     """What the metadata declares, each leaf checked on its own."""
     try:
-        leaves = json.loads(text)
+        leaves = _container.parse_json(text)
         canonical = _container.canonical_json(leaves)
     except (ValueError, RecursionError) as error:
         damaged(f"does not describe its leaves: {error}")
@@ -165,7 +164,9 @@ def _optional(leaf: dict[str, Any]) -> set[str]:
 def is_key(key: Any) -> bool:
     """Whether a key of a mapping has one spelling in a file, which a terminal may show."""
     # Control characters have two spellings in JSON, surrogates have none in UTF-8.
-    return type(key) is int or (type(key) is str and key.isprintable())
+    if type(key) is int:
+        return abs(key) <= _container.MAX_INT
+    return type(key) is str and key.isprintable()
 
 
 def found(described: dict[str, Any], tensors: Mapping[str, Entry]) -> Leaf:
