@@ -175,7 +175,8 @@ def resumed_losses(model: Any, task: Task, seed: int, plan: jax.Array, tx: Any, 
         checkpointer.save(path, state)
         checkpointer.wait_until_finished()
         other = fresh(model, task, seed + 1, tx)  # of the same shape, other values
-        state = checkpointer.restore(path, other)
+        # From host memory, as a fresh state: bound to a device, it would be compiled for again.
+        state = jax.device_get(checkpointer.restore(path, other))
     _, after, _ = train(state, task, plan, bar, slice(stop, None))
     return np.concatenate([before, after])
 

@@ -188,8 +188,11 @@ def leaf_of(case, name, layout):
     return prepared
 
 
-def check_product(case, name, layout):
-    """Every number of rows, to the bit: against the oracle and against the training op."""
+def check_product(case, name, layout, ways=("",)):
+    """Every number of rows, to the bit: against the oracle and against the training op.
+
+    The one program runs again for each of ``ways``, which may change what serves it.
+    """
     leaf = leaf_of(case, name, layout)
     if leaf is None:
         return
@@ -201,11 +204,12 @@ def check_product(case, name, layout):
         return [bj.matmul(x, leaf, **kwargs) for x in xs]
 
     with counting() as calls:
-        ys = run(xs, leaf)
+        for way in ways:
+            ys = run(xs, leaf)
+            for x, y, want, train in zip(xs, ys, wanted, trained, strict=True):
+                oracles.assert_same_bits(y, want, f"x {x.shape}, against the oracle {way}")
+                oracles.assert_same_bits(y, train, f"x {x.shape}, against ternary_dot {way}")
     assert only(name, calls), calls
-    for x, y, want, train in zip(xs, ys, wanted, trained, strict=True):
-        oracles.assert_same_bits(y, want, f"x {x.shape}, against the oracle")
-        oracles.assert_same_bits(y, train, f"x {x.shape}, against ternary_dot")
 
 
 def check_gradient(case, name, layout):

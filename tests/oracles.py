@@ -49,9 +49,9 @@ def regions(shape, granularity, contracting, batch):
             parts = [(rows[i : i + granularity], [c]) for c in columns for i in starts]
         for some_rows, some_columns in parts:
             where = np.empty((len(some_rows), len(some_columns), len(shape)), int)
-            for i, r in enumerate(some_rows):
-                for j, c in enumerate(some_columns):
-                    where[i, j, batch], where[i, j, contracting], where[i, j, outputs] = b, r, c
+            where[..., batch] = b
+            where[..., contracting] = np.array(some_rows, int)[:, None]
+            where[..., outputs] = np.array(some_columns, int)[None]
             yield where
 
 

@@ -13,6 +13,10 @@ import bitnet_jax as bj
 from bitnet_jax._matmul import IMPLEMENTATIONS, api
 
 every_run = pytest.mark.parametrize(("name", "layout"), suite.RUNS)
+# The native product's own layout: test_native.py, on every path of it.
+every_run_but_native = pytest.mark.parametrize(
+    ("name", "layout"), [run for run in suite.RUNS if run != ("cpu", "prepared")]
+)
 every_layout = pytest.mark.parametrize("layout", suite.LAYOUTS)
 every_case = pytest.mark.parametrize("case", suite.CASES.values(), ids=suite.CASES)
 GRADIENTS = ("dense", "odd-k-and-n", "513-columns", "outer", "groups", "conv", "experts-heads")
@@ -24,7 +28,7 @@ def some(*names):
 
 
 @every_case
-@every_run
+@every_run_but_native
 def test_products_have_the_oracles_bits(name, layout, case):
     suite.check_product(case, name, layout)
 
