@@ -159,7 +159,9 @@ def check_bits() -> Iterator[Line]:
 
     # The native product by each path wherever it runs, and what is picked where it is not.
     if not _native_serves():
-        picked = dict.fromkeys(api._choose(packed, None) for packed in stored.values())
+        picked = dict.fromkeys(
+            api._choose(packed, None, preparing=True) for packed in stored.values()
+        )
         yield ", ".join(picked), judge(None)
     if cpu.cannot(stored["int8"]) is not None:
         return

@@ -96,7 +96,7 @@ def test_the_command_turned_off_and_without_any_extra():
         ("remedy", "unset BITNET_JAX_NATIVE"),
     ]
     picked = dict(section(done.stdout, "picked here"))
-    assert picked["ternary kernel"] == "matmul runs 'xla', prepare lays it out for 'xla'"
+    assert picked["ternary kernel"] == "matmul runs 'reference', prepare lays it out for 'xla'"
     assert picked["int8 kernel"] == "matmul runs 'reference', prepare lays it out as stored"
     assert "'cpu' is not there: BITNET_JAX_NATIVE=0 turns it off" in done.stdout
     assert bits(done.stdout) == [("xla, reference", "same bits")]
