@@ -105,7 +105,7 @@ class Soak:
 
     def train(self) -> None:
         """Some steps; one of them with a NaN, which must reach the loss and change nothing."""
-        bad = self.random.integers(STEPS)
+        bad, good = self.random.integers(STEPS), np.nan
         for i in range(STEPS):
             x, labels = self.batch()
             if i == bad:
@@ -115,7 +115,9 @@ class Soak:
             if i == bad:
                 self.check("a NaN batch reached the loss", bool(np.isnan(loss)))
                 self.check("a NaN batch changed nothing", same(before, self.params))
-        self.losses.append(float(loss))
+            else:
+                good = float(loss)
+        self.losses.append(good)
 
     def save_load_serve(self, round_: int) -> None:
         """Files give back the bits, and the bits give the outputs of training."""

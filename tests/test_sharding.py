@@ -554,6 +554,25 @@ def test_specs_keep_boxes_and_leave_the_rest_whole():
     assert specs["layer_2"]["kernel"].value == P(None, "model")
 
 
+@both_kinds
+def test_a_file_is_loaded_onto_a_mesh(kind, tmp_path):
+    mesh, x = mesh_of(kind), gaussian(0, M, K)
+    packed, _ = bj.pack_params(
+        {"up": {"kernel": gaussian(1, K, N), "bias": jnp.ones(N)}}, bj.PHASE4
+    )
+    bj.io.save(tmp_path / "model", packed, dense=True)
+
+    def places(tree):
+        specs = bj.partition_specs(tree, [("kernel", P("data", "model"))], mesh=mesh)
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+    loaded = bj.io.load(tmp_path / "model", sharding=places)
+    leaf = loaded["up"]["kernel"]
+    assert leaf.codes.sharding.spec == P("data", "model")
+    assert leaf.scale.sharding.spec == P(None, "model")
+    oracles.assert_same_bits(jax.jit(bj.matmul)(x, leaf), bj.matmul(x, packed["up"]["kernel"]))
+
+
 # What is read from HLO.
 
 
