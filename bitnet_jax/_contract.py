@@ -116,10 +116,8 @@ def ternary_dot(
         y = _contract(spec, x, _axes.canonical(w, axes), phase, dtype, precision)
         return y.reshape(*lead, *outputs)
 
-    operands = x, w, traced_strength(who, strength)
-    return _placement.in_auto(
-        run, *operands, out=_placement.rows_and_outputs(run, operands, placed[2])
-    )
+    phase = traced_strength(who, strength)
+    return _placement.in_auto_rows(run, x, w, phase, outputs=placed[2])
 
 
 def ternary_conv(
@@ -146,10 +144,8 @@ def ternary_conv(
     def run(x: jax.Array, w: jax.Array, phase: jax.Array | None) -> jax.Array:
         return _contract(spec, x, _axes.canonical(w, axes), phase, dtype, precision)
 
-    operands = x, w, traced_strength(who, strength)
-    return _placement.in_auto(
-        run, *operands, out=_placement.rows_and_outputs(run, operands, placed[2])
-    )
+    phase = traced_strength(who, strength)
+    return _placement.in_auto_rows(run, x, w, phase, outputs=placed[2])
 
 
 def _operands(who, x, w, config, activations, contracting_axes, batch_axes) -> _axes.KernelAxes:

@@ -134,9 +134,8 @@ def _low_rank(who: str, where: str, call: Call, x, kernel: Adapted, dtype, preci
         y = Product().apply(h, b.astype(dtype), precision) * jnp.asarray(kernel.scale, dtype)
         return y.reshape(*y.shape[:-1], *outputs)
 
-    operands, whole = (x, kernel.a, kernel.b), (None,) * len(outputs)
-    out = _placement.rows_and_outputs(run, operands, whole)
-    return _placement.in_auto(run, *operands, out=out)
+    whole = (None,) * len(outputs)
+    return _placement.in_auto_rows(run, x, kernel.a, kernel.b, outputs=whole)
 
 
 def check_packed(who: str, where: str, config: LayerConfig, call: Call, kernel: Any) -> None:

@@ -125,13 +125,28 @@ def in_auto_like(run: Callable[..., Any], *operands: Any) -> Any:
 
     def out(mesh: Any) -> Any:
         spec = spec_of(first)
-        plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), operands)
         return jax.tree.map(
             lambda a: fit(spec if a.ndim == first.ndim else (None,) * a.ndim, a.shape, mesh),
-            jax.eval_shape(run, *plain),
+            _results(run, operands),
         )
 
     return in_auto(run, *operands, out=out)
+
+
+def in_auto_rows(run: Callable[..., Any], *operands: Any, outputs: Spec) -> Any:
+    """:func:`in_auto` for a product: its result has the first operand's rows, then ``outputs``."""
+
+    def out(mesh: Any) -> PartitionSpec:
+        y = _results(run, operands)
+        return fit((*spec_of(operands[0])[: y.ndim - len(outputs)], *outputs), y.shape, mesh)
+
+    return in_auto(run, *operands, out=out)
+
+
+def _results(run: Callable[..., Any], operands: Sequence[Any]) -> Any:
+    """The shapes of what ``run`` returns, from operands whose types say nothing."""
+    plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(operands))
+    return jax.eval_shape(run, *plain)
 
 
 def _within(mesh: Any) -> contextlib.AbstractContextManager[Any]:
@@ -151,17 +166,6 @@ def rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
         index,
         out=lambda mesh: fit(entries, shape, mesh),
     )
-
-
-def rows_and_outputs(run: Callable[..., Any], operands: Sequence[Any], outputs: Spec) -> Any:
-    """The ``out`` of :func:`in_auto` for a result that has x's axes, the last one excepted."""
-
-    def out(mesh: Any) -> PartitionSpec:
-        plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(operands))
-        y = jax.eval_shape(run, *plain)
-        return fit((*spec_of(operands[0])[: y.ndim - len(outputs)], *outputs), y.shape, mesh)
-
-    return out
 
 
 @contextlib.contextmanager

@@ -166,10 +166,7 @@ def _on_mesh(run: Callable[..., jax.Array], x: jax.Array, packed: Packed) -> jax
     placed: _placement.Spec = (None,) * len(outputs)
     if is_stored(packed):  # a prepared kernel is whole wherever it is
         placed = packed.axes.split(_placement.spec_of(packed.codes))[2]
-    operands = x, packed
-    return _placement.in_auto(
-        run, *operands, out=_placement.rows_and_outputs(run, operands, placed)
-    )
+    return _placement.in_auto_rows(run, x, packed, outputs=placed)
 
 
 def embedding_rows(packed: PackedInt8 | PreparedInt8, index: Int[Array, "..."]) -> jax.Array:
