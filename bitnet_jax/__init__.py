@@ -16,6 +16,7 @@ from bitnet_jax._compare import Comparison, compare
 from bitnet_jax._contract import ternary_dot
 from bitnet_jax._int8 import ActivationConfig, Int8Config, quantize_activations
 from bitnet_jax._matmul import matmul, prepare
+from bitnet_jax._memory import TrainingMemory, training_memory
 from bitnet_jax._pack import pack, unpack
 from bitnet_jax._packed import PackedInt8, PackedTernary, PreparedInt8, PreparedTernary
 from bitnet_jax._phase import phase_in
@@ -57,6 +58,7 @@ __all__ = [
     "Ternary",
     "TernaryConfig",
     "Traffic",
+    "TrainingMemory",
     "TritStats",
     "combine",
     "compare",
@@ -84,6 +86,7 @@ __all__ = [
     "sensitivity",
     "ternary_dot",
     "traffic",
+    "training_memory",
     "trit_stats",
     "unpack",
     "unpack_params",

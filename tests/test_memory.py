@@ -1,0 +1,408 @@
+"""The memory table against real steps on eight CPU devices, and the page for big runs."""
+
+import contextlib
+import functools
+import itertools
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bitnet_jax as bj
+
+GROUPS = bj.TernaryConfig(granularity=8)
+BATCH, FEATURES = 16, (32, 64, 48, 16)
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+EACH = (bj.B158, bj.PHASE4, bj.Int8Config())
+CASES = {
+    # how the kernels lie, and their quantisers
+    "fsdp": ((("data", None),) * 3, EACH),
+    "fsdp, outputs": (((None, "data"),) * 3, EACH),
+    "fsdp, groups": ((("data", None),) * 3, (GROUPS,) * 3),
+    "tensor, groups": (((None, "model"), ("model", None), (None, "model")), (GROUPS,) * 3),
+    "fsdp and tensor": ((("data", "model"), ("model", "data"), (("data", "model"), None)), EACH),
+}
+ADAMW = optax.adamw(1e-3)
+
+every_case = pytest.mark.parametrize(
+    ("kind", "case"), [(kind, case) for kind in KINDS for case in CASES]
+)
+
+
+class Net(nn.Module):
+    """Three layers and nothing between them: all that is saved for later is theirs."""
+
+    specs: tuple
+    configs: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        for i, features in enumerate(FEATURES[1:]):
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), self.specs[i])
+            layer = bj.linen.BitDense(
+                features, kernel_init=init, weights=self.configs[i], name=f"layer_{i}"
+            )
+            x = layer(x)
+        return x
+
+
+def on_one_device(tree):
+    """Bytes that the first device holds of a tree."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def codes_gathered(program):
+    gathers = bj.traffic(program).of("all-gather").collectives
+    return sum(c.nbytes for c in gathers if c.dtype in ("u8", "s8"))
+
+
+class Real:
+    """A network in shards, and what the function says of its shapes."""
+
+    def __init__(self, kind, case):
+        specs, configs = CASES[case]
+        self.mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(KINDS[kind],) * 2)
+        self.net = Net(specs, configs)
+        x = jax.random.normal(jax.random.key(1), (BATCH, FEATURES[0]))
+        boxed = self.net.init(jax.random.key(0), x)["params"]
+        with self.training():
+            specs = bj.partition_specs(boxed, mesh=self.mesh)
+            self.places = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+            self.params = jax.device_put(boxed, self.places)
+            self.x = jax.device_put(x, NamedSharding(self.mesh, P("data")))
+            self.told = bj.training_memory(
+                jax.eval_shape(lambda: boxed),
+                mesh=self.mesh,
+                optimizer=ADAMW,
+                tokens=BATCH // 4,
+                select=lambda path, _: path[-1] == "kernel" and configs[int(path[0][-1])],
+            )
+
+    def training(self):
+        stack = contextlib.ExitStack()
+        stack.enter_context(jax.set_mesh(self.mesh))
+        stack.enter_context(bj.gather_codes("data"))
+        return stack
+
+    def apply(self, params, x):
+        return self.net.apply({"params": params}, x)
+
+    def compiled(self, argnums):
+        """The gradients of a loss; they lie as what they are of."""
+
+        def gradients(*operands):
+            return jax.grad(lambda *a: jnp.square(self.apply(*a)).mean(), argnums)(*operands)
+
+        places = (self.places, self.x.sharding)[: len(argnums)]
+        how = {"out_shardings": places} if AxisType.Auto in self.mesh.axis_types else {}
+        with self.training():
+            return jax.jit(gradients, **how).lower(self.params, self.x).compile()
+
+
+real = functools.cache(Real)
+
+
+@every_case
+def test_what_a_device_holds(kind, case):
+    step = real(kind, case)
+    with step.training():
+        _, back = jax.jit(lambda *operands: jax.vjp(step.apply, *operands))(step.params, step.x)
+    told = step.told
+    assert told.devices == 8
+    assert told.parameters == on_one_device(step.params)
+    assert told.optimizer == on_one_device(ADAMW.init(step.params))
+    assert told.saved == on_one_device(back)
+    assert told.held == told.parameters + told.gradients + told.optimizer + told.saved
+
+
+@every_case
+def test_what_is_gathered(kind, case):
+    step = real(kind, case)
+    program, told = step.compiled((0, 1)), step.told
+    assert told.gradients == on_one_device(program(step.params, step.x)[0])
+    assert told.gathered == codes_gathered(program)
+    if case == "tensor, groups":
+        assert (told.gathered_weights, told.largest_codes, told.largest_gradient) == (0, 0, 0)
+        return
+    cut = 2 if case == "fsdp and tensor" else 1
+    kernels = [a * b // cut for a, b in itertools.pairwise(FEATURES)]
+    assert told.gathered_weights == 2 * sum(kernels)
+    assert told.largest_codes == max(kernels)
+    sums = bj.traffic(program).of("all-reduce").collectives
+    assert told.largest_gradient == max(c.nbytes for c in sums)
+
+
+def test_a_first_layer_whose_input_has_no_gradient_gathers_once():
+    step = real("auto", "fsdp, groups")
+    first = FEATURES[0] * FEATURES[1] // 4
+    assert codes_gathered(step.compiled((0,))) == step.told.gathered - first
+
+
+MESH = AbstractMesh((8,), ("data",))
+
+
+def told(params, rules=lambda *_: None, **how):
+    how = {"mesh": MESH, "optimizer": ADAMW, "tokens": 32} | how
+    return bj.training_memory(params, rules, **how)
+
+
+def test_serving_takes_what_packing_reports():
+    params = {
+        "embed": {"embedding": jnp.ones((40, 64))},
+        "up": {"kernel": jnp.ones((64, 24)), "bias": jnp.ones(24)},
+        "head": {"kernel": jnp.ones((64, 40), jnp.bfloat16)},
+    }
+    how = {"config": bj.PHASE4, "select": bj.exclude("head")}
+    report = bj.pack_params(params, **how)[1]
+    memory = told(params, **how)
+    assert memory.served_packed == report.model_bytes_after
+    assert memory.served_int8 == report.model_bytes_after + (3 * 64 * 24) // 4
+    assert memory.served_float16 == 2 * sum(a.size for a in jax.tree.leaves(params))
+    assert memory.parameters == report.model_bytes_before
+
+
+def test_stacked_kernels():
+    """Scanned layers and experts, each slice with its tokens, by what jax.vjp keeps."""
+    w, x = jnp.ones((8, 64, 64)), jnp.ones((8, 32, 64))
+
+    def experts(w, x):
+        return bj.ternary_dot(x, w, contracting_axes=1, batch_axes=0)
+
+    def scanned(w, x):
+        return jax.lax.scan(lambda x, w: (bj.ternary_dot(x, w), None), x[0], w)[0]
+
+    def saved(**how):
+        axes = {"contracting_axes": 1, "batch_axes": 0}
+        return told({"kernel": w}, axes=lambda *_: axes, **how).saved
+
+    for product in (experts, scanned):
+        _, back = jax.jit(lambda w, x, product=product: jax.vjp(product, w, x))(w, x)
+        assert saved() == on_one_device(back)
+    assert saved(rules=[("kernel", P("data"))]) == saved() // 8
+
+
+def test_tokens_by_leaf():
+    """An embedding is looked up unless it is said to be met."""
+    params = {"embedding": jnp.ones((40, 64)), "kernel": jnp.ones((64, 40))}
+
+    def saved(tokens):
+        return told(params, select=lambda *_: True, tokens=tokens).saved
+
+    kernel = 32 * (64 + 4) + 64 * 40 + 4
+    tied = 32 * (40 + 4) + 64 * 40 + 4  # a tree does not say which way round it is met
+    assert saved(32) == kernel
+    assert saved(lambda *_: 32) == kernel + tied
+    assert saved(lambda path, _: 32 * (path == ("kernel",))) == kernel
+
+
+def test_other_optimizers_and_trees():
+    from flax import nnx
+
+    layer = nnx.eval_shape(lambda: bj.nnx.BitLinear(64, 16, rngs=nnx.Rngs(0)))
+    state = nnx.state(layer, nnx.Param)
+    floats = 64 * 16 * 4 + 16 * 4
+    sgd, window = optax.sgd(1e-2), bj.optim.grokfast_ma(10)
+    assert told(state, optimizer=sgd).optimizer == 0
+    assert told(state, optimizer=window).optimizer > 10 * floats
+    cut = told(state, [("kernel", P("data"))], optimizer=optax.trace(0.9))
+    assert cut.optimizer == cut.parameters == 64 * 16 * 4 // 8 + 16 * 4
+
+
+def test_refusals():
+    params = {"kernel": jnp.ones((64, 16))}
+    with pytest.raises(TypeError, match="training_memory: `mesh` must be a Mesh or AbstractMesh"):
+        told(params, mesh=8)
+    with pytest.raises(TypeError, match="`optimizer` must be a GradientTransformation"):
+        told(params, optimizer="adamw")
+    with pytest.raises(ValueError, match="`tokens` must be a finite number > 0, got 0"):
+        told(params, tokens=0)
+    with pytest.raises(TypeError, match="`tokens` must be a int"):
+        told(params, tokens=4.0)
+    with pytest.raises(TypeError, match=r"`tokens` must be a int.* It was called with kernel"):
+        told(params, tokens=lambda *_: None)
+    with pytest.raises(ValueError, match="axis 0 of kernel has length 60"):
+        told({"kernel": jnp.ones((60, 16))}, [("kernel", P("data"))])
+    with (
+        bj.gather_codes("fsdp"),
+        pytest.raises(ValueError, match=r"names the mesh axes \['fsdp'\], and the mesh has"),
+    ):
+        told(params)
+
+
+# The page for big runs.
+
+PAGE = pathlib.Path(__file__).parents[1] / "examples" / "big_runs.md"
+
+
+@pytest.fixture(scope="module")
+def page():
+    """What the page's code leaves behind."""
+    names: dict = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
+            exec(compile(block, "big_runs.md", "exec"), names)
+    return names
+
+
+def table(page):
+    """The page's table, of the page's own shapes."""
+    found = [
+        (page["memory"](page["models"][name], devices), page["models"][name], devices)
+        for name in ("7B", "70B")
+        for devices in (8, 64)
+    ]
+    block = [page["memory"]({"block": m["block_0"]} | HEAD(m), n).saved for _, m, n in found]
+    rows = {
+        "parameters": [m.parameters for m, *_ in found],
+        "gradients": [m.gradients for m, *_ in found],
+        "AdamW's state": [m.optimizer for m, *_ in found],
+        "saved by ternary contractions": [m.saved for m, *_ in found],
+        "the same under `nn.remat`: one block and the head": block,
+        "largest kernel: its codes, gathered": [m.largest_codes for m, *_ in found],
+        "largest kernel: its gradient, not yet summed": [m.largest_gradient for m, *_ in found],
+        "gathered in a step: codes": [m.gathered for m, *_ in found],
+        "as bfloat16 kernels": [2 * m.gathered_weights for m, *_ in found],
+        "as float32 kernels": [4 * m.gathered_weights for m, *_ in found],
+        "served, whole model: float16": [m.served_float16 for m, *_ in found],
+        "served: eight bits": [m.served_int8 for m, *_ in found],
+        "served: packed": [m.served_packed for m, *_ in found],
+    }
+    lines = ["| on each device | 7B on 8 | 7B on 64 | 70B on 8 | 70B on 64 |", "|---|" + "---|" * 4]
+    for name, cells in rows.items():
+        lines.append(f"| {name} | {' | '.join(map(bj._report.size_text, cells))} |")
+    return "\n".join(lines)
+
+
+def HEAD(model):
+    return {name: model[name] for name in ("embedding", "head")}
+
+
+WIDE = bj.TernaryConfig(granularity=32)  # a group on each device
+ROWS = {
+    # x, kernel, quantiser: what the scale sends, what a step sends besides
+    "rows": (P("data"), P(), bj.B158, "", "f32 all-reduce"),
+    "outputs": (P(), P(None, "data"), bj.PHASE4, "", "f32 all-reduce"),
+    "contraction": (P(None, "data"), P("data"), bj.B158, "f32 rows", "s32 all-reduce"),
+    "x whole": (P(), P("data"), bj.B158, "f32 rows", "f32 all-gather, s32 all-reduce"),
+    "fsdp": (P("data"), P("data"), bj.PHASE4, "f32 rows", "f32 all-reduce, u8 all-gather"),
+    "groups": (P(None, "data"), P("data"), WIDE, "", "s32 all-gather"),
+    "fsdp, groups": (
+        *(P("data"), P("data"), WIDE),
+        *("", "f32 all-gather, f32 all-reduce, u8 all-gather"),
+    ),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_a_sharding_sends(row):
+    x_spec, spec, config, scale_sends, step_sends = ROWS[row]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    places = NamedSharding(mesh, spec), NamedSharding(mesh, x_spec)
+    w, x = jax.device_put((jnp.ones((256, 128)), jnp.ones((64, 256))), places)
+
+    def step(w, x):
+        y, back = jax.vjp(lambda w, x: bj.ternary_dot(x, w, config, kernel_spec=spec), w, x)
+        return y, back(y)
+
+    def sent(function, *operands, least, **how):
+        program = jax.jit(function, **how).lower(*operands).compile()
+        found = bj.traffic(program).collectives
+        return ", ".join(sorted({f"{c.dtype} {c.kind}" for c in found if c.nbytes >= least}))
+
+    gather = bj.gather_codes("data") if "fsdp" in row else contextlib.nullcontext()
+    with jax.set_mesh(mesh), gather:
+        rows = sent(lambda w: bj.quantize(w, config).scale, w, least=0)
+        assert rows == {"f32 rows": "f32 all-reduce, f32 collective-permute"}.get(scale_sends, "")
+        # A quarter of the kernel's codes is more than any row of sums.
+        assert sent(step, w, x, least=256 * 128 // 4, out_shardings=(None, places)) == step_sends
+
+
+class DenseGeneral(nn.Module):
+    """A layer that does with its ``quant`` what MaxText's does."""
+
+    quant: object
+    dtype: object = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs):
+        axes = ("embed", "mlp")
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+        kernel = self.param("kernel", init, (inputs.shape[-1], 64))
+        inputs, kernel = (jnp.asarray(a, self.dtype) for a in (inputs, kernel))
+        dot_general = self.quant.dot_general_cls(mesh_axes=axes)()
+        dims = ((inputs.ndim - 1,), (0,)), ((), ())
+        return dot_general(inputs, kernel, dims, precision=None)
+
+
+class Bare:
+    """``TernaryDotGeneral``, which nobody tells how the kernel lies."""
+
+    def dot_general_cls(self, mesh_axes):
+        del mesh_axes
+        return bj.linen.TernaryDotGeneral
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "dtypes"),
+    [
+        ("auto", True, ["u8", "u8"]),
+        ("explicit", True, ["u8", "u8"]),
+        ("explicit", False, ["u8", "u8"]),
+        ("auto", False, None),
+    ],
+)
+def test_what_a_plug_in_gathers(page, kind, told, dtypes):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(KINDS[kind],))
+    layer = DenseGeneral(page["TernaryQuantization"]() if told else Bare())
+    x = jax.random.normal(jax.random.key(0), (16, 256))
+    boxed = layer.init(jax.random.key(1), x)["params"]
+    want = bj.ternary_dot(x, nn.unbox(boxed)["kernel"])
+
+    def run(params, x):
+        y, back = jax.vjp(lambda *a: layer.apply({"params": a[0]}, a[1]), params, x)
+        return y, back(y)
+
+    with (
+        nn.logical_axis_rules([("embed", "data"), ("mlp", None)]),
+        jax.set_mesh(mesh),
+        bj.gather_codes("data"),
+    ):
+        specs = bj.partition_specs(boxed, mesh=mesh)
+        params = jax.device_put(boxed, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
+        operands = params, jax.device_put(x, NamedSharding(mesh, P("data")))
+        if dtypes is None:
+            with pytest.raises(ValueError, match="does not know how this kernel lies"):
+                jax.jit(run)(*operands)
+            return
+        program = jax.jit(run).lower(*operands).compile()
+        y = program(*operands)[0]
+    gathers = bj.traffic(program).of("all-gather").collectives
+    assert [c.dtype for c in gathers if c.nbytes >= 256 * 64 // 4] == dtypes
+    assert (y == want).all()
+
+
+def test_a_plug_in_under_nnx(page):
+    """MaxText's NNX layers wrap the product; what is no linen module cannot be wrapped."""
+    from flax import nnx
+
+    x, w = jnp.ones((4, 64)), jax.random.normal(jax.random.key(0), (64, 16))
+    product = page["TernaryQuantization"](bj.PHASE4).dot_general_cls(mesh_axes=("embed", "mlp"))()
+    wrapped = nnx.bridge.ToNNX(product, rngs=nnx.Rngs(0))
+    operands = x, w, (((1,), (0,)), ((), ()))
+    nnx.bridge.lazy_init(wrapped, *operands, precision=None)
+    assert (wrapped(*operands, precision=None) == bj.ternary_dot(x, w, bj.PHASE4)).all()
+
+
+def test_the_page_runs_and_its_step_gathers_two_bits(page):
+    gathers = bj.traffic(page["step"]).of("all-gather").collectives
+    assert [(c.dtype, c.nbytes) for c in gathers if c.nbytes > 10_000] == [("u8", 512 * 1024 // 4)]
+
+
+def test_the_page_has_the_numbers_of_today(page):
+    assert table(page) in PAGE.read_text()
