@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -198,28 +197,20 @@ class _Spec(NamedTuple):
             return contextlib.nullcontext()
         return jax.sharding.use_abstract_mesh(self.gather.mesh)
 
-    def whole(self, w_codes: jax.Array) -> jax.Array:
-        """The codes of w that the product needs here; only the shard is saved for later."""
-        return w_codes if self.gather is None else self.gather(w_codes)
+    def whole(self, w_codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What of w the product needs here; only the shard is saved for later."""
+        return (w_codes, scale) if self.gather is None else self.gather(w_codes, scale)
 
 
 def _contract(spec: _Spec, x, w, phase, dtype, precision) -> jax.Array:
     """x times a canonical kernel, by a path for each kind of activations and strength."""
     if spec.activations is None:
         with spec.on_mesh():
-            w_hat = through(w, _dequantized(w, spec.config, spec.whole), phase)
+            quantized = quantize_canonical(lax.stop_gradient(w), spec.config)
+            w_hat = through(w, dequantize_canonical(*spec.whole(*quantized)), phase)
         return spec.operator.apply(x.astype(dtype), w_hat.astype(dtype), precision)
     y = _int8_dot(spec, x, w) if phase is None else _phased_dot(spec, x, w, phase)
     return cast(jax.Array, y).astype(dtype)  # custom_vjp loses the type
-
-
-def _dequantized(
-    w: Float[Array, "*b k n"],
-    config: KernelConfig,
-    whole: Callable[[jax.Array], jax.Array] = lambda codes: codes,
-) -> Float32[Array, "*b k n"]:
-    codes, scale = quantize_canonical(lax.stop_gradient(w), config)
-    return dequantize_canonical(whole(codes), scale)
 
 
 def dequantize_canonical(codes: jax.Array, scale: jax.Array) -> Float32[Array, "*b k n"]:
@@ -239,8 +230,8 @@ def _int8_dot_forward(spec: _Spec, x, w):
     with spec.on_mesh():
         codes, gamma = spec.quantized(x)
         w_codes, scale = quantize_canonical(w, spec.config)
-        whole, qmax = spec.whole(w_codes), spec.activations.qmax
-        y = contract_codes(spec.operator, codes, gamma, whole, scale, qmax)
+        whole, qmax = spec.whole(w_codes, scale), spec.activations.qmax
+        y = contract_codes(spec.operator, codes, gamma, *whole, qmax)
     # An empty array carries a dtype through the residuals at no cost.
     dtypes = jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype)
     return y, (codes, gamma, w_codes, scale, dtypes)
@@ -252,7 +243,7 @@ def _int8_dot_backward(spec: _Spec, residuals, g):
     to_kernel, dtype = spec.operator.to_kernel, spec.backward_dtype
     with spec.on_mesh():
         dw = to_kernel(codes, g * step, w_codes.shape, dtype)
-        dx = input_gradient(spec.operator, g, spec.whole(w_codes), scale, codes.shape, dtype)
+        dx = input_gradient(spec.operator, g, *spec.whole(w_codes, scale), codes.shape, dtype)
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
 
 
@@ -294,7 +285,9 @@ def _phased_dot(spec: _Spec, x, w, strength) -> Float32[Array, "*b *m n"]:
 
 def _blends(spec: _Spec, x, w, strength) -> tuple[jax.Array, jax.Array]:
     x_hat = dequantize_activations(*spec.quantized(x), spec.activations)
-    return blend(x, x_hat, strength), blend(w, _dequantized(w, spec.config), strength)
+    return blend(x, x_hat, strength), blend(
+        w, dequantize_canonical(*quantize_canonical(w, spec.config)), strength
+    )
 
 
 def _phased_dot_forward(spec: _Spec, x, w, strength):

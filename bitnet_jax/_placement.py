@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import core, lax
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Int8
+from jaxtyping import Array, Float32, Int8
 
 from bitnet_jax import _checks, _packing
 
@@ -222,7 +222,7 @@ def gathering() -> bool:
 
 
 class Gather(NamedTuple):
-    """Brings the shards of a canonical kernel's codes together.
+    """Brings the shards of a canonical kernel together: its codes, and its scales.
 
     Attributes:
       mesh: with Auto axes, at least those of the specs.
@@ -236,9 +236,16 @@ class Gather(NamedTuple):
     whole: PartitionSpec
     packs: bool
 
-    def __call__(self, codes: Int8[Array, "*b k n"]) -> Int8[Array, "*b k n"]:
-        """The codes, gathered at two bits a weight, or at eight; to be called on the mesh."""
-        # Twice: without the first, the second would reach back to the float kernel.
+    def __call__(
+        self, codes: Int8[Array, "*b k n"], scale: Float32[Array, "*b g m"]
+    ) -> tuple[Int8[Array, "*b k n"], Float32[Array, "*b g m"]]:
+        """Both, the codes at two bits a weight or at eight; to be called on the mesh."""
+        # Twice each: without the first, the second would reach back, to the float kernel.
+        for spec in (tuple(self.shards), (*self.whole[:-2], None, self.whole[-1])):
+            scale = lax.with_sharding_constraint(scale, fit(spec, scale.shape, self.mesh))
+        return self._codes(codes), scale
+
+    def _codes(self, codes: Int8[Array, "*b k n"]) -> Int8[Array, "*b k n"]:
         codes = lax.with_sharding_constraint(codes, self.shards)
         if not self.packs:
             return lax.with_sharding_constraint(codes, self.whole)

@@ -292,10 +292,7 @@ ROWS = {
     "x whole": (P(), P("data"), bj.B158, "f32 rows", "f32 all-gather, s32 all-reduce"),
     "fsdp": (P("data"), P("data"), bj.PHASE4, "f32 rows", "f32 all-reduce, u8 all-gather"),
     "groups": (P(None, "data"), P("data"), WIDE, "", "s32 all-gather"),
-    "fsdp, groups": (
-        *(P("data"), P("data"), WIDE),
-        *("", "f32 all-gather, f32 all-reduce, u8 all-gather"),
-    ),
+    "fsdp, groups": (P("data"), P("data"), WIDE, "", "f32 all-reduce, u8 all-gather"),
 }
 
 
