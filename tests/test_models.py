@@ -5,7 +5,7 @@ remat too, with what went in and what came out; then the packed kernel is given 
 same input on its own.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,15 @@ MODELS = {
 }
 
 
+@cache
+def made(name):
+    """A model that was made ternary, its parameters, packed ones and what packing did."""
+    model, select, x = MODELS[name]
+    ternary = bj.linen.ternarize(model, select)
+    params = ternary.init(jax.random.key(1), x)["params"]
+    return ternary, params, *bj.linen.pack(ternary, params, x)
+
+
 def leaf_at(tree, path):
     for name in path.split("/"):
         tree = tree[name]
@@ -104,10 +113,8 @@ def catching(monkeypatch):
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_every_layer_call_gives_the_bits_of_its_packed_kernel(name, monkeypatch):
-    model, select, x = MODELS[name]
-    ternary = bj.linen.ternarize(model, select)
-    params = ternary.init(jax.random.key(1), x)["params"]
-    packed, report = bj.linen.pack(ternary, params, x)
+    x = MODELS[name][-1]
+    ternary, params, packed, report = made(name)
     static = catching(monkeypatch)
     _, state = jax.jit(lambda p, x: ternary.apply({"params": p}, x, mutable=["caught"]))(params, x)
     monkeypatch.undo()
@@ -130,15 +137,13 @@ def test_every_layer_call_gives_the_bits_of_its_packed_kernel(name, monkeypatch)
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_whole_networks_agree(name):
-    model, select, x = MODELS[name]
-    ternary = bj.linen.ternarize(model, select)
-    params = ternary.init(jax.random.key(1), x)["params"]
-    packed, _ = bj.linen.pack(ternary, params, x)
+    x = MODELS[name][-1]
+    ternary, params, packed, _ = made(name)
     apply = jax.jit(lambda p: ternary.apply({"params": p}, x))
     trained, served = apply(params), apply(packed)
     # Norms, softmax and gelu may be fused otherwise; no code flips on these inputs.
     np.testing.assert_allclose(served, trained, rtol=1e-4, atol=1e-5)
-    grads = jax.grad(lambda p: jnp.square(apply(p)).sum())(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.square(apply(p)).sum()))(params)
     assert bj.gradient_flow(grads).paths("nan") == ()
     dead = [path for path in bj.gradient_flow(grads).paths("dead") if "key/bias" not in path]
     assert dead == []  # softmax does not see a key's bias

@@ -420,7 +420,7 @@ def test_nnx_in_place():
         np.testing.assert_allclose(answer(model), plain, rtol=1e-3, atol=1e-3)
     graphdef, state = nnx.split(model)
     assert_same_bits(answer(nnx.merge(graphdef, state)), trained)
-    grads = nnx.grad(lambda m: jnp.square(m(ids)).sum())(nnx.clone(model))
+    grads = nnx.jit(nnx.grad(lambda m: jnp.square(m(ids)).sum()))(nnx.clone(model))
     assert bj.gradient_flow(grads).paths("nan") == ()
     packed, report = bj.nnx.pack(model)
     nnx.update(model, packed)
