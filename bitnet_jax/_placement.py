@@ -127,7 +127,7 @@ def in_auto_like(run: Callable[..., Any], *operands: Any) -> Any:
         spec = spec_of(first)
         return jax.tree.map(
             lambda a: fit(spec if a.ndim == first.ndim else (None,) * a.ndim, a.shape, mesh),
-            _results(run, operands),
+            _results(run, operands, mesh),
         )
 
     return in_auto(run, *operands, out=out)
@@ -137,16 +137,18 @@ def in_auto_rows(run: Callable[..., Any], *operands: Any, outputs: Spec) -> Any:
     """:func:`in_auto` for a product: its result has the first operand's rows, then ``outputs``."""
 
     def out(mesh: Any) -> PartitionSpec:
-        y = _results(run, operands)
+        y = _results(run, operands, mesh)
         return fit((*spec_of(operands[0])[: y.ndim - len(outputs)], *outputs), y.shape, mesh)
 
     return in_auto(run, *operands, out=out)
 
 
-def _results(run: Callable[..., Any], operands: Sequence[Any]) -> Any:
+def _results(run: Callable[..., Any], operands: Sequence[Any], mesh: Any) -> Any:
     """The shapes of what ``run`` returns, from operands whose types say nothing."""
     plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(operands))
-    return jax.eval_shape(run, *plain)
+    # As the operation will run: a gather's mesh has Auto axes, and so must the one around.
+    with jax.sharding.use_abstract_mesh(_auto(mesh)):
+        return jax.eval_shape(run, *plain)
 
 
 def _within(mesh: Any) -> contextlib.AbstractContextManager[Any]:
@@ -176,7 +178,8 @@ def gather_codes(*axes: str) -> Iterator[None]:
     quantised where it lies, its codes are gathered at two bits a weight (eight for
     ``Int8Config``, or where a shard is no multiple of four weights), in the forward pass
     and again in the backward one. Sixteen times fewer bytes than a float32 kernel, and
-    the same bits in codes, scales and sums. Left to itself, XLA gathers int8 codes.
+    the same bits in codes, scales and sums. Left to itself, XLA gathers int8 codes in the
+    forward pass, and in the backward one keeps them or gathers them as float32.
 
     A kernel's placement comes from its Flax metadata (``nn.with_partitioning``, nnx
     ``out_sharding``), from ``ternary_dot(kernel_spec=)``, or from its type where the mesh

@@ -15,8 +15,11 @@ import jax
 
 from bitnet_jax import _checks
 
-_KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-_LINE = re.compile(rf"= (?P<result>\(?[a-z].*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
+_KINDS = (
+    "all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute"
+    "|ragged-all-to-all|reduce-scatter"
+)
+_LINE = re.compile(rf"= (?P<result>\(*[a-z].*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*[a-z0-9]*)\[(?P<shape>[\d,]*)\]")
 _BITS = re.compile(r"\d+")
 
@@ -118,6 +121,7 @@ def _results(match: re.Match[str]) -> list[Collective]:
     """The arrays of one operation: of those of an asynchronous start, the later half."""
     arrays: list[Any] = list(_ARRAY.finditer(match["result"]))
     if match["start"] and match["kind"] != "all-reduce":
+        arrays = [a for a in arrays if (a["dtype"], a["shape"]) != ("u32", "")]  # its contexts
         arrays = arrays[len(arrays) // 2 :]
     results = []
     for array in arrays:

@@ -691,7 +691,7 @@ def test_one_changed_bit_is_refused_and_the_leaf_is_named():
         (lambda: {(1, 2): jnp.ones(1)}, r"has the key \(1, 2\) \(tuple\)"),
         (lambda: jnp.ones(1), "is a leaf itself. Wrap it in a dict"),
     ],
-    ids=str,
+    ids=["number", "string", "random key", "abstract", "weak type", "tuple key", "leaf"],
 )
 def test_what_cannot_be_described_is_refused(tree, match):
     with pytest.raises(TypeError, match=f"^describe: .*{match}"):

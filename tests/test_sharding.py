@@ -214,6 +214,13 @@ def test_prepared_in_shards_under_shard_map():
     oracles.assert_same_bits(jax.jit(run)(x, packed), bj.matmul(x, bj.pack(w)))
 
 
+def test_a_shard_map_that_leaves_axes_alone():
+    mesh, x, packed = mesh_of("auto"), gaussian(0, M, K), bj.pack(gaussian(1, K, N))
+    how = {"in_specs": (P("data"), P()), "out_specs": P("data"), "axis_names": {"data"}}
+    run = jax.jit(jax.shard_map(bj.matmul, mesh=mesh, **how))
+    oracles.assert_same_bits(run(x, placed(mesh, packed, P(None, "model"))), bj.matmul(x, packed))
+
+
 # Quantising in shards.
 
 SPECS = [P("model", None), P(None, "model"), P("data", "model"), P(("data", "model"), None)]
@@ -430,6 +437,24 @@ def test_weight_only_gathers_codes_too():
     np.testing.assert_allclose(dw, jnp.broadcast_to(x.sum(axis=0)[:, None], (K, N)), rtol=1e-4)
 
 
+def test_explicit_axes_and_several_axes_of_outputs_or_a_traced_strength():
+    mesh, x = mesh_of("explicit"), gaussian(0, M, K)
+    heads, w, one = gaussian(1, K, 8, 16), gaussian(1, K, N), jnp.float32(1)
+
+    def project(x, heads):
+        return bj.ternary_dot(x, heads, contracting_axes=0)
+
+    def phased(x, w, strength):
+        return bj.ternary_dot(x, w, strength=strength)
+
+    with jax.set_mesh(mesh):
+        rows = put(mesh, x, P("data"))
+        y = jax.jit(project)(rows, put(mesh, heads, P("data", "model", None)))
+        phase = jax.jit(phased)(rows, put(mesh, w, P("data")), one)
+    oracles.assert_same_bits(y, jax.jit(project)(x, heads))
+    oracles.assert_same_bits(phase, jax.jit(phased)(x, w, one))
+
+
 def nnx_product(kernel_metadata):
     from flax import nnx
 
@@ -602,6 +627,9 @@ def test_traffic_reads_tuples_and_asynchronous_starts():
   %b = (u8[8]{0}, u8[64]{0}) all-gather-start(%z), dimensions={0}
   %c = u8[64]{0} all-gather-done(%b)
   %d = f32[] all-reduce(%w)
+  %p = ((f32[2]{0}, f32[3]{0}), (f32[8]{0}, f32[12]{0})) all-gather-start(%x, %y), dimensions={0}
+  %q = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={}
+  %r = f32[8]{0} ragged-all-to-all(%x, %y)
   %e = f32[8]{0} fusion(%all-reduce.3), calls=%all-reduce(
 """
 
@@ -611,4 +639,8 @@ def test_traffic_reads_tuples_and_asynchronous_starts():
         ("all-reduce", "s8", (4,), 4),
         ("all-gather", "u8", (64,), 64),
         ("all-reduce", "f32", (), 4),
+        ("all-gather", "f32", (8,), 32),
+        ("all-gather", "f32", (12,), 48),
+        ("collective-permute", "f32", (4,), 16),
+        ("ragged-all-to-all", "f32", (8,), 32),
     ]

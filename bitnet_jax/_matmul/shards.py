@@ -23,7 +23,7 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bitnet_jax._placement import Entry, names, padded
+from bitnet_jax._placement import Entry, Spec, names, padded
 
 
 class Body(NamedTuple):
@@ -53,7 +53,7 @@ def partitioned(body: Body) -> Callable[..., jax.Array]:
 
     def plan(mesh, arguments) -> tuple[_Cuts, list[NamedSharding], NamedSharding]:
         cuts = _cuts(body, mesh, arguments)
-        x_cut = bool(names(padded(arguments[0].sharding.spec, 3)[2]))
+        x_cut = bool(names(_spec(arguments[0])[2]))
         specs, out = _specs(body, cuts, x_cut, arguments[2].shape[-1] > 1)
         return cuts, [NamedSharding(mesh, s) for s in specs], NamedSharding(mesh, out)
 
@@ -94,7 +94,7 @@ class _Cuts(NamedTuple):
 
 
 def _cuts(body: Body, mesh: Any, arguments: Any) -> _Cuts:
-    x, codes, _ = (padded(a.sharding.spec, len(a.shape)) for a in arguments)
+    x, codes, _ = (_spec(a) for a in arguments)
     x_shape, codes_shape = arguments[0].shape, arguments[1].shape
     taken: set[str] = set()
 
@@ -114,6 +114,11 @@ def _cuts(body: Body, mesh: Any, arguments: Any) -> _Cuts:
         return _Cuts(batch, rows, outputs, ())
     steps = codes_shape[k] // body.step if codes_shape[k] % body.step == 0 else 1
     return _Cuts(batch, rows, outputs, take(codes[k], steps) or take(x[2], steps))
+
+
+def _spec(argument: Any) -> Spec:
+    """How an operand lies; inside a shard_map that leaves axes alone XLA does not say: whole."""
+    return padded(getattr(argument.sharding, "spec", ()), len(argument.shape))
 
 
 def _specs(
