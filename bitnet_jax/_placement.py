@@ -69,9 +69,9 @@ def is_typed(array: Any) -> bool:
 
 def is_cut(array: Any) -> bool:
     """Whether an array is in shards, each device with a part: by its type, or where it is."""
-    if isinstance(array, core.Tracer) or not isinstance(array, jax.Array):
-        return isinstance(array, core.Tracer) and any(names(entry) for entry in spec_of(array))
-    return not array.sharding.is_fully_replicated
+    if isinstance(array, core.Tracer):
+        return any(names(entry) for entry in spec_of(array))
+    return isinstance(array, jax.Array) and not array.sharding.is_fully_replicated
 
 
 def explicit_mesh(operands: Any) -> Any:

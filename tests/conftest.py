@@ -41,3 +41,9 @@ def promotion(request):
 def traces():
     """``chex.assert_max_traces`` counts by name: a parametrised test starts at zero again."""
     chex.clear_trace_counter()
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where a test saves a file."""
+    return str(tmp_path / "model.bitnet.safetensors")

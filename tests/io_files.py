@@ -11,6 +11,18 @@ import bitnet_jax as bj
 
 CHUNK = 1 << 20
 GROUPS = bj.TernaryConfig(granularity=4)
+KERNELS = {
+    "dense": ((24, 10), bj.B158, {}),
+    "odd": ((7, 3), bj.PHASE4, {}),
+    "groups": ((24, 10), GROUPS, {}),
+    "transposed": ((6, 8), bj.TWN, {"contracting_axes": 1}),
+    "attention-out": ((3, 4, 5), bj.PHASE4, {"contracting_axes": (0, 1)}),
+    "conv": ((2, 3, 5, 6), bj.B158, {"contracting_axes": (0, 1, 2)}),
+    "stacked": ((3, 8, 5), bj.PHASE4, {"batch_axes": 0}),
+    "stacked-attention": ((2, 3, 4, 5), GROUPS, {"contracting_axes": (1, 2), "batch_axes": 0}),
+    "two-batch": ((2, 3, 8, 5), bj.TWN, {"batch_axes": (0, 1)}),
+    "one-output": ((9, 1), bj.B158, {}),
+}
 
 
 def gaussian(shape, seed=0, dtype=np.float32):
@@ -28,6 +40,11 @@ def assert_same(got, want):
         a, b = np.asarray(a), np.asarray(b)
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert a.tobytes() == b.tobytes()
+
+
+def round_trip(path, tree):
+    bj.io.save(path, tree)
+    return bj.io.load(path)
 
 
 def canonical(value):

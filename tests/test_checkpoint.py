@@ -22,6 +22,7 @@ import time
 
 import flax.core
 import flax.linen as nn
+import io_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,7 @@ import orbax.checkpoint as ocp
 import orbax_saver
 import pytest
 from flax import nnx
+from io_files import assert_same
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import bitnet_jax as bj
@@ -39,22 +41,11 @@ from bitnet_jax.io import _described
 pytestmark = pytest.mark.standard_promotion  # optax's adamw raises under the strict one
 FormatError = bitnet_jax.io.FormatError
 Struct = jax.ShapeDtypeStruct
-GROUPS = bj.TernaryConfig(granularity=4)
-KERNELS = {
-    "dense": ((24, 10), bj.B158, {}),
-    "odd": ((7, 3), bj.PHASE4, {}),
-    "groups": ((24, 10), GROUPS, {}),
-    "transposed": ((6, 8), bj.TWN, {"contracting_axes": 1}),
-    "attention-out": ((3, 4, 5), bj.PHASE4, {"contracting_axes": (0, 1)}),
-    "conv": ((2, 3, 5, 6), bj.B158, {"contracting_axes": (0, 1, 2)}),
-    "stacked": ((3, 8, 5), bj.PHASE4, {"batch_axes": 0}),
-    "two-batch": ((2, 3, 8, 5), bj.TWN, {"batch_axes": (0, 1)}),
-    "head": ((10, 6), bj.Int8Config(), {}),
-}
+KERNELS = io_files.KERNELS | {"head": ((10, 6), bj.Int8Config(), {})}
 
 
 def gaussian(shape, seed=0, dtype=np.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+    return jnp.asarray(io_files.gaussian(shape, seed, dtype))
 
 
 def packed_tree():
@@ -70,15 +61,6 @@ def small():
         "dense": {"kernel": bj.pack(gaussian((23, 10))), "bias": gaussian((10,))},
         "head": {"kernel": bj.pack(gaussian((10, 6)), bj.Int8Config())},
     }
-
-
-def assert_same(got, want):
-    """The same structure, static data included, the same dtypes, shapes and bits."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert a.tobytes() == b.tobytes()
 
 
 @pytest.fixture

@@ -15,36 +15,14 @@ import oracles
 import pytest
 import safetensors
 from flax import nnx
-from io_files import GROUPS, assert_same, gaussian, pack
+from io_files import KERNELS, assert_same, gaussian, pack, round_trip
 
 import bitnet_jax as bj
 import bitnet_jax.io
 from bitnet_jax.io import _parts
 
 FormatError = bitnet_jax.io.FormatError
-KERNELS = {
-    "dense": ((24, 10), bj.B158, {}),
-    "odd": ((7, 3), bj.PHASE4, {}),
-    "groups": ((24, 10), GROUPS, {}),
-    "transposed": ((6, 8), bj.TWN, {"contracting_axes": 1}),
-    "attention-out": ((3, 4, 5), bj.PHASE4, {"contracting_axes": (0, 1)}),
-    "conv": ((2, 3, 5, 6), bj.B158, {"contracting_axes": (0, 1, 2)}),
-    "stacked": ((3, 8, 5), bj.PHASE4, {"batch_axes": 0}),
-    "stacked-attention": ((2, 3, 4, 5), GROUPS, {"contracting_axes": (1, 2), "batch_axes": 0}),
-    "two-batch": ((2, 3, 8, 5), bj.TWN, {"batch_axes": (0, 1)}),
-    "one-output": ((9, 1), bj.B158, {}),
-}
 DTYPES = sorted(_parts.DTYPES)
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "model.bitnet.safetensors")
-
-
-def round_trip(path, tree):
-    bitnet_jax.io.save(path, tree)
-    return bitnet_jax.io.load(path)
 
 
 # Round trips.

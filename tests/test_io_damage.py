@@ -18,11 +18,6 @@ from bitnet_jax.io import _container
 FormatError = bitnet_jax.io.FormatError
 
 
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "model.bitnet.safetensors")
-
-
 def tree():
     """A bit of everything."""
     return {

@@ -20,11 +20,6 @@ BYTES = [b for b in range(256) if all(b >> i & 3 != 3 for i in (0, 2, 4, 6))]
 BLOCK = 1 << 14  # bytes of a plane
 
 
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "model.bitnet.safetensors")
-
-
 def encoded(packed):
     """Trit by trit, from the drawing in the head of the module."""
     out = []

@@ -17,11 +17,6 @@ from bitnet_jax.__main__ import main
 from bitnet_jax.io import _stream
 
 
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "model.bitnet.safetensors")
-
-
 def model():
     return {
         "layer": {"kernel": pack((64, 32), bj.PHASE4), "bias": jnp.ones(32)},

@@ -15,11 +15,6 @@ import bitnet_jax.io
 from bitnet_jax.io import _container, _stream
 
 
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "model.bitnet.safetensors")
-
-
 def run(code, *arguments, devices=1):
     """A fresh interpreter with so many CPU devices; what it printed."""
     flags = f"--xla_force_host_platform_device_count={devices}"

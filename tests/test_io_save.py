@@ -10,20 +10,10 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from io_files import assert_same, pack
+from io_files import assert_same, pack, round_trip
 
 import bitnet_jax.io
 from bitnet_jax.io import _container
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "model.bitnet.safetensors")
-
-
-def round_trip(path, tree):
-    bitnet_jax.io.save(path, tree)
-    return bitnet_jax.io.load(path)
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "write"])

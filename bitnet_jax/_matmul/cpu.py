@@ -163,7 +163,8 @@ class _Spec(NamedTuple):
 def _spec_of(packed: Packed, activations: ActivationConfig | None, dtype: Any) -> _Spec:
     _, contraction, outputs = split(packed)
     prepared = isinstance(packed, Prepared)
-    groups = (packed.scale if prepared else packed.canonical_scale()).shape[-2]
+    scale = packed.scale.shape
+    groups = scale[-2] if prepared else math.prod(packed.axes.split(scale)[1])
     return _Spec(
         outputs=math.prod(outputs),
         depth=math.prod(contraction) // groups,

@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import PartitionSpec, Sharding
 
 from bitnet_jax import _boxes, _checks
-from bitnet_jax.io import _described, _format, _leaves, _parts, _stream
+from bitnet_jax.io import _described, _format, _leaves, _parts, _placing, _stream
 from bitnet_jax.io._container import FormatError
 from bitnet_jax.io._described import Found
 from bitnet_jax.io._parts import Part
@@ -243,17 +243,6 @@ def _put(path: Any, struct: Any, sharding: Any) -> jax.ShapeDtypeStruct:
             f"abstract: `sharding` must have a jax.sharding.Sharding at {where}, got "
             f"{sharding!r:.200}. Put a mesh to a spec: jax.sharding.NamedSharding(mesh, spec)."
         )
-    if not isinstance(struct, jax.ShapeDtypeStruct):
-        raise ValueError(
-            f"abstract: `sharding` cannot place {where} of {struct.dtype}, which JAX would cut to "
-            "32 bits. Set jax_enable_x64, or pass no sharding: it stays with NumPy."
-        )
-    try:
-        sharding.shard_shape(struct.shape)
-    except ValueError as error:
-        raise ValueError(
-            f"abstract: `sharding` does not fit {where} of shape {struct.shape}: "
-            f"{str(error).strip().splitlines()[0]:.300} Shard axes that the mesh divides, or "
-            "replicate it (PartitionSpec()); codes and scale may have one sharding each."
-        ) from None
+    shape, dtype = struct.shape, np.dtype(struct.dtype)
+    _placing.check_fit("abstract", where, dtype, shape, sharding, packed=True)
     return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)

@@ -61,13 +61,13 @@ TAGS = {
     "float8_e8m0fnu": "F8_E8M0",
 }
 _ITEMSIZE = {tag: jnp.dtype(name).itemsize for name, tag in TAGS.items()}
-_DAMAGED = "Copy or download it again, or write it again with bj.io.save."
+REMEDY = "Copy or download it again, or write it again with bj.io.save."
 
 
 class FormatError(ValueError):
-    """A file that :func:`bitnet_jax.io.load` refuses: damaged, changed, or of another format.
+    """A file or a checkpoint that is refused: damaged, changed, or of another format.
 
-    The text names the file, what is wrong with it, and what to do.
+    The text names the file or the leaf, what is wrong with it, and what to do.
 
     Example:
       >>> import os, tempfile, bitnet_jax as bj
@@ -98,8 +98,12 @@ class Entry(NamedTuple):
     @property
     def chunks(self) -> list[slice]:
         """Where its chunks are, counted from its own first byte."""
-        size = self.end - self.begin
-        return [slice(at, min(at + CHUNK, size)) for at in range(0, size, CHUNK)]
+        return chunks_of(self.end - self.begin)
+
+
+def chunks_of(size: int) -> list[slice]:
+    """So many bytes in chunks, the last of what is left."""
+    return [slice(at, min(at + CHUNK, size)) for at in range(0, size, CHUNK)]
 
 
 class Header(NamedTuple):
@@ -114,7 +118,7 @@ def damaged(what: str) -> NoReturn:
     """Refuses a file that is not as it was written; the caller puts its name before this."""
     if len(what) > 1000:  # names in a header may be of any length
         what = f"{what[:700]} ... {what[-200:]}"
-    raise FormatError(f"{what}. {_DAMAGED}")
+    raise FormatError(f"{what}. {REMEDY}")
 
 
 def canonical_json(value: Any) -> str:

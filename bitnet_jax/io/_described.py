@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import numpy as np
 from jax import core
 
 from bitnet_jax import _boxes, _checks
-from bitnet_jax._packed import PackedTernary, Prepared, is_packed, is_stored
+from bitnet_jax._packed import Prepared, is_packed, is_stored
 from bitnet_jax.io import _container, _leaves, _parts, _stream
 from bitnet_jax.io._container import FormatError
 from bitnet_jax.io._leaves import Leaf
@@ -92,18 +91,7 @@ def form_of(who: str, one: Found) -> dict[str, Any]:
         return {**form, "kind": "empty"}
     if not is_stored(value):
         return {**form, "kind": "array", "dtype": value.dtype.name, "shape": list(value.shape)}
-    axes, rank = list(value.contracting_axes), len(value.codes.shape)
-    sound = axes and rank >= -axes[-1]
-    form |= {
-        "kind": "packed" if isinstance(value, PackedTernary) else "int8",
-        "dtype": np.dtype(value.dtype).name,
-        "shape": list(value.shape if sound else value.codes.shape),
-        "scale_shape": list(value.scale.shape),
-        "contracting_axes": axes,
-        "kernel_ndim": value.kernel_ndim,
-        "config": dataclasses.asdict(value.config),
-    }
-    return {**form, "length": value.length} if isinstance(value, PackedTernary) else form
+    return {**form, **_leaves.static_of(value), "scale_shape": list(value.scale.shape)}
 
 
 def _refuse_no_array(who: str, where: str, value: Any) -> None:
@@ -127,7 +115,7 @@ def form_fault(form: dict[str, Any], arrays: Sequence[Any]) -> str | None:
     """What is wrong with a packed kernel's static data, dtypes and shapes, if anything is."""
     if form["kind"] not in ("packed", "int8"):
         return None
-    return _leaves._packed_fault(form) or _leaves._form_fault(form, *arrays)
+    return _leaves.packed_fault(form) or _leaves.form_fault(form, *arrays)
 
 
 def leaf_of(form: dict[str, Any]) -> Leaf:
@@ -177,9 +165,8 @@ def look_at(
             return part.count_wrong(data, chunk.start), hashed
 
         sha.update(raw.nbytes.to_bytes(8, "little"))
-        wrong, size = 0, _container.CHUNK
-        chunks = [slice(at, at + size) for at in range(0, raw.size, size)]
-        for count, hashed in _stream.in_order(threads, look, chunks):
+        wrong = 0
+        for count, hashed in _stream.in_order(threads, look, _container.chunks_of(raw.size)):
             wrong += count
             sha.update(hashed)
         if wrong:
@@ -265,7 +252,7 @@ def _check_own(who: str, leaf: dict[str, Any]) -> None:
         shape: Any = leaf["scale_shape"]
         fault = f"has a scale of shape {shape!r}"
         if _container.is_shape(shape, 1):
-            fault = _leaves._scale_fault(leaf, "float32", tuple(shape))
+            fault = _leaves.scale_fault(leaf, "float32", tuple(shape))
         if fault:
             refuse(who, f"declares a kernel wrongly: {where!r} {fault}")
 
@@ -276,7 +263,7 @@ def reading(who: str) -> Iterator[None]:
     try:
         yield
     except FormatError as error:
-        refuse(who, str(error).removesuffix(f". {_container._DAMAGED}"))
+        refuse(who, str(error).removesuffix(f". {_container.REMEDY}"))
 
 
 def refuse(who: str, what: str) -> NoReturn:

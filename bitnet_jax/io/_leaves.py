@@ -18,7 +18,7 @@ from jax import core
 
 from bitnet_jax import _checks
 from bitnet_jax._int8 import Int8Config
-from bitnet_jax._packed import PackedInt8, PackedTernary, Prepared, is_stored
+from bitnet_jax._packed import PackedInt8, PackedTernary, Prepared, Stored, is_stored
 from bitnet_jax._ternary import TernaryConfig
 from bitnet_jax.io import _container
 from bitnet_jax.io._container import Entry, damaged
@@ -65,20 +65,28 @@ def describe(path: Path, value: Any, *, dense: bool) -> tuple[Leaf, list[Any]]:
     codes, scale = value.codes, value.scale
     _check_array(f"{where}.codes", codes)
     _check_array(f"{where}.scale", scale)
-    described |= {
-        "kind": "packed" if isinstance(value, PackedTernary) else "int8",
-        "dtype": np.dtype(value.dtype).name,
-        "shape": list(value.shape) if value.ndim >= value.kernel_ndim else list(codes.shape),
-        "contracting_axes": list(value.contracting_axes),
-        "kernel_ndim": value.kernel_ndim,
-        "config": dataclasses.asdict(value.config),
-    }
-    if isinstance(value, PackedTernary):
-        described |= {"length": value.length} | ({"stored": "trits"} if dense else {})
-    fault = _packed_fault(described) or _form_fault(described, codes, scale)
+    described |= static_of(value)
+    if isinstance(value, PackedTernary) and dense:
+        described["stored"] = "trits"
+    fault = packed_fault(described) or form_fault(described, codes, scale)
     if fault:
         raise ValueError(f"save: {where} {fault}. Make packed kernels with bj.pack.")
     return Leaf(described, parts_of(described, scale.shape)), [codes, scale]
+
+
+def static_of(packed: Stored) -> dict[str, Any]:
+    """What a packed kernel is without its numbers, be it sound or not."""
+    axes = list(packed.contracting_axes)
+    sound = axes and packed.ndim >= -axes[-1]
+    static = {
+        "kind": "packed" if isinstance(packed, PackedTernary) else "int8",
+        "dtype": np.dtype(packed.dtype).name,
+        "shape": list(packed.shape if sound else packed.codes.shape),
+        "contracting_axes": axes,
+        "kernel_ndim": packed.kernel_ndim,
+        "config": dataclasses.asdict(packed.config),
+    }
+    return static | ({"length": packed.length} if isinstance(packed, PackedTernary) else {})
 
 
 def _check_array(where: str, value: Any) -> None:
@@ -149,7 +157,7 @@ def descriptions(text: str) -> list[dict[str, Any]]:
         where = name_of(path)
         if leaf["dtype"] not in list(DTYPES) or not _container.is_shape(leaf["shape"]):
             damaged(f"declares {where!r} as {leaf['dtype']!r} of shape {leaf['shape']!r}")
-        fault = _packed_fault(leaf) if kind in _CONFIGS else None
+        fault = packed_fault(leaf) if kind in _CONFIGS else None
         if fault:
             damaged(f"declares a kernel wrongly: {where!r} {fault}")
     return leaves
@@ -185,7 +193,7 @@ def found(described: dict[str, Any], tensors: Mapping[str, Entry]) -> Leaf:
                 f"shape {tensor.shape}"
             )
         if part.rule == "scale":
-            fault = _scale_fault(described, part.dtype, part.shape)
+            fault = scale_fault(described, part.dtype, part.shape)
             if fault:
                 damaged(f"holds a kernel that is none: {where!r} {fault}")
     return leaf
@@ -208,7 +216,7 @@ def value(described: dict[str, Any], arrays: Sequence[Any]) -> Any:
     return PackedTernary(*arrays, length=described["length"], **static)
 
 
-def _packed_fault(described: dict[str, Any]) -> str | None:
+def packed_fault(described: dict[str, Any]) -> str | None:
     """What is wrong with a packed kernel's static data, if anything is."""
     shape, ndim = described["shape"], described["kernel_ndim"]
     if not _container.is_shape(shape, 1) or type(ndim) is not int or not 2 <= ndim <= len(shape):
@@ -243,7 +251,7 @@ def _codes_shape(described: dict[str, Any]) -> tuple[int, ...]:
 def _arrays_fault(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
     """What is wrong with a packed kernel's codes and scale, if anything is."""
     codes, scale = arrays[".codes"], arrays[".scale"]
-    fault = _form_fault(described, codes, scale)
+    fault = form_fault(described, codes, scale)
     if fault:
         return fault
     parts = parts_of(described, scale.shape)
@@ -251,7 +259,7 @@ def _arrays_fault(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> s
     return next((part.fault(n) for part, n in zip(parts, wrong, strict=True) if n), None)
 
 
-def _form_fault(described: dict[str, Any], codes: Any, scale: Any) -> str | None:
+def form_fault(described: dict[str, Any], codes: Any, scale: Any) -> str | None:
     """What is wrong with the dtypes or the shapes of codes and scale, if anything is."""
     dtype, shape = _codes_dtype(described), _codes_shape(described)
     if (codes.dtype.name, codes.shape) != (dtype, shape):
@@ -259,10 +267,10 @@ def _form_fault(described: dict[str, Any], codes: Any, scale: Any) -> str | None
             f"has codes that are {codes.dtype} of shape {codes.shape}; shape "
             f"{tuple(described['shape'])} needs {dtype} of shape {shape}"
         )
-    return _scale_fault(described, scale.dtype.name, scale.shape)
+    return scale_fault(described, scale.dtype.name, scale.shape)
 
 
-def _scale_fault(described: dict[str, Any], dtype: str, scale: tuple[int, ...]) -> str | None:
+def scale_fault(described: dict[str, Any], dtype: str, scale: tuple[int, ...]) -> str | None:
     """What is wrong with the dtype or the shape of a packed kernel's scale, if anything is."""
     shape = tuple(described["shape"])
     batch = len(shape) - described["kernel_ndim"]

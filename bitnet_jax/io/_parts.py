@@ -106,8 +106,8 @@ class Part(NamedTuple):
         """:meth:`count_wrong` of a whole array, looking at a chunk at a time."""
         if not self.rule:
             return 0
-        raw, size = host_bytes(array), _container.CHUNK
-        return sum(self.count_wrong(raw[at : at + size], at) for at in range(0, raw.size, size))
+        raw = host_bytes(array)
+        return sum(self.count_wrong(raw[c], c.start) for c in _container.chunks_of(raw.size))
 
 
 def parts_of(described: dict[str, Any], scale: tuple[int, ...]) -> list[Part]:

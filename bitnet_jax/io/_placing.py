@@ -49,7 +49,8 @@ def shardings(
     found: Shardings = {}
     _match((), abstract, given, parts, found)
     for part in (part for leaf in parts.values() for part in leaf):
-        _check_fit(part, found[part.name])
+        dtype = DTYPES[part.dtype]
+        check_fit("load", part.name, dtype, part.shape, found[part.name], packed=bool(part.end))
     return found
 
 
@@ -94,20 +95,28 @@ def _refuse(where: str, given: Any, wanted: str) -> NoReturn:
     raise TypeError(f"load: `sharding` must have {wanted} at {where}, got {got}. {remedy}")
 
 
-def _check_fit(part: Part, sharding: Sharding) -> None:
+def check_fit(
+    who: str,
+    name: str,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    sharding: Sharding,
+    *,
+    packed: bool,
+) -> None:
     """Refuses an array that JAX would cut, and a sharding that does not divide it."""
-    if _is_cut(DTYPES[part.dtype]):
+    if _is_cut(dtype):
         raise ValueError(
-            f"load: `sharding` cannot place {part.name} of {part.dtype}, which JAX would cut to 32 "
-            "bits. Set jax_enable_x64, or load without a sharding: it stays with NumPy."
+            f"{who}: `sharding` cannot place {name} of {dtype}, which JAX would cut to 32 bits. "
+            "Set jax_enable_x64, or pass no sharding: it stays with NumPy."
         )
-    reason = _misfit(part.shape, sharding)
+    reason = _misfit(shape, sharding)
     if reason:
         remedy = "Shard axes that the mesh divides, or replicate it (PartitionSpec())."
-        if part.end:
+        if packed:
             remedy += " Codes and scale of a packed kernel may have one sharding each."
         raise ValueError(
-            f"load: `sharding` does not fit {part.name} of shape {part.shape}: {reason} {remedy}"
+            f"{who}: `sharding` does not fit {name} of shape {shape}: {reason} {remedy}"
         )
 
 
