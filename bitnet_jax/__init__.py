@@ -12,24 +12,45 @@ import importlib as _importlib
 from typing import TYPE_CHECKING
 
 from bitnet_jax import io, lora
-from bitnet_jax._compare import Comparison, compare
-from bitnet_jax._contract import ternary_dot
-from bitnet_jax._int8 import ActivationConfig, Int8Config, quantize_activations
 from bitnet_jax._matmul import matmul, prepare
-from bitnet_jax._memory import TrainingMemory, training_memory
-from bitnet_jax._pack import pack, unpack
-from bitnet_jax._packed import PackedInt8, PackedTernary, PreparedInt8, PreparedTernary
-from bitnet_jax._phase import phase_in
-from bitnet_jax._placement import gather_codes
-from bitnet_jax._report import GradientFlow, LayerReport, LeafGradient, PackReport, gradient_flow
-from bitnet_jax._select import exclude, only
-from bitnet_jax._specs import partition_specs
-from bitnet_jax._ste import fake_quantize, fake_quantize_activations
-from bitnet_jax._survive import LayerSensitivity, Sensitivity, sensitivity
-from bitnet_jax._ternary import B158, PHASE4, TWN, Ternary, TernaryConfig, quantize
-from bitnet_jax._traffic import Collective, Traffic, traffic
-from bitnet_jax._tree import combine, fake_quantize_params, pack_params, partition, unpack_params
-from bitnet_jax._watch import LayerTrits, TritStats, trit_stats
+from bitnet_jax._ops.ternary_dot import ternary_dot
+from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, PreparedInt8, PreparedTernary
+from bitnet_jax._packed.pack import pack, unpack
+from bitnet_jax._quantize.int8 import ActivationConfig, Int8Config, quantize_activations
+from bitnet_jax._quantize.straight_through import fake_quantize, fake_quantize_activations
+from bitnet_jax._quantize.strength import phase_in
+from bitnet_jax._quantize.ternary import B158, PHASE4, TWN, Ternary, TernaryConfig, quantize
+from bitnet_jax._tree.pack_report import LayerReport, PackReport
+from bitnet_jax._tree.params import (
+    combine,
+    fake_quantize_params,
+    pack_params,
+    partition,
+    unpack_params,
+)
+from bitnet_jax._tree.select import exclude, only
+from bitnet_jax.analysis import (
+    Comparison,
+    GradientFlow,
+    LayerSensitivity,
+    LayerTrits,
+    LeafGradient,
+    Sensitivity,
+    TritStats,
+    compare,
+    gradient_flow,
+    sensitivity,
+    trit_stats,
+)
+from bitnet_jax.sharding import (
+    Collective,
+    Traffic,
+    TrainingMemory,
+    gather_codes,
+    partition_specs,
+    traffic,
+    training_memory,
+)
 
 if TYPE_CHECKING:
     from bitnet_jax import linen, nnx, optim

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from bitnet_jax import _doctor
-from bitnet_jax.io import _inspect
+from bitnet_jax.io._inspect import inspect, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="command", required=True)
     _add_doctor(commands)
     text = "what is in a file of bj.io.save, from its header alone"
-    _add_of_file(commands, "inspect", text, _inspect.inspect)
+    _add_of_file(commands, "inspect", text, inspect)
     text = "whether a file of bj.io.save is whole, having read all of it"
-    _add_of_file(commands, "verify", text, _inspect.verify)
+    _add_of_file(commands, "verify", text, verify)
     parsed = parser.parse_args(arguments)
     return parsed.run(parsed)
 

@@ -25,20 +25,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import _packing
-from bitnet_jax._int8 import Int8Config
-from bitnet_jax._matmul import IMPLEMENTATIONS, api, cpu, limits, matmul, native, prepare
-from bitnet_jax._pack import pack
-from bitnet_jax._packed import Packed, PackedTernary, Prepared
-from bitnet_jax._ternary import B158, PHASE4, TernaryConfig
+from bitnet_jax._matmul import IMPLEMENTATIONS, cpu, limits, matmul, native, prepare
+from bitnet_jax._matmul.api import _choose
+from bitnet_jax._packed import trits
+from bitnet_jax._packed.kernel import Packed, PackedTernary, Prepared
+from bitnet_jax._packed.pack import pack
+from bitnet_jax._quantize.int8 import Int8Config
+from bitnet_jax._quantize.ternary import B158, PHASE4, TernaryConfig
 
 Line = tuple[str, str]  # what it is about, and what was found
+
 Candidate = tuple[Callable[[], Any], int]  # what to time, and the bytes or operations of it
 
 _SAME = "same bits"
+
 # A contraction that ends within a byte row and within a block, outputs within a panel.
 _SHAPE, _GROUP = (300, 100), 60
+
 _ROWS = ((1, jnp.float32), (6, jnp.bfloat16), (70, jnp.float32))
+
 _CONFIGS = {
     "ternary with one scale": B158,
     "ternary with a scale per output": PHASE4,
@@ -61,7 +66,7 @@ def examine(*, speed: bool = True, load: Load | None = None) -> int:
     """Prints the report as it comes; returns the exit code, 1 for wrong bits."""
     _show("versions", _describe_versions())
     _show("native product", _describe_native())
-    _show("picked here", _describe_picked())
+    _show("preferred here", _describe_picked())
     title = f"bits of {len(_CONFIGS) * len(_ROWS)} small products against 'reference'"
     wrong = [label for label, text in _show(title, check_bits()) if text != _SAME]
     if speed:
@@ -114,7 +119,7 @@ def _describe_native() -> Iterator[Line]:
 
 def _native_serves() -> bool:
     """Whether the native product is what None picks here."""
-    return api._choose(pack(jnp.ones((8, 4))), None) == "cpu"
+    return _choose(pack(jnp.ones((8, 4))), None) == "cpu"
 
 
 def _find_remedy() -> str:
@@ -133,13 +138,17 @@ def _describe_picked() -> Iterator[Line]:
     """The implementation that None picks, and why not those before it in the table."""
     for label, config in (("ternary kernel", B158), ("int8 kernel", Int8Config())):
         packed = pack(jnp.ones((8, 4)), config)
-        picked, leaf = api._choose(packed, None), prepare(packed)
+        preferred, leaf = _choose(packed, None), prepare(packed)
         layout = f"for {leaf.implementation!r}" if isinstance(leaf, Prepared) else "as stored"
-        yield label, f"matmul runs {picked!r}, prepare lays it out {layout}"
+        yield label, f"matmul runs {preferred!r}, prepare lays it out {layout}"
         for name, row in IMPLEMENTATIONS.items():
-            if name == picked:
+            if name == preferred:
                 break
-            yield "", row.cannot(packed) or f"{name!r} would be slower here, and runs by name"
+            yield (
+                "",
+                row.unsupported_reason(packed)
+                or f"{name!r} would be slower here, and runs by name",
+            )
 
 
 def check_bits() -> Iterator[Line]:
@@ -157,13 +166,13 @@ def check_bits() -> Iterator[Line]:
         except Exception as error:  # whatever it is, it is what was found
             return f"FAILS: {error!r}"
 
-    # The native product by each path wherever it runs, and what is picked where it is not.
+    # The native product by each path wherever it runs, and what is preferred where it is not.
     if not _native_serves():
-        picked = dict.fromkeys(
-            api._choose(packed, None, preparing=True) for packed in stored.values()
+        preferred = dict.fromkeys(
+            _choose(packed, None, preparing=True) for packed in stored.values()
         )
-        yield ", ".join(picked), judge(None)
-    if cpu.cannot(stored["int8"]) is not None:
+        yield ", ".join(preferred), judge(None)
+    if cpu.unsupported_reason(stored["int8"]) is not None:
         return
     try:
         for path in native.load().paths():
@@ -223,7 +232,7 @@ def _make_kernel(side: int) -> PackedTernary:
     """A random kernel whose outputs are as large as its inputs: a chain stays in range."""
     codes = np.random.default_rng(0).integers(-1, 2, (side, side), np.int8)
     scale = jnp.full((1, 1), math.sqrt(1.5 / side), jnp.float32)
-    return PackedTernary(_packing.pack_trits(jnp.asarray(codes), 0), scale, length=side)
+    return PackedTernary(trits.pack_trits(jnp.asarray(codes), 0), scale, length=side)
 
 
 def _lay_out_together(stored: PackedTernary, count: int) -> jax.Array:

@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bitnet_jax import _axes, _boxes, _checks, _packing, _report, _select
-from bitnet_jax._adapted import Adapted
-from bitnet_jax._pack import pack_quantized
-from bitnet_jax._packed import (
+from bitnet_jax import _checks, _display
+from bitnet_jax._packed import trits
+from bitnet_jax._packed.adapted import Adapted
+from bitnet_jax._packed.kernel import (
     Packed,
     PackedTernary,
     Prepared,
@@ -35,6 +36,10 @@ from bitnet_jax._packed import (
     is_stored,
     split,
 )
+from bitnet_jax._packed.pack import pack_quantized
+from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._tree.leaves import Leaf, flatten, rebox
+from bitnet_jax._tree.select import Select, matched
 
 __all__ = ["Adapters", "MergeReport", "MergedKernel", "attach", "init", "merge"]
 
@@ -62,7 +67,7 @@ class Adapters:
 def init(
     packed: Any,
     rank: int,
-    select: _select.Select | None = None,
+    select: Select | None = None,
     *,
     key: jax.Array,
     alpha: float | None = None,
@@ -96,19 +101,19 @@ def init(
       Hu et al., arXiv:2106.09685, section 4.1.
     """
     who = "lora.init"
-    leaves = [leaf for leaf in _boxes.flatten(who, "packed", packed)[0] if is_packed(leaf.value)]
+    leaves = [leaf for leaf in flatten(who, "packed", packed)[0] if is_packed(leaf.value)]
     if not leaves:
-        _checks.nothing_packed(who)
+        _checks.raise_nothing_packed(who)
     decisions = [select is None or bool(select(leaf.path, leaf.value)) for leaf in leaves]
-    _select.matched(who, [leaf.path for leaf in leaves], any(decisions), select)
+    matched(who, [leaf.path for leaf in leaves], any(decisions), select)
     chosen = [leaf for leaf, decision in zip(leaves, decisions, strict=True) if decision]
     for leaf in chosen:
         _refuse_prepared(who, leaf)
     sizes = [_canonical_shape(leaf.value) for leaf in chosen]
     for leaf, (_, k, n) in zip(chosen, sizes, strict=True):
-        _checks.lora_rank(who, leaf.where, rank, min(k, n))
+        _require_rank(who, leaf.where, rank, min(k, n))
     if alpha is not None:
-        _checks.positive(who, "alpha", alpha)
+        _checks.require_positive(who, "alpha", alpha)
     kernels = {}
     keys = jax.random.split(key, len(chosen))
     for leaf, (batch, k, n), own in zip(chosen, sizes, keys, strict=True):
@@ -147,17 +152,17 @@ def attach(packed: Any, adapters: Adapters) -> Any:
     """
     who = "lora.attach"
     leaves, treedef = _adapted_leaves(who, packed, adapters)
-    done = [leaf if a is None else _boxes.closed(leaf, a) for leaf, _, a in leaves]
+    done = [leaf if a is None else rebox(leaf, a) for leaf, _, a in leaves]
     return jax.tree.unflatten(treedef, done)
 
 
 def _adapted_leaves(who: str, packed: Any, adapters: Adapters):
     """Every leaf as (boxed, leaf, its Adapted or None), and the structure; all checked."""
     remedy = "Make them with bj.lora.init(packed, rank, key=...)."
-    _checks.instance(who, "adapters", adapters, Adapters, remedy)
-    leaves, treedef = _boxes.flatten(who, "packed", packed)
+    _checks.require_instance(who, "adapters", adapters, Adapters, remedy)
+    leaves, treedef = flatten(who, "packed", packed)
     found = {leaf.where: leaf for leaf in leaves if is_packed(leaf.value)}
-    _checks.lora_paths(who, [path for path in adapters.kernels if path not in found], list(found))
+    _require_known_paths(who, [path for path in adapters.kernels if path not in found], list(found))
     done = []
     for leaf in leaves:
         pair, adapted = adapters.kernels.get(leaf.where), None
@@ -165,15 +170,15 @@ def _adapted_leaves(who: str, packed: Any, adapters: Adapters):
             batch, k, n = _canonical_shape(leaf.value)
             rank = pair["a"].shape[-1]
             wanted = (*batch, k, rank), (*batch, rank, n)
-            _checks.lora_shapes(who, leaf.where, wanted, (pair["a"].shape, pair["b"].shape))
+            _require_adapter_shapes(who, leaf.where, wanted, (pair["a"].shape, pair["b"].shape))
             adapted = Adapted(leaf.value, pair["a"], pair["b"], adapters.alpha / rank)
         done.append((leaf.boxed, leaf, adapted))
     return done, treedef
 
 
-def _refuse_prepared(who: str, leaf: _boxes.Leaf) -> None:
+def _refuse_prepared(who: str, leaf: Leaf) -> None:
     if isinstance(leaf.value, Prepared):
-        _checks.stored_layout(who, leaf.where, leaf.value.implementation)
+        _checks.raise_prepared(who, leaf.where, leaf.value.implementation)
 
 
 def _canonical_shape(kernel: Packed) -> tuple[tuple[int, ...], int, int]:
@@ -219,7 +224,7 @@ class MergeReport:
             )
             for row in self.kernels
         ]
-        return _report.table(("path", "rank", "update", "error", "codes changed"), rows)
+        return _display.table(("path", "rank", "update", "error", "codes changed"), rows)
 
 
 def merge(packed: Any, adapters: Adapters) -> tuple[Any, MergeReport]:
@@ -258,14 +263,14 @@ def merge(packed: Any, adapters: Adapters) -> tuple[Any, MergeReport]:
     for _, leaf, adapted in leaves:
         if adapted is not None:
             _refuse_prepared(who, leaf)
-            _checks.adapter_finite(who, leaf.where, adapted.a, adapted.b)
+            _require_finite_adapter(who, leaf.where, adapted.a, adapted.b)
     done, rows = [], []
     for boxed, leaf, adapted in leaves:
         if adapted is None:
             done.append(boxed)
             continue
         kernel, measured = _merge(adapted)
-        done.append(_boxes.closed(boxed, kernel))
+        done.append(rebox(boxed, kernel))
         rows.append(MergedKernel(leaf.where, adapted.a.shape[-1], *map(float, measured)))
     return jax.tree.unflatten(treedef, done), MergeReport(tuple(rows))
 
@@ -278,7 +283,7 @@ def _merge(adapted: Adapted) -> tuple[Stored, tuple[jax.Array, ...]]:
     axes = base.axes
     _, contraction, outputs = axes.split(base.shape)
     w = base.dequantize(jnp.float32)
-    update = _axes.restore(adapted.scale * (a @ b), axes, contraction, outputs)
+    update = kernel_axes.from_canonical(adapted.scale * (a @ b), axes, contraction, outputs)
     whole = w + update
     if isinstance(base, PackedTernary):
         merged: Stored = _on_grid(base, whole)
@@ -301,7 +306,7 @@ def _on_grid(base: PackedTernary, w: jax.Array) -> PackedTernary:
     already is their scale times the share of nonzero ones, a third too small.
     The scale that minimises ``|w - s codes|`` is ``<w, codes> / <codes, codes>``.
     """
-    w = _axes.canonical(w, base.axes)
+    w = kernel_axes.to_canonical(w, base.axes)
     old = base.canonical_scale()
     groups, shared = old.shape[-2], old.shape[-1] == 1
     w = w.reshape(*w.shape[:-2], groups, w.shape[-2] // groups, w.shape[-1])
@@ -311,15 +316,51 @@ def _on_grid(base: PackedTernary, w: jax.Array) -> PackedTernary:
     count = jnp.abs(codes).sum(over, keepdims=True)[..., 0, :]
     scale = jnp.where(along > 0.0, along / jnp.maximum(count, 1.0), old)
     _, contraction, outputs = base.axes.split(base.shape)
-    trits = codes.astype(jnp.int8).reshape(*w.shape[:-3], -1, w.shape[-1])
-    trits = _axes.restore(trits, base.axes, contraction, outputs)
+    flat = codes.astype(jnp.int8).reshape(*w.shape[:-3], -1, w.shape[-1])
+    flat = kernel_axes.from_canonical(flat, base.axes, contraction, outputs)
     return dataclasses.replace(
         base,
-        codes=_packing.pack_trits(trits, base.contracting_axes[-1]),
-        scale=_axes.restore(
+        codes=trits.pack_trits(flat, base.contracting_axes[-1]),
+        scale=kernel_axes.from_canonical(
             scale,
             base.axes,
             [base.scale.shape[a] for a in base.axes.contracting],
             [base.scale.shape[a] for a in base.axes.outputs],
         ),
     )
+
+
+def _require_rank(who: str, path: str, rank: Any, most: int) -> None:
+    """Refuses a rank that is none, or that no update of this kernel has."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
+        raise ValueError(
+            f"{who}: `rank` must be an integer from 1 to {most}, the smaller side of {path}, got "
+            f"{rank!r}. Choose a smaller one, or leave the kernel out (select=)."
+        )
+
+
+def _require_known_paths(who: str, strangers: Sequence[str], paths: Sequence[str]) -> None:
+    """Refuses adapters for kernels that a tree has not."""
+    if strangers:
+        raise ValueError(
+            f"{who}: `adapters` has {', '.join(strangers)}, which is no packed kernel of `packed`; "
+            f"those are {', '.join(paths) or 'none'}. Pass the tree that they were made for."
+        )
+
+
+def _require_adapter_shapes(who: str, path: str, wanted: Sequence[Any], got: Sequence[Any]) -> None:
+    """Refuses an adapter of another shape than its kernel."""
+    if [tuple(shape) for shape in wanted] != [tuple(shape) for shape in got]:
+        raise ValueError(
+            f"{who}: the adapter of {path} has a and b of shapes {tuple(got[0])} and "
+            f"{tuple(got[1])}, and its kernel takes {tuple(wanted[0])} and {tuple(wanted[1])}. "
+            "Pass the tree that the adapters were made for."
+        )
+
+
+def _require_finite_adapter(who: str, path: str, a: Any, b: Any) -> None:
+    """Refuses to merge an adapter with NaN or Inf; reads its values."""
+    if not (bool(jnp.isfinite(a).all()) and bool(jnp.isfinite(b).all())):
+        raise ValueError(
+            f"{who}: the adapter of {path} has NaN or Inf. Restore one from before it diverged."
+        )

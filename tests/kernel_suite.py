@@ -173,7 +173,7 @@ def only(name, calls):
 def leaf_of(case, name, layout):
     """The kernel of a case in the layout asked for, or None where the row refuses it by name."""
     packed = case.pack()
-    reason = IMPLEMENTATIONS[name].cannot(packed)
+    reason = IMPLEMENTATIONS[name].unsupported_reason(packed)
     if reason is not None:
         assert name in reason
         with pytest.raises(NotImplementedError, match=f"^matmul: .*'{name}'"):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from bitnet_jax import _axes
+from bitnet_jax._quantize import kernel_axes
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4])
@@ -18,12 +18,12 @@ def test_restore_undoes_canonical_for_every_choice_of_axes(rank):
         )
         if not contracting:
             continue
-        axes = _axes.resolve("test", w, contracting, batch)
+        axes = kernel_axes.resolve("test", w, contracting, batch)
         assert axes == (contracting, batch, outputs)
-        c = _axes.canonical(w, axes)
+        c = kernel_axes.to_canonical(w, axes)
         lengths = axes.split(shape)
         assert c.shape == (*lengths[0], int(np.prod(lengths[1])), int(np.prod(lengths[2])))
-        np.testing.assert_array_equal(_axes.restore(c, axes, *lengths[1:]), w)
+        np.testing.assert_array_equal(kernel_axes.from_canonical(c, axes, *lengths[1:]), w)
         # an entry is where its indices say
         at = tuple(n - 1 for n in shape)
         b, k, n = (tuple(at[a] for a in part) for part in (batch, contracting, outputs))
@@ -33,10 +33,10 @@ def test_restore_undoes_canonical_for_every_choice_of_axes(rank):
 
 
 def test_a_matrix_needs_no_axes_and_a_stack_only_its_batch():
-    assert _axes.resolve("test", np.ones((4, 3)), None, ()) == ((0,), (), (1,))
-    assert _axes.resolve("test", np.ones((2, 4, 3)), None, 0) == ((1,), (0,), (2,))
-    assert _axes.resolve("test", np.ones((4, 2, 3)), None, -2) == ((0,), (1,), (2,))
-    assert _axes.resolve("test", np.ones((2, 5, 4, 3)), None, (1, 0)) == ((2,), (0, 1), (3,))
+    assert kernel_axes.resolve("test", np.ones((4, 3)), None, ()) == ((0,), (), (1,))
+    assert kernel_axes.resolve("test", np.ones((2, 4, 3)), None, 0) == ((1,), (0,), (2,))
+    assert kernel_axes.resolve("test", np.ones((4, 2, 3)), None, -2) == ((0,), (1,), (2,))
+    assert kernel_axes.resolve("test", np.ones((2, 5, 4, 3)), None, (1, 0)) == ((2,), (0, 1), (3,))
 
 
 @pytest.mark.parametrize("contraction", [(12,), (3, 4), (2, 3, 4), (2, 1, 6), (5, 7)])
@@ -56,7 +56,7 @@ def test_group_grid_counts_runs_of_adjacent_weights(contraction):
                 want = want.repeat(length // have, axis) if tiles else want
             tiles = tiles and np.array_equal(want, boxes)
         if tiles:
-            assert _axes.group_grid("test", contraction, group) == tuple(grid)
+            assert kernel_axes.group_grid("test", contraction, group) == tuple(grid)
         else:
             with pytest.raises(ValueError, match=f"^test: `granularity`={group} does not divide"):
-                _axes.group_grid("test", contraction, group)
+                kernel_axes.group_grid("test", contraction, group)

@@ -14,7 +14,7 @@ from flax import nnx
 from flax.core import meta
 
 import bitnet_jax as bj
-from bitnet_jax import _boxes
+from bitnet_jax._tree import leaves as _boxes
 
 VALUE = np.arange(12.0, dtype=np.float32).reshape(4, 3)
 
@@ -64,13 +64,13 @@ def beside_the_value(box):
 def test_a_box_keeps_what_it_carries(name):
     box = BOXES[name](jnp.asarray(VALUE))
     assert _boxes.is_box(box)
-    np.testing.assert_array_equal(_boxes.opened(box), VALUE)
+    np.testing.assert_array_equal(_boxes.unbox(box), VALUE)
     packed = bj.pack(jnp.asarray(VALUE))
-    closed = _boxes.closed(box, packed)
+    closed = _boxes.rebox(box, packed)
     assert type(closed) is type(box)
     assert beside_the_value(closed) == beside_the_value(box)
-    chex.assert_trees_all_equal(_boxes.opened(closed), packed)  # nnx flattens what it is given
-    np.testing.assert_array_equal(_boxes.opened(box), VALUE)  # the first box is untouched
+    chex.assert_trees_all_equal(_boxes.unbox(closed), packed)  # nnx flattens what it is given
+    np.testing.assert_array_equal(_boxes.unbox(box), VALUE)  # the first box is untouched
 
 
 @pytest.mark.parametrize("name", BOXES)
@@ -87,9 +87,9 @@ def test_a_whole_round_in_a_box(name):
         leaf = tree["layer"]["kernel"]
         assert type(leaf) is type(params["layer"]["kernel"])
         assert beside_the_value(leaf) == beside_the_value(params["layer"]["kernel"])
-    assert isinstance(_boxes.opened(fast["layer"]["kernel"]), bj.PreparedTernary)
+    assert isinstance(_boxes.unbox(fast["layer"]["kernel"]), bj.PreparedTernary)
     np.testing.assert_array_equal(
-        _boxes.opened(bj.unpack_params(packed)["layer"]["kernel"]),
+        _boxes.unbox(bj.unpack_params(packed)["layer"]["kernel"]),
         bj.quantize(jnp.asarray(VALUE)).dequantize(),
     )
 
@@ -97,8 +97,8 @@ def test_a_whole_round_in_a_box(name):
 @pytest.mark.parametrize("leaf", [VALUE, 1.0, None, "text"])
 def test_what_is_no_box_stays_itself(leaf):
     assert not _boxes.is_box(leaf)
-    assert _boxes.opened(leaf) is leaf
-    assert _boxes.closed(leaf, VALUE) is VALUE
+    assert _boxes.unbox(leaf) is leaf
+    assert _boxes.rebox(leaf, VALUE) is VALUE
 
 
 class Pair(NamedTuple):

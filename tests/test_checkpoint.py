@@ -36,7 +36,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import bitnet_jax as bj
 import bitnet_jax.io
-from bitnet_jax.io import _described
+from bitnet_jax.io import _description
 
 pytestmark = pytest.mark.standard_promotion  # optax's adamw raises under the strict one
 FormatError = bitnet_jax.io.FormatError
@@ -774,7 +774,7 @@ def test_every_flipped_bit_of_a_description_is_refused():
 def resealed(about):
     """Whoever wrote a wrong description took its digest too."""
     about = {key: about[key] for key in about if key != "sha256"}
-    return {**about, "sha256": _described.digest_of(about)}
+    return {**about, "sha256": _description.digest_of(about)}
 
 
 # Each with its digest made anew: what a kernel may declare, and what a description may.

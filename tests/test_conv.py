@@ -9,9 +9,9 @@ import pytest
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
-from bitnet_jax import _calls
-from bitnet_jax._contract import ternary_conv
+from bitnet_jax._layers import dimensions
 from bitnet_jax._matmul import convolve
+from bitnet_jax._ops.ternary_dot import ternary_conv
 
 CASES = {
     "same": {},
@@ -41,7 +41,7 @@ DEFAULTS = {
 def case(name, outputs=8, shape=(2, 7, 6, 4)):
     """A call, an input and a kernel."""
     how = DEFAULTS | CASES[name]
-    call = _calls.conv(shape, outputs, how.pop("kernel_size"), **how)
+    call = dimensions.conv(shape, outputs, how.pop("kernel_size"), **how)
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     w = np.random.default_rng(1).normal(size=call.kernel_shape).astype(np.float32)
     return call, jnp.asarray(x), jnp.asarray(w)
@@ -106,15 +106,17 @@ def test_output_is_the_exact_sum_scaled_once(name, config):
     call, x, w = case(name)
     xq, gamma, t = codes_of(x, w, config)
     sums = window_sums(xq, np.asarray(t.codes, np.int64), name)
-    y = call.leave(ternary_conv(call.enter(x), w, call.convolution, config), x.shape)
+    y = call.from_canonical(
+        ternary_conv(call.to_canonical(x), w, call.convolution, config), x.shape
+    )
     scale = np.asarray(t.scale, np.float64).reshape(-1)
     exact = sums * (gamma.astype(np.float64) / 127) * scale
     np.testing.assert_allclose(y, exact, rtol=3e-7, atol=1e-12)
     # and the int32 sums themselves, to the bit
     flat = t.codes.reshape(-1, w.shape[-1])
-    (ours,) = call.convolution.sums(call.enter(jnp.asarray(xq, jnp.int8)), flat, 1)
+    (ours,) = call.convolution.sums(call.to_canonical(jnp.asarray(xq, jnp.int8)), flat, 1)
     assert ours.dtype == jnp.int32
-    np.testing.assert_array_equal(call.leave(ours, x.shape), sums)
+    np.testing.assert_array_equal(call.from_canonical(ours, x.shape), sums)
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -122,7 +124,7 @@ def test_gradients_are_those_of_the_dequantised_convolution(name):
     call, x, w = case(name)
 
     def ours(x, w):
-        return call.leave(ternary_conv(call.enter(x), w, call.convolution), x.shape)
+        return call.from_canonical(ternary_conv(call.to_canonical(x), w, call.convolution), x.shape)
 
     y, pull = jax.vjp(ours, x, w)
     g = jax.random.normal(jax.random.key(3), y.shape)
@@ -155,7 +157,7 @@ def test_groups_along_the_contraction(group):
 @pytest.mark.parametrize("name", ["same", "strided", "groups", "circular"])
 def test_packed_gives_the_bits_of_training(name, config):
     call, x, w = case(name)
-    x = call.enter(x)
+    x = call.to_canonical(x)
     packed = bj.pack(w, config, contracting_axes=(0, 1, 2))
 
     def train(x, w):

@@ -19,10 +19,10 @@ from io_files import KERNELS, assert_same, gaussian, pack, round_trip
 
 import bitnet_jax as bj
 import bitnet_jax.io
-from bitnet_jax.io import _parts
+from bitnet_jax.io import _tensors
 
 FormatError = bitnet_jax.io.FormatError
-DTYPES = sorted(_parts.DTYPES)
+DTYPES = sorted(_tensors.DTYPES)
 
 
 # Round trips.

@@ -13,7 +13,7 @@ from io_files import GROUPS, assert_same, canonical, digest, gaussian, join, pac
 
 import bitnet_jax as bj
 import bitnet_jax.io
-from bitnet_jax.io import _container
+from bitnet_jax.io import _safetensors
 
 FormatError = bitnet_jax.io.FormatError
 
@@ -129,7 +129,7 @@ def test_huge_and_short_headers_are_refused(small, monkeypatch):
     refused(path, join(b"[" * 100_000, b""), "no JSON")
     refused(path, join(b'{"a":' + b"9" * 5000 + b"}", b""), "no JSON|must have a dtype")
     refused(path, join({}, b""), "was not written by bj.io.save")
-    monkeypatch.setattr(_container, "MAX_HEADER", 100)
+    monkeypatch.setattr(_safetensors, "MAX_HEADER", 100)
     refused(path, content, "header of .* bytes; the most is 100")
 
 
@@ -206,7 +206,7 @@ def test_every_relabelled_dtype_is_refused(each):
     path, content = each
     header, data = split(content)
     for name in header.keys() - {"__metadata__"}:
-        for tag in _container.TAGS.values():
+        for tag in _safetensors.TAGS.values():
             if tag != header[name]["dtype"]:
                 refused(path, join(header | {name: header[name] | {"dtype": tag}}, data))
 

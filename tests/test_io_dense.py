@@ -12,8 +12,8 @@ from io_files import assert_same, join, pack, signed, split
 
 import bitnet_jax as bj
 import bitnet_jax.io
-from bitnet_jax import _packing
-from bitnet_jax.io import _trits
+from bitnet_jax._packed import trits
+from bitnet_jax.io import _dense
 
 FormatError = bitnet_jax.io.FormatError
 BYTES = [b for b in range(256) if all(b >> i & 3 != 3 for i in (0, 2, 4, 6))]
@@ -41,11 +41,11 @@ def valid(size, seed=0):
 @pytest.mark.parametrize("size", [0, 1, 4, 5, 6, 10, 99, 5 * BLOCK - 1, 5 * BLOCK, 5 * BLOCK + 7])
 def test_the_layout_is_the_one_that_is_drawn(size):
     packed = valid(size)
-    stored = _trits.encode(packed)
+    stored = _dense.encode(packed)
     assert stored.tolist() == encoded(packed)
-    assert stored.size == _packing.dense_length(size)
+    assert stored.size == trits.dense_length(size)
     out = np.full(size, 0xFF, np.uint8)
-    assert _trits.decode(stored, out) == 0
+    assert _dense.decode(stored, out) == 0
     np.testing.assert_array_equal(out, packed)
 
 
@@ -53,7 +53,7 @@ def test_the_layout_is_the_one_that_is_drawn(size):
 def test_any_bytes_come_back(size, seed):
     packed = valid(size, seed)
     out = np.empty(size, np.uint8)
-    assert _trits.decode(_trits.encode(packed), out) == 0
+    assert _dense.decode(_dense.encode(packed), out) == 0
     np.testing.assert_array_equal(out, packed)
 
 
@@ -61,23 +61,23 @@ def test_every_stored_byte_is_five_codes_or_refused():
     seen = set()
     for byte in range(256):
         stored, out = np.array([byte, 121, 121, 121], np.uint8), np.empty(5, np.uint8)
-        wrong = _trits.decode(stored, out)
+        wrong = _dense.decode(stored, out)
         assert wrong == (byte > 242)
         if not wrong:
             seen.add(out.tobytes())
-            np.testing.assert_array_equal(_trits.encode(out), stored)
+            np.testing.assert_array_equal(_dense.encode(out), stored)
     assert len(seen) == 243
 
 
 def test_no_two_stored_chunks_are_one():
     """Whatever decodes is what would be encoded: of every byte in every place, at every length."""
     for size in range(1, 11):
-        stored = _trits.encode(valid(size))
+        stored = _dense.encode(valid(size))
         for at, byte in itertools.product(range(stored.size), range(256)):
             changed, out = stored.copy(), np.empty(size, np.uint8)
             changed[at] = byte
-            if _trits.decode(changed, out) == 0:
-                np.testing.assert_array_equal(_trits.encode(out), changed)
+            if _dense.decode(changed, out) == 0:
+                np.testing.assert_array_equal(_dense.encode(out), changed)
 
 
 def damaged(path, name, at, value):

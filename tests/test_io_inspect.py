@@ -14,7 +14,7 @@ from test_io_damage import contents, with_leaves
 import bitnet_jax as bj
 import bitnet_jax.io
 from bitnet_jax.__main__ import main
-from bitnet_jax.io import _stream
+from bitnet_jax.io import _chunks
 
 
 def model():
@@ -62,8 +62,8 @@ def test_inspect_prints_what_is_there(path, capsys, dense):
 
 def test_inspect_reads_the_header_alone(path, monkeypatch, capsys):
     bitnet_jax.io.save(path, model())
-    monkeypatch.setattr(_stream, "read", None)
-    monkeypatch.setattr(_stream.Source, "read", None)
+    monkeypatch.setattr(_chunks, "read", None)
+    monkeypatch.setattr(_chunks.Source, "read", None)
     assert main(["inspect", path]) == 0
     assert "not read" in capsys.readouterr().out
 

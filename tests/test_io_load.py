@@ -12,7 +12,7 @@ from io_files import assert_same, canonical, gaussian, join, pack, signed, split
 
 import bitnet_jax as bj
 import bitnet_jax.io
-from bitnet_jax.io import _container, _stream
+from bitnet_jax.io import _chunks, _safetensors
 
 
 def run(code, *arguments, devices=1):
@@ -56,7 +56,7 @@ def test_tensors_of_many_chunks_come_back(path, dense, mmap):
     assert_same(bitnet_jax.io.load(path, mmap=mmap), tree)
     with open(path, "rb") as file:
         header, data = split(file.read())
-    assert len(data) > 4 * _container.CHUNK
+    assert len(data) > 4 * _safetensors.CHUNK
     # The digest is the one that the head of the module draws, for version 1 too.
     assert split(signed(header, data))[0] == header
     header["__metadata__"]["version"] = "1"
@@ -72,7 +72,7 @@ def test_damage_in_any_chunk_is_found(path, mmap):
         header, _ = split(file.read())
     size = os.path.getsize(path)
     data = max(e["data_offsets"][1] for name, e in header.items() if name != "__metadata__")
-    for at in range(size - 1, size - data, -(_container.CHUNK // 2)):
+    for at in range(size - 1, size - data, -(_safetensors.CHUNK // 2)):
         with open(path, "r+b") as file:
             file.seek(at)
             byte = file.read(1)[0]
@@ -123,7 +123,7 @@ def test_reading_without_preadv(path, monkeypatch):
 
 def test_a_file_that_ends_while_it_is_read(path, monkeypatch):
     bitnet_jax.io.save(path, {"x": jnp.ones(100)})
-    monkeypatch.setattr(_stream.Source, "_read_at", lambda *_: 0)
+    monkeypatch.setattr(_chunks.Source, "_read_at", lambda *_: 0)
     with pytest.raises(bitnet_jax.io.FormatError, match="it ended inside 'x' while it was read"):
         bitnet_jax.io.load(path)
 
@@ -173,7 +173,7 @@ def test_memory_beside_the_tree_is_one_tensor(path, devices):
     """One of 12 tensors of 16 MiB, and the chunks that are on their way, a MiB each."""
     calls = ("save", "load", "sharded load", "save dense", "load dense", "sharded load dense")
     extra = {call: float(run(MEMORY, path, call, devices=devices)) for call in calls}
-    assert all(mib < 16 + 6 + 1.5 * _stream._AHEAD for mib in extra.values()), extra
+    assert all(mib < 16 + 6 + 1.5 * _chunks._AHEAD for mib in extra.values()), extra
     assert extra["load"] < 6  # what was read is the array
 
 
@@ -200,8 +200,8 @@ def test_a_mapped_file_is_the_memory_of_the_arrays(path):
 
 def test_what_was_read_is_the_memory_of_the_arrays(path, monkeypatch):
     bitnet_jax.io.save(path, {"k": pack((256, 64))})
-    seen, real = [], _stream._destination
-    monkeypatch.setattr(_stream, "_destination", lambda *a: seen.append(real(*a)) or seen[-1])
+    seen, real = [], _chunks._destination
+    monkeypatch.setattr(_chunks, "_destination", lambda *a: seen.append(real(*a)) or seen[-1])
     codes = bitnet_jax.io.load(path)["k"].codes
     assert address(codes) in {raw.ctypes.data for raw in seen}
 

@@ -13,7 +13,7 @@ import pytest
 from io_files import assert_same, pack, round_trip
 
 import bitnet_jax.io
-from bitnet_jax.io import _container
+from bitnet_jax.io import _safetensors
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "write"])
@@ -27,7 +27,7 @@ def test_a_failed_save_leaves_the_old_file(path, tmp_path, monkeypatch, call):
 
     with monkeypatch.context() as patch:
         if call == "write":
-            patch.setattr(_container, "encode", lambda *_: 3)
+            patch.setattr(_safetensors, "encode", lambda *_: 3)
         else:
             patch.setattr(os, call, full)
         with pytest.raises((OSError, TypeError)):

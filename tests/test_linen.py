@@ -128,7 +128,9 @@ def test_norm_is_rms_norm_before_quantising():
     np.testing.assert_allclose(layer.apply({"params": params}, x), plain, rtol=1e-5, atol=1e-5)
 
     def loss(x, norm):
-        return (nn_norm(x) if norm is None else bj._ste.rms_normalize(x)).dot(inputs(K, seed=3))
+        return (nn_norm(x) if norm is None else bj._quantize.straight_through.rms_normalize(x)).dot(
+            inputs(K, seed=3)
+        )
 
     def nn_norm(x):
         return x / jnp.sqrt(jnp.mean(x * x) + 1e-5)

@@ -40,7 +40,7 @@ def nudged(adapters, size=0.05):
 
 
 def canonical(packed, array):
-    return np.asarray(bj._axes.canonical(array, packed.axes), np.float64)
+    return np.asarray(bj._quantize.kernel_axes.to_canonical(array, packed.axes), np.float64)
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -52,7 +52,7 @@ def test_the_layer_adds_the_low_rank_product(name):
     update = 2.0 * np.einsum(
         "...kr,...rn->...kn", *(np.asarray(pair[n], np.float64) for n in ("a", "b"))
     )
-    update = bj._axes.restore(update, kernel.axes, contraction, outputs)
+    update = bj._quantize.kernel_axes.from_canonical(update, kernel.axes, contraction, outputs)
     plain = model.apply({"params": packed}, x)
     y = model.apply({"params": bj.lora.attach(packed, adapters)}, x)
     # The update as a float layer of the same kind.

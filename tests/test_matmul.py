@@ -128,7 +128,9 @@ def test_output_dtypes():
 def first_that_can(packed, preparing=False):
     rows = IMPLEMENTATIONS.items()
     return next(
-        n for n, row in rows if row.cannot(packed) is None and row.picked(packed, preparing)
+        n
+        for n, row in rows
+        if row.unsupported_reason(packed) is None and row.preferred(packed, preparing)
     )
 
 

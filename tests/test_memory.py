@@ -275,7 +275,7 @@ def table(page):
     }
     lines = ["| on each device | 7B on 8 | 7B on 64 | 70B on 8 | 70B on 64 |", "|---|" + "---|" * 4]
     for name, cells in rows.items():
-        lines.append(f"| {name} | {' | '.join(map(bj._report.size_text, cells))} |")
+        lines.append(f"| {name} | {' | '.join(map(bj._display.size_text, cells))} |")
     return "\n".join(lines)
 
 

@@ -16,8 +16,8 @@ from flax import traverse_util
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
-from bitnet_jax import _layers
-from bitnet_jax.linen import _forward
+from bitnet_jax._layers import forward as _layers
+from bitnet_jax.linen import _in_scope
 
 
 class Block(nn.Module):
@@ -95,7 +95,7 @@ def leaf_at(tree, path):
 
 def catching(monkeypatch):
     """Makes every layer call sow its input and output; returns its static arguments by path."""
-    run, forward, static = _layers.run, _forward.forward, {}
+    run, forward, static = _layers.run_layer, _in_scope.forward, {}
 
     def run_and_note(who, where, config, call, x, kernel, bias, **how):
         static[where] = (who, config, call, how)
@@ -106,8 +106,8 @@ def catching(monkeypatch):
         module.sow("caught", "kernel", (inputs, y))
         return y
 
-    monkeypatch.setattr(_layers, "run", run_and_note)
-    monkeypatch.setattr(_forward, "forward", forward_and_sow)
+    monkeypatch.setattr(_layers, "run_layer", run_and_note)
+    monkeypatch.setattr(_in_scope, "forward", forward_and_sow)
     return static
 
 
@@ -125,7 +125,7 @@ def test_every_layer_call_gives_the_bits_of_its_packed_kernel(name, monkeypatch)
         leaf, bias = leaf_at(packed, where), leaf_at(packed, where[: -len("kernel")] + "bias")
         for x, y in calls:
             stacked = leaf.ndim > len(call.kernel_shape)  # one slice a turn of the scan
-            one = partial(_layers.run, who, where, config, call, **how)
+            one = partial(_layers.run_layer, who, where, config, call, **how)
             for i in range(leaf.shape[0]) if stacked else [...]:
                 kernel = jax.tree.map(lambda a, i=i: a[i], leaf)
                 assert_same_bits(one(x[i], kernel, bias[i]), y[i], where)

@@ -210,7 +210,7 @@ def test_states_are_sharded_as_their_gradients():
 def test_memory_is_said_before_it_is_taken(caplog):
     params = tree(dtype=np.float32)
     for dtype in (None, jnp.bfloat16):
-        with caplog.at_level(logging.INFO, "bitnet_jax.optim._ma"):
+        with caplog.at_level(logging.INFO, "bitnet_jax.optim._grokfast_ma"):
             state = bj.optim.grokfast_ma(9, buffer_dtype=dtype).init(params)
         taken = sum(x.nbytes for x in jax.tree.leaves(state))
         assert bj.optim.grokfast_ma_bytes(params, 9, buffer_dtype=dtype) == taken

@@ -12,8 +12,8 @@ import oracles
 import pytest
 
 import bitnet_jax as bj
-from bitnet_jax import _packing
 from bitnet_jax._matmul import xla
+from bitnet_jax._packed import trits
 
 INT8 = bj.ActivationConfig()
 KERNELS = {
@@ -58,7 +58,7 @@ def assert_valid(packed, shape):
     last = packed.contracting_axes[-1]
     assert packed.codes.shape[last] == -(-packed.length // 4)
     codes = np.asarray(packed.codes)
-    assert not _packing.count_invalid(codes.reshape(-1), 0, codes.shape, last, packed.length)
+    assert not trits.count_invalid(codes.reshape(-1), 0, codes.shape, last, packed.length)
     for have, want in zip(packed.scale.shape, shape, strict=True):
         assert want % have == 0
     assert (np.asarray(packed.scale) > 0).all()

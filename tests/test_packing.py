@@ -12,11 +12,11 @@ import oracles
 import pytest
 
 import bitnet_jax as bj
-from bitnet_jax import _packing
+from bitnet_jax._packed import trits
 
 ALL_FOURS = np.array(list(itertools.product((-1, 0, 1), repeat=4)), np.int8)
-pack_trits = jax.jit(_packing.pack_trits, static_argnums=1)
-unpack_trits = jax.jit(_packing.unpack_trits, static_argnums=(1, 2))
+pack_trits = jax.jit(trits.pack_trits, static_argnums=1)
+unpack_trits = jax.jit(trits.unpack_trits, static_argnums=(1, 2))
 
 
 def trits(shape, seed=0):
@@ -45,7 +45,7 @@ def test_the_bytes_named_in_the_file():
     ):
         assert pack_trits(np.array(four, np.int8), 0).tolist() == [byte]
         assert oracles.pack_line(four) == [byte]
-    assert _packing.ZEROS == 0x55
+    assert trits.ZEROS == 0x55
 
 
 @pytest.mark.parametrize("length", range(1, 14))
@@ -53,7 +53,7 @@ def test_every_length(length):
     line = trits((length,), length)
     packed = pack_trits(line, 0)
     assert packed.tolist() == oracles.pack_line(line.tolist())
-    assert packed.shape == (_packing.packed_length(length),) == (-(-length // 4),)
+    assert packed.shape == (trits.packed_length(length),) == (-(-length // 4),)
     back = unpack_trits(packed, 0, length)
     assert back.dtype == jnp.int8
     assert back.tolist() == line.tolist() == oracles.unpack_line(packed.tolist(), length)
@@ -79,7 +79,7 @@ def test_a_cut_at_a_multiple_of_four_rows_is_a_cut_between_bytes():
 def test_fields_are_planes():
     packed = np.arange(256, dtype=np.uint8).reshape(2, 128)
     for axis in (0, 1):
-        fields = np.asarray(_packing.fields_of(packed, axis))
+        fields = np.asarray(trits.fields_of(packed, axis))
         assert fields.shape == (*packed.shape[:axis], 4, *packed.shape[axis:])
         for i in range(4):
             np.testing.assert_array_equal(fields.take(i, axis), (packed >> (2 * i)) & 3)
@@ -87,13 +87,13 @@ def test_fields_are_planes():
 
 def invalid(packed, axis, length):
     """The marks of a whole array, which its parts of any size must give too."""
-    marks = _packing.invalid(packed.reshape(-1), 0, packed.shape, axis, length)
+    marks = trits.invalid(packed.reshape(-1), 0, packed.shape, axis, length)
     for size in (1, 5, 64, packed.size):
         for start in range(0, min(packed.size, 300), size):
             part = packed.reshape(-1)[start : start + size].copy()
             about = (part, start, packed.shape, axis, length)
-            np.testing.assert_array_equal(_packing.invalid(*about), marks[start : start + size])
-            assert _packing.count_invalid(*about) == marks[start : start + size].sum()
+            np.testing.assert_array_equal(trits.invalid(*about), marks[start : start + size])
+            assert trits.count_invalid(*about) == marks[start : start + size].sum()
     return marks.reshape(packed.shape)
 
 

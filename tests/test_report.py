@@ -14,7 +14,6 @@ from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import bitnet_jax as bj
-from bitnet_jax import _report
 
 
 def normal(*shape, seed=0):
@@ -291,7 +290,7 @@ def test_a_kernel_of_zeros_is_shown():
 
 def drawn(report):
     """The three panels of a report's figure, laid out, and the canvas that measures them."""
-    figure = _report._draw(report)
+    figure = pack_report._draw(report)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return figure.axes, canvas.get_renderer()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bitnet_jax as bj
-from bitnet_jax import _select
+from bitnet_jax._tree import select as _select
 
 F32 = np.float32
 

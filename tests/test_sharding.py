@@ -641,7 +641,7 @@ def test_traffic_reads_tuples_and_asynchronous_starts():
   %e = f32[8]{0} fusion(%all-reduce.3), calls=%all-reduce(
 """
 
-    found = bj._traffic.collectives_in(Program().as_text())
+    found = bj.sharding._collectives.collectives_in(Program().as_text())
     assert [(c.kind, c.dtype, c.shape, c.nbytes) for c in found] == [
         ("all-reduce", "f32", (2, 3), 24),
         ("all-reduce", "s8", (4,), 4),

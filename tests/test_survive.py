@@ -13,7 +13,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import bitnet_jax as bj
-from bitnet_jax import _survive as survive
+from bitnet_jax.analysis import _sensitivity as survive
 
 
 def normal(*shape, seed=0):

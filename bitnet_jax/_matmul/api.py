@@ -1,6 +1,6 @@
 """``matmul`` and ``prepare``: checks, the table of implementations, the gradient.
 
-An implementation is one module and one row of the table. ``cannot`` says why it
+An implementation is one module and one row of the table. ``unsupported_reason`` says why it
 is not for a kernel. ``implementation=None`` takes the first row that can; a name
 runs that row, or raises ``NotImplementedError`` with its reason.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -17,18 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bitnet_jax import _axes, _checks, _placement
-from bitnet_jax._contract import contract_codes, dequantize_canonical, input_gradient
-from bitnet_jax._conv import Convolution
-from bitnet_jax._dot import Product
-from bitnet_jax._int8 import (
-    INT8,
-    ActivationConfig,
-    check_activations,
-    quantize_activations_as,
-)
+from bitnet_jax import _checks, _mesh
 from bitnet_jax._matmul import cpu, reference, xla
-from bitnet_jax._packed import (
+from bitnet_jax._ops.convolution import Convolution
+from bitnet_jax._ops.product import Product
+from bitnet_jax._ops.ternary_dot import contract_codes, dequantize_canonical, input_gradient
+from bitnet_jax._packed.kernel import (
     Packed,
     PackedInt8,
     PackedTernary,
@@ -40,6 +34,13 @@ from bitnet_jax._packed import (
     look_up,
     split,
 )
+from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.int8 import (
+    INT8,
+    ActivationConfig,
+    check_activations,
+    quantize_activations_as,
+)
 
 
 class Implementation(NamedTuple):
@@ -47,27 +48,29 @@ class Implementation(NamedTuple):
 
     Attributes:
       contract: (x, packed, activations, dtype) -> the product, from float to float.
-      cannot: packed -> the reason why not, or None.
+      unsupported_reason: packed -> the reason why not, or None.
       prepare: stored -> the layout it runs best from; None: the stored one.
       codes_of: prepared -> canonical int8 codes, for the gradient.
       rows_of: (prepared, index) -> int8 codes of rows of an embedding.
-      picked: (packed, preparing) -> whether it may be taken here without being named.
+      preferred: (packed, preparing) -> whether it may be taken here without being named.
     """
 
     contract: Callable[..., jax.Array]
-    cannot: Callable[[Packed], str | None]
+    unsupported_reason: Callable[[Packed], str | None]
     prepare: Callable[[Any], Prepared] | None = None
     codes_of: Callable[[Any], jax.Array] | None = None
     rows_of: Callable[[Any, jax.Array], jax.Array] | None = None
-    picked: Callable[[Packed, bool], bool] = lambda *_: True
+    preferred: Callable[[Packed, bool], bool] = lambda *_: True
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "cpu": Implementation(
-        cpu.contract, cpu.cannot, cpu.prepare, cpu.codes_of, cpu.rows_of, cpu.picked
+        cpu.contract, cpu.unsupported_reason, cpu.prepare, cpu.codes_of, cpu.rows_of, cpu.preferred
     ),
-    "xla": Implementation(xla.contract, xla.cannot, xla.prepare, xla.codes_of, picked=xla.picked),
-    "reference": Implementation(reference.contract, reference.cannot),
+    "xla": Implementation(
+        xla.contract, xla.unsupported_reason, xla.prepare, xla.codes_of, preferred=xla.preferred
+    ),
+    "reference": Implementation(reference.contract, reference.unsupported_reason),
 }
 
 
@@ -116,9 +119,9 @@ def matmul(
     """
     who = "matmul"
     _operands(who, x, packed, activations)
-    _checks.implementation_known(who, implementation, IMPLEMENTATIONS)
+    _require_known_implementation(who, implementation, IMPLEMENTATIONS)
     batch, contraction, outputs = split(packed)
-    _checks.contraction(who, x.shape, contraction, batch)
+    _checks.require_contraction(who, x.shape, contraction, batch)
     dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
     lead = x.shape[: x.ndim - len(contraction)]
 
@@ -146,7 +149,7 @@ def convolve(
 ) -> Float[Array, "b *space n"]:
     """A convolution with a packed kernel, unpacked to int8 where it is used.
 
-    The bits of :func:`bitnet_jax._contract.ternary_conv`; differentiable in x.
+    The bits of :func:`bitnet_jax._ops.ternary_dot.ternary_conv`; differentiable in x.
     """
     _operands("convolve", x, packed, activations)
     dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
@@ -163,10 +166,10 @@ def convolve(
 def _on_mesh(run: Callable[..., jax.Array], x: jax.Array, packed: Packed) -> jax.Array:
     """``run(x, packed)``; on Explicit axes the result lies as x's rows and the outputs do."""
     outputs = split(packed)[2]
-    placed: _placement.Spec = (None,) * len(outputs)
+    placed: _mesh.Spec = (None,) * len(outputs)
     if is_stored(packed):  # a prepared kernel is whole wherever it is
-        placed = packed.axes.split(_placement.spec_of(packed.codes))[2]
-    return _placement.in_auto_rows(run, x, packed, outputs=placed)
+        placed = packed.axes.split(_mesh.spec_of(packed.codes))[2]
+    return _mesh.in_auto_rows(run, x, packed, outputs=placed)
 
 
 def embedding_rows(packed: PackedInt8 | PreparedInt8, index: Int[Array, "..."]) -> jax.Array:
@@ -175,15 +178,15 @@ def embedding_rows(packed: PackedInt8 | PreparedInt8, index: Int[Array, "..."]) 
         return packed.rows(index)
     rows_of = IMPLEMENTATIONS[packed.implementation].rows_of
     assert rows_of is not None  # whoever prepares an embedding can look it up
-    _checks.embedding("PreparedInt8", index, packed.shape)
+    _checks.require_embedding_lookup("PreparedInt8", index, packed.shape)
     codes_of = functools.partial(rows_of, packed)
     return look_up(codes_of, packed.scale[0][:, None], index, packed.dtype)
 
 
 def _operands(who: str, x: Any, packed: Any, activations: Any) -> None:
-    _checks.float_array(who, "x", x)
+    _checks.require_float_array(who, "x", x)
     kinds = (PackedTernary, PackedInt8, PreparedTernary, PreparedInt8)
-    _checks.instance(who, "packed", packed, kinds, "Make one with bj.pack(w).")
+    _checks.require_instance(who, "packed", packed, kinds, "Make one with bj.pack(w).")
     check_activations(who, activations)
 
 
@@ -219,10 +222,10 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
       >>> bj.prepare(packed, implementation="xla")
       {'kernel': PreparedTernary(shape=(64, 16), for 'xla')}
     """
-    _checks.implementation_known("prepare", implementation, IMPLEMENTATIONS)
+    _require_known_implementation("prepare", implementation, IMPLEMENTATIONS)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
     if not any(is_packed(leaf) for _, leaf in leaves):
-        _checks.nothing_packed("prepare")
+        _checks.raise_nothing_packed("prepare")
     done = [_prepare_leaf(path, leaf, implementation) for path, leaf in leaves]
     return jax.tree.unflatten(treedef, done)
 
@@ -230,12 +233,12 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
 def _prepare_leaf(path, leaf: Any, implementation: str | None) -> Any:
     if isinstance(leaf, Prepared):
         where = jax.tree_util.keystr(path) or "`tree`"
-        _checks.stored_layout("prepare", where, leaf.implementation)
+        _checks.raise_prepared("prepare", where, leaf.implementation)
     if not is_stored(leaf):
         return leaf
-    if _placement.is_cut(leaf.codes):
+    if _mesh.is_sharded(leaf.codes):
         where = jax.tree_util.keystr(path) or "`tree`"
-        _checks.whole_kernel("prepare", where, implementation)
+        _require_unsharded("prepare", where, implementation)
         return leaf
     make = IMPLEMENTATIONS[_choose(leaf, implementation, preparing=True)].prepare
     return leaf if make is None else make(leaf)
@@ -243,13 +246,15 @@ def _prepare_leaf(path, leaf: Any, implementation: str | None) -> Any:
 
 def _choose(packed: Packed, implementation: str | None, preparing: bool = False) -> str:
     if isinstance(packed, Prepared):
-        _checks.implementation_agrees("matmul", implementation, packed.implementation)
+        _require_same_implementation("matmul", implementation, packed.implementation)
         return packed.implementation
     if implementation is not None:
         return implementation
     rows = IMPLEMENTATIONS.items()
     return next(
-        name for name, row in rows if row.cannot(packed) is None and row.picked(packed, preparing)
+        name
+        for name, row in rows
+        if row.unsupported_reason(packed) is None and row.preferred(packed, preparing)
     )
 
 
@@ -305,7 +310,7 @@ def _input_gradient(operator, residuals, g):
 
 def _canonical_codes(packed: Packed) -> jax.Array:
     if not isinstance(packed, Prepared):
-        return _axes.canonical(packed.int8_codes(), packed.axes)
+        return kernel_axes.to_canonical(packed.int8_codes(), packed.axes)
     codes_of = IMPLEMENTATIONS[packed.implementation].codes_of
     assert codes_of is not None  # whoever prepares can undo it
     return codes_of(packed)
@@ -318,3 +323,27 @@ def _canonical_scale(packed: Packed) -> jax.Array:
 def _float_kernel(packed: Packed) -> jax.Array:
     scale = jax.lax.stop_gradient(_canonical_scale(packed))
     return dequantize_canonical(_canonical_codes(packed), scale)
+
+
+def _require_known_implementation(who: str, name: Any, table: Iterable[str]) -> None:
+    """Refuses an implementation that no one has written."""
+    _checks.require_one_of(who, "implementation", name, (None, *table))
+
+
+def _require_same_implementation(who: str, asked: str | None, prepared: str) -> None:
+    """Refuses to run a prepared kernel by another implementation than its own."""
+    if asked is not None and asked != prepared:
+        raise ValueError(
+            f"{who}: this kernel was prepared for implementation {prepared!r}, and "
+            f"{asked!r} was asked for. Keep the stored tree and prepare() it for {asked!r}."
+        )
+
+
+def _require_unsharded(who: str, where: str, implementation: str | None) -> None:
+    """Refuses to lay out, by name, a kernel that lies in shards."""
+    if implementation is not None:
+        raise NotImplementedError(
+            f"{who}: {where} lies in shards, and a layout has no axis to be sharded along. Call "
+            f"{who} inside jax.shard_map, on each shard, or leave the kernel stored "
+            "(implementation=None): bj.matmul runs each shard from there."
+        )

@@ -3,7 +3,7 @@
 Two custom calls. One makes int8 codes and gamma of each token; layers that share an
 input share it, since XLA merges equal calls in a jit. The other multiplies them by a
 prepared kernel and applies the epilogue. ``native/layout.h`` has the layout. The int32
-sums are exact and the float arithmetic is that of ``_int8`` and ``_dot`` in the same
+sums are exact and the float arithmetic is that of ``int8`` and ``product`` in the same
 order, so the bits are theirs at every instruction set, thread count and batch. Threads
 are XLA's own.
 
@@ -22,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int8, Int32, UInt8
 
-from bitnet_jax import _axes, _packing
-from bitnet_jax._dot import finish
-from bitnet_jax._int8 import ActivationConfig, codes_at, gamma_of
 from bitnet_jax._matmul import native, shards
-from bitnet_jax._packed import (
+from bitnet_jax._ops.product import group_epilogue
+from bitnet_jax._packed import trits
+from bitnet_jax._packed.kernel import (
     Packed,
     PackedInt8,
     Prepared,
@@ -36,14 +35,17 @@ from bitnet_jax._packed import (
     lay_out,
     split,
 )
+from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.int8 import ActivationConfig, codes_at, gamma_of
 
 # Of native/layout.h: outputs of a panel, bytes and rows, panels side by side, padding of x.
 _OUTPUTS, _ROW, _BLOCK, _BESIDE, _PADDING = 16, 64, 16, 4, 64
+
 # What the custom calls take and give; other floats pass through float32.
 _FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
-def cannot(packed: Packed) -> str | None:
+def unsupported_reason(packed: Packed) -> str | None:
     """Why this implementation cannot run a kernel; None if it can."""
     int8 = isinstance(packed, (PackedInt8, PreparedInt8))
     remedy = f"Use implementation={'reference' if int8 else 'xla'!r}."
@@ -58,7 +60,7 @@ def cannot(packed: Packed) -> str | None:
     return None
 
 
-def picked(packed: Packed, preparing: bool) -> bool:
+def preferred(packed: Packed, preparing: bool) -> bool:
     """Whether it is the fastest for a kernel.
 
     Not where the portable path is all there is: it is there for its bits. And not from
@@ -77,7 +79,7 @@ def _is_table(packed: PackedInt8) -> bool:
 
 def prepare(packed: Stored) -> Prepared:
     """Lays codes out in panels of outputs."""
-    reason = cannot(packed)
+    reason = unsupported_reason(packed)
     if reason is not None:
         raise NotImplementedError(f"prepare: {reason}")
     spec = _spec_of(packed, None, _FLOATS[0])
@@ -88,7 +90,9 @@ def _stored_codes(packed: Stored) -> UInt8[Array, "*b r n"] | Int8[Array, "*b k 
     """Canonical bytes or int8 codes; a table is read as it lies, (outputs, contraction)."""
     if not isinstance(packed, PackedInt8):
         return canonical_bytes(packed)
-    return packed.codes if _is_table(packed) else _axes.canonical(packed.codes, packed.axes)
+    return (
+        packed.codes if _is_table(packed) else kernel_axes.to_canonical(packed.codes, packed.axes)
+    )
 
 
 def _lay_out(spec: _Spec, stored: jax.Array) -> UInt8[Array, "*b bytes"]:
@@ -116,7 +120,7 @@ def contract(
     Raises:
       NotImplementedError: no library.
     """
-    reason = cannot(packed)
+    reason = unsupported_reason(packed)
     if reason is not None:
         raise NotImplementedError(f"matmul: {reason}")
     batch, _, outputs = split(packed)
@@ -212,9 +216,11 @@ def _product(spec: _Spec) -> Callable[..., jax.Array]:
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * k, k, axis=-1)
         part = spec._replace(depth=k, last=k)
         y = _sums(part, codes_at(x, gamma, activations), panels_of(part, codes), n)
-        return finish(jax.lax.psum(y, axes), gamma, scale, activations.qmax).astype(spec.dtype)
+        return group_epilogue(jax.lax.psum(y, axes), gamma, scale, activations.qmax).astype(
+            spec.dtype
+        )
 
-    cut = 1 if spec.int8 else _packing.PER_BYTE
+    cut = 1 if spec.int8 else trits.PER_BYTE
     plain = not spec.prepared and spec.groups == 1 and spec.last == spec.depth
     body = shards.Body(
         whole,
@@ -293,7 +299,7 @@ def _unpacked(rows: UInt8[Array, "*g r p 64"]) -> UInt8[Array, "*g r4 p 64"]:
     *lead, count, panels, _ = rows.shape
     block = min(count, _BLOCK) or 1
     blocks = rows.reshape(*lead, count // block, block, panels, _ROW)
-    return _packing.fields_of(blocks, axis=-3).reshape(*lead, 4 * count, panels, _ROW)
+    return trits.fields_of(blocks, axis=-3).reshape(*lead, 4 * count, panels, _ROW)
 
 
 def _in_order(rows: UInt8[Array, "*g r p 64"]) -> UInt8[Array, "*g k n"]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float
 
-from bitnet_jax import _axes
-from bitnet_jax._contract import contract_codes
-from bitnet_jax._dot import Product
-from bitnet_jax._int8 import ActivationConfig, quantize_activations_as
-from bitnet_jax._packed import Packed, Prepared, Stored
+from bitnet_jax._ops.product import Product
+from bitnet_jax._ops.ternary_dot import contract_codes
+from bitnet_jax._packed.kernel import Packed, Prepared, Stored
+from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.int8 import ActivationConfig, quantize_activations_as
 
 
 def contract(
@@ -25,12 +25,12 @@ def contract(
 ) -> Float[Array, "*b *m n"]:
     """Int8 codes of x times the unpacked codes, then the epilogue."""
     x_codes, gamma = quantize_activations_as("matmul", x, activations)
-    codes = _axes.canonical(packed.int8_codes(), packed.axes)
+    codes = kernel_axes.to_canonical(packed.int8_codes(), packed.axes)
     scale = packed.canonical_scale()
     return contract_codes(Product(), x_codes, gamma, codes, scale, activations.qmax).astype(dtype)
 
 
-def cannot(packed: Packed) -> str | None:
+def unsupported_reason(packed: Packed) -> str | None:
     """Runs every stored kernel."""
     if isinstance(packed, Prepared):
         return "implementation 'reference' reads the stored layout only."

@@ -23,7 +23,7 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bitnet_jax._placement import Entry, Spec, names, padded
+from bitnet_jax._mesh import Entry, Spec, names, padded
 
 
 class Body(NamedTuple):

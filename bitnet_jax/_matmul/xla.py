@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
-from bitnet_jax import _dot, _packing
-from bitnet_jax._int8 import ActivationConfig, quantize_activations_as
-from bitnet_jax._packed import (
+from bitnet_jax._ops.product import group_epilogue, int32_dot, merge_rows, rows_padded
+from bitnet_jax._packed import trits
+from bitnet_jax._packed.kernel import (
     Packed,
     PackedInt8,
     PackedTernary,
@@ -32,13 +32,14 @@ from bitnet_jax._packed import (
     canonical_bytes,
     lay_out,
 )
+from bitnet_jax._quantize.int8 import ActivationConfig, quantize_activations_as
 
 _COLUMNS = 512
 
 
 def prepare(packed: PackedTernary) -> Prepared:
     """Cuts the kernel into blocks of output columns."""
-    reason = cannot(packed)
+    reason = unsupported_reason(packed)
     if reason is not None:
         raise NotImplementedError(f"prepare: {reason}")
     rows = canonical_bytes(packed)
@@ -46,7 +47,7 @@ def prepare(packed: PackedTernary) -> Prepared:
     columns = min(_COLUMNS, n)
     blocks = -(-n // columns)
     short = [(0, 0)] * (rows.ndim - 1) + [(0, blocks * columns - n)]
-    rows = jnp.pad(rows, short, constant_values=_packing.ZEROS)
+    rows = jnp.pad(rows, short, constant_values=trits.ZEROS)
     rows = rows.reshape(*rows.shape[:-1], blocks, columns)
     return lay_out(packed, jnp.swapaxes(rows, -2, -3), "xla")
 
@@ -62,7 +63,7 @@ def contract(
     Raises:
       NotImplementedError: groups that do not start on a byte.
     """
-    reason = cannot(packed)
+    reason = unsupported_reason(packed)
     if reason is not None:
         raise NotImplementedError(f"matmul: {reason}")
     if isinstance(packed, PackedTernary):
@@ -75,15 +76,15 @@ def contract(
     x_codes, gamma = quantize_activations_as("matmul", x, activations)
     rows = _byte_rows(x_codes, contraction, scale.shape[-2])
     sums = _sums(rows, codes)[..., : math.prod(outputs)]
-    return _dot.finish(sums, gamma, scale, activations.qmax).astype(dtype)
+    return group_epilogue(sums, gamma, scale, activations.qmax).astype(dtype)
 
 
-def picked(packed: Packed, preparing: bool) -> bool:
+def preferred(packed: Packed, preparing: bool) -> bool:
     """Whether it is the fastest for a kernel: not for a stored one, of which it makes one block."""
     return preparing or isinstance(packed, Prepared)
 
 
-def cannot(packed: Packed) -> str | None:
+def unsupported_reason(packed: Packed) -> str | None:
     """Why this implementation cannot run a kernel; None if it can."""
     if isinstance(packed, PackedInt8):
         return "implementation 'xla' unpacks two-bit codes. Use implementation='reference'."
@@ -91,12 +92,12 @@ def cannot(packed: Packed) -> str | None:
     if isinstance(packed, Prepared) or not isinstance(group, int):
         return None
     _, contraction, _ = packed.axes.split(packed.shape)
-    on_bytes = group % _packing.PER_BYTE == 0 and contraction[-1] % _packing.PER_BYTE == 0
+    on_bytes = group % trits.PER_BYTE == 0 and contraction[-1] % trits.PER_BYTE == 0
     if on_bytes or group == math.prod(contraction):
         return None
     return (
         f"implementation 'xla' needs groups, and a last contracting axis, of a multiple of "
-        f"{_packing.PER_BYTE}; got groups of {group} along {contraction}. Use "
+        f"{trits.PER_BYTE}; got groups of {group} along {contraction}. Use "
         "implementation='reference'."
     )
 
@@ -106,20 +107,20 @@ def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
     rows = jnp.swapaxes(prepared.codes, -2, -3)
     rows = rows.reshape(*rows.shape[:-2], -1)[..., : math.prod(prepared.outputs)]
     batch, last = rows.shape[:-2], prepared.contraction[-1]
-    rows = rows.reshape(*batch, -1, _packing.packed_length(last), rows.shape[-1])
-    codes = _packing.unpack_trits(rows, -2, last)
+    rows = rows.reshape(*batch, -1, trits.packed_length(last), rows.shape[-1])
+    codes = trits.unpack_trits(rows, -2, last)
     return codes.reshape(*batch, -1, rows.shape[-1])
 
 
 def _byte_rows(x: jax.Array, contraction: tuple[int, ...], groups: int) -> jax.Array:
     """x as (*b, *m, groups, byte rows, 4), padded with zeros where the bytes are."""
     lead, (*outer, last) = x.shape[:-1], contraction
-    bytes_each = _packing.packed_length(last)
+    bytes_each = trits.packed_length(last)
     x = x.reshape(*lead, math.prod(outer), last)
-    short = bytes_each * _packing.PER_BYTE - last
+    short = bytes_each * trits.PER_BYTE - last
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
     rows = math.prod(outer) * bytes_each // groups
-    return x.reshape(*lead, groups, rows, _packing.PER_BYTE)
+    return x.reshape(*lead, groups, rows, trits.PER_BYTE)
 
 
 def _sums(
@@ -132,24 +133,24 @@ def _sums(
     return jnp.moveaxis(sums, 1, 0).reshape(groups, *lead, sums.shape[-1])
 
 
-@_dot.merge_rows
+@merge_rows
 def _row_sums(
     rows: Int8[Array, "m g r 4"], codes: UInt8[Array, "blocks gr c"]
 ) -> Int32[Array, "m g n"]:
-    return _dot.rows_padded(lambda rows: _blocked(rows, codes), rows)
+    return rows_padded(lambda rows: _blocked(rows, codes), rows)
 
 
 def _blocked(rows: jax.Array, codes: jax.Array) -> jax.Array:
     m, groups, r, _ = rows.shape
     columns = codes.shape[-1]
-    planes = rows.transpose(1, 0, 3, 2).reshape(groups, m, r * _packing.PER_BYTE)
+    planes = rows.transpose(1, 0, 3, 2).reshape(groups, m, r * trits.PER_BYTE)
 
     def block_sums(block: jax.Array) -> jax.Array:
-        fields = _packing.fields_of(block.reshape(groups, r, columns), axis=-2)
-        w = fields.astype(jnp.int8).reshape(groups, r * _packing.PER_BYTE, columns)
+        fields = trits.fields_of(block.reshape(groups, r, columns), axis=-2)
+        w = fields.astype(jnp.int8).reshape(groups, r * trits.PER_BYTE, columns)
         if groups == 1:  # a batch axis of 1 keeps XLA from its fastest product
-            return _dot.int32_dot(planes[0], w[0])[None]
-        return jax.vmap(_dot.int32_dot)(planes, w)
+            return int32_dot(planes[0], w[0])[None]
+        return jax.vmap(int32_dot)(planes, w)
 
     sums = lax.map(block_sums, codes)  # (blocks, groups, m, columns)
     sums = sums.transpose(2, 1, 0, 3).reshape(m, groups, codes.shape[0] * columns)

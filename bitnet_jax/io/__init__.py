@@ -13,7 +13,7 @@ one safetensors file that is refused when one bit of it has changed.
 """
 
 from bitnet_jax.io._checkpoint import abstract, check, describe
-from bitnet_jax.io._container import FormatError
-from bitnet_jax.io._format import load, save
+from bitnet_jax.io._file import load, save
+from bitnet_jax.io._safetensors import FormatError
 
 __all__ = ["FormatError", "abstract", "check", "describe", "load", "save"]

@@ -28,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec, Sharding
 
-from bitnet_jax import _boxes, _checks
-from bitnet_jax.io import _described, _format, _leaves, _parts, _placing, _stream
-from bitnet_jax.io._container import FormatError
-from bitnet_jax.io._described import Found
-from bitnet_jax.io._parts import Part
+from bitnet_jax import _checks
+from bitnet_jax._tree.leaves import rebox
+from bitnet_jax.io import _chunks, _description, _file, _manifest, _shardings, _tensors
+from bitnet_jax.io._description import Found
+from bitnet_jax.io._safetensors import FormatError
+from bitnet_jax.io._tensors import Part
 
 
 def describe(tree: Any, *, digest: bool = True) -> dict[str, Any]:
@@ -75,22 +76,22 @@ def describe(tree: Any, *, digest: bool = True) -> dict[str, Any]:
       >>> bj.io.check(packed, about)
       {'layer': {'kernel': PackedTernary(shape=(64, 16), scale=(1, 1), 260 bytes)}}
     """
-    found, _ = _described.flatten("describe", tree)
+    found, _ = _description.flatten("describe", tree)
     leaves = []
-    with _stream.pool() as threads:
+    with _chunks.pool() as threads:
         for one in found:
-            form = _described.form_of("describe", one)
-            _described.refuse_weak(one)
-            _refuse_fault(one, _described.form_fault(form, one.arrays))
-            leaf = _described.leaf_of(form)
-            fault, sha256 = _described.look_at("describe", one, leaf, digest, threads)
+            form = _description.form_of("describe", one)
+            _description.refuse_weak(one)
+            _refuse_fault(one, _description.form_fault(form, one.arrays))
+            leaf = _description.leaf_of(form)
+            fault, sha256 = _description.look_at("describe", one, leaf, digest, threads)
             _refuse_fault(one, fault)
             if sha256:
                 form["sha256"] = sha256
             leaves.append(leaf)
-    _checks.tree_not_empty("describe", "tree", sum(len(leaf.parts) for leaf in leaves))
-    _described.refuse_one_name(leaves)
-    return _described.sealed(_described.of_mappings(tree), [leaf.described for leaf in leaves])
+    _checks.require_leaves("describe", "tree", sum(len(leaf.parts) for leaf in leaves))
+    _description.refuse_one_name(leaves)
+    return _description.sealed(_description.of_mappings(tree), [leaf.described for leaf in leaves])
 
 
 def _refuse_fault(one: Found, fault: str | None) -> None:
@@ -136,15 +137,15 @@ def abstract(description: Any, *, like: Any = None, sharding: Any = None) -> Any
       >>> bj.io.abstract(about, like=jax.eval_shape(tx.init, params))[0].mu["kernel"].shape
       (64, 16)
     """
-    saved = _described.parse("abstract", description)
+    saved = _description.parse("abstract", description)
     if like is not None:
-        found, treedef = _described.flatten("abstract", like)
+        found, treedef = _description.flatten("abstract", like)
         boxed = []
-        for one, was in _described.pairs("abstract", found, saved):
-            _described.refuse_another("abstract", one, was)
+        for one, was in _description.pairs("abstract", found, saved):
+            _description.refuse_another("abstract", one, was)
             parts = zip(was.parts, one.arrays, strict=True)
             arrays = [_struct(part, getattr(array, "sharding", None)) for part, array in parts]
-            boxed.append(_boxes.closed(one.boxed, _leaves.value(was.described, arrays)))
+            boxed.append(rebox(one.boxed, _manifest.value(was.described, arrays)))
         return _placed(jax.tree.unflatten(treedef, boxed), sharding)
     if not description["mappings"]:
         raise ValueError(
@@ -152,8 +153,8 @@ def abstract(description: Any, *, like: Any = None, sharding: Any = None) -> Any
             "whose classes are code and not data. Pass like=, for an optimizer's state "
             "jax.eval_shape(tx.init, params)."
         )
-    with _described.reading("abstract"):
-        tree = _format.build(saved, _struct)
+    with _description.reading("abstract"):
+        tree = _file.build(saved, _struct)
     return _placed(tree, sharding)
 
 
@@ -187,25 +188,25 @@ def check(tree: Any, description: Any) -> Any:
       check: kernel has the shape (63, 16), and was saved with (64, 16). Restore it into \
 bj.io.abstract(description).
     """
-    saved = _described.parse("check", description)
-    found, _ = _described.flatten("check", tree)
-    pairs = _described.pairs("check", found, saved)
+    saved = _description.parse("check", description)
+    found, _ = _description.flatten("check", tree)
+    pairs = _description.pairs("check", found, saved)
     for one, was in pairs:  # all that needs no data first
-        _described.refuse_another("check", one, was)
-    with _stream.pool() as threads:
+        _description.refuse_another("check", one, was)
+    with _chunks.pool() as threads:
         for one, was in pairs:
             wanted = was.described.get("sha256")
-            fault, sha256 = _described.look_at("check", one, was, wanted is not None, threads)
+            fault, sha256 = _description.look_at("check", one, was, wanted is not None, threads)
             if not fault and sha256 != wanted:
                 fault = f"holds other bytes than were saved: sha256 {sha256}, and it was {wanted}"
             if fault:
-                raise FormatError(f"check: {one.where} {fault}. {_described.ANOTHER}")
+                raise FormatError(f"check: {one.where} {fault}. {_description.ANOTHER}")
     return tree
 
 
 def _struct(part: Part, sharding: Sharding | None = None) -> Any:
     """What stands for an array that is to be restored."""
-    dtype = _parts.DTYPES[part.dtype]
+    dtype = _tensors.DTYPES[part.dtype]
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         return np.broadcast_to(np.zeros((), dtype), part.shape)  # NumPy's, of no size in memory
     default = jnp.zeros(()).sharding
@@ -244,5 +245,5 @@ def _put(path: Any, struct: Any, sharding: Any) -> jax.ShapeDtypeStruct:
             f"{sharding!r:.200}. Put a mesh to a spec: jax.sharding.NamedSharding(mesh, spec)."
         )
     shape, dtype = struct.shape, np.dtype(struct.dtype)
-    _placing.check_fit("abstract", where, dtype, shape, sharding, packed=True)
+    _shardings.check_fit("abstract", where, dtype, shape, sharding, packed=True)
     return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)

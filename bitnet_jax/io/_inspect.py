@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_jax._report import size_text, table
-from bitnet_jax.io import _container, _format, _stream
-from bitnet_jax.io._leaves import Leaf
-from bitnet_jax.io._parts import name_of
-from bitnet_jax.io._stream import Source
+from bitnet_jax._display import size_text, table
+from bitnet_jax.io import _chunks, _file, _safetensors
+from bitnet_jax.io._chunks import Source
+from bitnet_jax.io._manifest import Leaf
+from bitnet_jax.io._tensors import name_of
 
 _COLUMNS = ("path", "kind", "shape", "config", "dtype", "stored as", "in file", "loaded")
+
 _WIDEST = 120
+
 _KINDS = {"packed": "ternary", "int8": "int8", "array": "array", "empty": "empty"}
 
 
@@ -29,8 +31,8 @@ def inspect(path: str) -> int:
     """Prints the report of a file, from its header alone; returns the exit code."""
 
     def report() -> str:
-        with _stream.opened("inspect", path) as source:
-            leaves = _format.declared(source.header)
+        with _chunks.unbox("inspect", path) as source:
+            leaves = _file.declared(source.header)
             rows = [_row(leaf, source) for leaf in leaves]
             return f"{table(_COLUMNS, rows)}\n\n{_totals(leaves, source)}"
 
@@ -41,11 +43,11 @@ def verify(path: str) -> int:
     """Prints whether a file is whole, having read all of it; returns the exit code."""
 
     def check() -> str:
-        with _stream.opened("verify", path) as source:
-            leaves = _format.declared(source.header)
-            _format.build(leaves, lambda part: part)  # refuses leaves that meet
-            _stream.read(source, {part.name: part for leaf in leaves for part in leaf.parts}, None)
-            digest = source.header.metadata[_container.DIGEST]
+        with _chunks.unbox("verify", path) as source:
+            leaves = _file.declared(source.header)
+            _file.build(leaves, lambda part: part)  # refuses leaves that meet
+            _chunks.read(source, {part.name: part for leaf in leaves for part in leaf.parts}, None)
+            digest = source.header.metadata[_safetensors.DIGEST]
             return (
                 f"ok {printable(path)}: {len(leaves)} leaves, "
                 f"{sum(map(_size, leaves)):,} parameters, {source.size:,} bytes, "
@@ -62,7 +64,7 @@ def _run(text: Callable[[], str]) -> int:
     except OSError as error:
         print(printable(f"{error.strerror or error}: {error.filename}"), file=sys.stderr)
         return 1
-    except _container.FormatError as error:
+    except _safetensors.FormatError as error:
         print(printable(str(error)), file=sys.stderr)
         return 1
     return 0

@@ -1,9 +1,9 @@
 """Flax linen: ternary layers, and any model made ternary without an edit."""
 
-from bitnet_jax._layers import TernaryDotGeneral
-from bitnet_jax.linen._layers import BitConv, BitDense, BitDenseGeneral, BitEinsum
-from bitnet_jax.linen._pack import explain, learn, pack
-from bitnet_jax.linen._ternarize import ternarize
+from bitnet_jax._layers.dot_general import TernaryDotGeneral
+from bitnet_jax.linen._bit_dense import BitConv, BitDense, BitDenseGeneral, BitEinsum
+from bitnet_jax.linen._interception import ternarize
+from bitnet_jax.linen._trace import explain, learn, pack
 
 __all__ = [
     "BitConv",

@@ -1,8 +1,8 @@
 """Flax NNX: ternary layers, and any model made ternary in place."""
 
-from bitnet_jax._layers import TernaryDotGeneral
-from bitnet_jax.nnx._layers import BitConv, BitEinsum, BitLinear, BitLinearGeneral, trainable
-from bitnet_jax.nnx._ternarize import learn, pack, ternarize
+from bitnet_jax._layers.dot_general import TernaryDotGeneral
+from bitnet_jax.nnx._bit_linear import BitConv, BitEinsum, BitLinear, BitLinearGeneral, trainable
+from bitnet_jax.nnx._conversion import learn, pack, ternarize
 
 __all__ = [
     "BitConv",

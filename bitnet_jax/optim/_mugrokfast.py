@@ -16,10 +16,15 @@ import jax
 import optax
 from optax import contrib
 
-from bitnet_jax import _axes, _boxes, _checks, _select, _tree
-from bitnet_jax._ternary import B158
-from bitnet_jax.optim import _leaves
-from bitnet_jax.optim._ema import grokfast_ema
+from bitnet_jax import _checks
+from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.ternary import B158
+from bitnet_jax._tree.leaves import Leaf, flatten
+from bitnet_jax._tree.params import AxesOf, named_axes
+from bitnet_jax._tree.select import Select, decide, matched
+from bitnet_jax.optim import _gradients
+from bitnet_jax.optim._gradients import require_hyperparameter, require_params
+from bitnet_jax.optim._grokfast_ema import grokfast_ema
 from bitnet_jax.optim._qk_clip import clip_by_max_logits
 
 
@@ -63,11 +68,11 @@ PHASES = {
 
 
 def mugrokfast(
-    learning_rate: _leaves.ScalarOrSchedule | None = None,
+    learning_rate: _gradients.ScalarOrSchedule | None = None,
     phase: str | None = None,
     *,
-    alpha: _leaves.ScalarOrSchedule | None = None,
-    lamb: _leaves.ScalarOrSchedule | None = None,
+    alpha: _gradients.ScalarOrSchedule | None = None,
+    lamb: _gradients.ScalarOrSchedule | None = None,
     momentum: float | jax.Array | None = None,
     nesterov: bool | None = None,
     ns_steps: int | jax.Array | None = None,
@@ -77,8 +82,8 @@ def mugrokfast(
     adam_b1: float | jax.Array = 0.9,
     adam_b2: float | jax.Array = 0.999,
     mu_dtype: Any = None,
-    select: _select.Select | None = None,
-    axes: _tree.AxesOf | None = None,
+    select: Select | None = None,
+    axes: AxesOf | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """:func:`grokfast_ema`, then ``optax.contrib.muon``: Muon for kernels, Adam for the rest.
 
@@ -140,8 +145,8 @@ def mugrokfast(
     """
     who = "mugrokfast"
     if phase is not None:
-        _checks.one_of(who, "phase", phase, tuple(PHASES))
-    _checks.rate_given(who, learning_rate, phase)
+        _checks.require_one_of(who, "phase", phase, tuple(PHASES))
+    _require_learning_rate(who, learning_rate, phase)
     preset = PHASES[phase] if phase else MuGrokfastPhase(0.0, lamb=2.0, qk_tau=0.0)
 
     def chosen(name: str, value: Any) -> Any:
@@ -150,12 +155,12 @@ def mugrokfast(
     rate: Any = chosen("learning_rate", learning_rate)
     decay = chosen("weight_decay", weight_decay)
     beta: Any = chosen("momentum", momentum)
-    _checks.hyperparameter(who, "learning_rate", rate, "Try 1e-3.")
-    _checks.hyperparameter(who, "momentum", beta, "Muon uses 0.95.", below=1.0)
-    _checks.hyperparameter(who, "weight_decay", decay, "0 is none.")
+    require_hyperparameter(who, "learning_rate", rate, "Try 1e-3.")
+    require_hyperparameter(who, "momentum", beta, "Muon uses 0.95.", below=1.0)
+    require_hyperparameter(who, "weight_decay", decay, "0 is none.")
     tau = chosen("qk_tau", qk_tau)
     if qk_tau is not None:
-        _checks.positive(who, "qk_tau", qk_tau)
+        _checks.require_positive(who, "qk_tau", qk_tau)
     slow = grokfast_ema(chosen("alpha", alpha), chosen("lamb", lamb))
     muon = contrib.muon(
         rate,
@@ -178,11 +183,11 @@ def mugrokfast(
         updates: Any, state: Any, params: Any = None, *, max_logits: Any = None, **extra: Any
     ) -> Any:
         del extra
-        _checks.params_given(who, params)
+        require_params(who, params)
         updates, state = both.update(updates, state, params)
         if max_logits is not None:
             if clip is None:
-                _checks.tau_missing(who)
+                _raise_tau_missing(who)
             else:
                 updates, _ = clip.update(updates, optax.EmptyState(), params, max_logits=max_logits)
         return updates, state
@@ -191,7 +196,7 @@ def mugrokfast(
 
 
 def muon_dimensions(
-    params: Any, *, select: _select.Select | None = None, axes: _tree.AxesOf | None = None
+    params: Any, *, select: Select | None = None, axes: AxesOf | None = None
 ) -> Any:
     """Which leaves are matrices for Muon, and of which axes; for ``optax.contrib.muon``.
 
@@ -225,21 +230,36 @@ def muon_dimensions(
 
     if not jax.tree.leaves(params):
         return jax.tree.map(lambda _: None, params, is_leaf=is_masked)
-    leaves, treedef = _boxes.flatten(who, "params", params, is_leaf=is_masked)
+    leaves, treedef = flatten(who, "params", params, is_leaf=is_masked)
     there = [leaf for leaf in leaves if not is_masked(leaf.boxed)]
     routed = [
-        leaf
-        for leaf in there
-        if _select.decide(who, leaf.path, leaf.value, B158, select) is not None
+        leaf for leaf in there if decide(who, leaf.path, leaf.value, B158, select) is not None
     ]
     if len(there) == len(leaves):  # optax asks again with the leaves of Adam masked
-        _select.matched(who, [leaf.path for leaf in there], bool(routed), select)
+        matched(who, [leaf.path for leaf in there], bool(routed), select)
     found = {leaf.path: _dimensions(who, leaf, axes) for leaf in routed}
     return jax.tree.unflatten(treedef, [found.get(leaf.path) for leaf in leaves])
 
 
-def _dimensions(who: str, leaf: _boxes.Leaf, axes: _tree.AxesOf | None) -> Any:
+def _dimensions(who: str, leaf: Leaf, axes: AxesOf | None) -> Any:
     """The axes of one kernel, in Muon's words."""
-    contracting, batch = _tree.named_axes(who, leaf, axes)
-    found = _axes.resolve(f"{who}: {leaf.where}", leaf.value, contracting, batch)
+    contracting, batch = named_axes(who, leaf, axes)
+    found = kernel_axes.resolve(f"{who}: {leaf.where}", leaf.value, contracting, batch)
     return contrib.MuonDimensionNumbers(found.contracting, found.outputs)
+
+
+def _require_learning_rate(who: str, learning_rate: Any, phase: Any) -> None:
+    """Refuses an optimizer without a learning rate."""
+    if learning_rate is None and phase is None:
+        raise ValueError(
+            f"{who}: `learning_rate` is missing, and there is no `phase` to take it from. Pass "
+            "learning_rate=1e-3, or a phase such as 'pretrain'."
+        )
+
+
+def _raise_tau_missing(who: str) -> None:
+    """Reports logits for which there is no bound."""
+    raise ValueError(
+        f"{who}: `max_logits` was given to update, and there is no bound. Pass qk_tau=30.0 (or a "
+        "phase), or leave max_logits out."
+    )

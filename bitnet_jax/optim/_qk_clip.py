@@ -8,13 +8,16 @@ its logits by ``r``. Heads below the bound keep their bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bitnet_jax import _boxes, _checks
+from bitnet_jax import _checks
+from bitnet_jax._tree.leaves import flatten, rebox
+from bitnet_jax.optim._gradients import require_params
 
 
 def qk_clip(
@@ -57,21 +60,21 @@ def qk_clip(
       Kimi K2: Open Agentic Intelligence (2025), arXiv:2507.20534, section 2.1.
     """
     who = "qk_clip"
-    _checks.positive(who, "tau", tau)
-    leaves, treedef = _boxes.flatten(who, "params", params)
-    limits, _ = _boxes.flatten(who, "max_logits", max_logits)
+    _checks.require_positive(who, "tau", tau)
+    leaves, treedef = flatten(who, "params", params)
+    limits, _ = flatten(who, "max_logits", max_logits)
     kernels = {leaf.path: leaf.value for leaf in leaves}
     factors: dict[tuple[str, ...], jax.Array] = {}
     for limit in limits:
         where = tuple(name for part in limit.path for name in part.split("/") if name)
         logits = jnp.asarray(limit.value, jnp.float32)
         sides = [kernels.get((*where, name, "kernel")) for name in names]
-        _checks.attention(who, "/".join(where), names, [k is not None for k in sides])
+        _require_attention_kernels(who, "/".join(where), names, [k is not None for k in sides])
         heads = _heads(who, "/".join(where), logits, *sides)
         for name, factor in zip(names, _factors(logits, heads, tau), strict=True):
             factors[*where, name] = factor
     done = [
-        _boxes.closed(leaf.boxed, _scaled(leaf.path[-1], leaf.value, factors[leaf.path[:-1]]))
+        rebox(leaf.boxed, _scaled(leaf.path[-1], leaf.value, factors[leaf.path[:-1]]))
         if leaf.path[:-1] in factors and leaf.path[-1] in ("kernel", "bias")
         else leaf.boxed
         for leaf in leaves
@@ -123,14 +126,14 @@ def clip_by_max_logits(
       As :func:`qk_clip`.
     """
     who = "clip_by_max_logits"
-    _checks.positive(who, "tau", tau)
+    _checks.require_positive(who, "tau", tau)
 
     def update(
         updates: Any, state: Any, params: Any = None, *, max_logits: Any = None, **extra: Any
     ) -> Any:
         del extra
-        _checks.params_given(who, params)
-        _checks.max_logits_given(who, max_logits)
+        require_params(who, params)
+        _require_max_logits(who, max_logits)
         moved = optax.apply_updates(params, updates)
         clipped = qk_clip(moved, max_logits, tau, names=names)
 
@@ -166,7 +169,7 @@ def attention_max_logits(
       [12.0, 12.0, 12.0, 12.0]
     """
     heads, shared = query.shape[-2], key.shape[-2]
-    _checks.heads_divide("attention_max_logits", "key", shared, heads)
+    _require_heads_divide("attention_max_logits", "key", shared, heads)
     by = query.shape[-1] ** -0.5 if scale is None else scale
     wide = [x.astype(jnp.float32) for x in (query, jnp.repeat(key, heads // shared, axis=-2))]
     logits = jnp.abs(jnp.einsum("...qhd,...khd->...hqk", *wide, precision="highest")) * by
@@ -180,10 +183,10 @@ def _heads(who: str, where: str, logits: jax.Array, query: Any, key: Any) -> int
     """How many key heads there are; logits (*stacked, heads) name those of the query."""
     heads, stacked = logits.shape[-1], logits.ndim - 1
     widths = [math.prod(kernel.shape[stacked + 1 :]) for kernel in (query, key)]
-    _checks.heads_divide(who, f"{where} query", heads, widths[0])
+    _require_heads_divide(who, f"{where} query", heads, widths[0])
     depth = widths[0] // heads
-    _checks.heads_divide(who, f"{where} key", depth, widths[1])
-    _checks.heads_divide(who, f"{where} key", widths[1] // depth, heads)
+    _require_heads_divide(who, f"{where} key", depth, widths[1])
+    _require_heads_divide(who, f"{where} key", widths[1] // depth, heads)
     return widths[1] // depth
 
 
@@ -202,3 +205,34 @@ def _scaled(kind: str, leaf: jax.Array, factor: jax.Array) -> jax.Array:
     by_head = leaf.reshape(*leaf.shape[:lead], factor.shape[-1], -1)
     each = factor[..., None, :, None] if kind == "kernel" else factor[..., None]
     return (by_head.astype(jnp.float32) * each).astype(leaf.dtype).reshape(leaf.shape)
+
+
+def _require_max_logits(who: str, value: Any) -> None:
+    """Refuses an update that says nothing about the logits."""
+    if value is None:
+        raise ValueError(
+            f"{who}: `max_logits` is missing. Call tx.update(grads, state, params, max_logits="
+            "{'path/of/attention': bj.optim.attention_max_logits(q, k)})."
+        )
+
+
+def _require_attention_kernels(
+    who: str, where: str, names: Sequence[str], found: Sequence[bool]
+) -> None:
+    """Refuses a path of ``max_logits`` at which there is no attention."""
+    missing = [name for name, there in zip(names, found, strict=True) if not there]
+    if missing:
+        raise ValueError(
+            f"{who}: `max_logits` names {where or 'the whole tree'}, and `params` has no "
+            f"{' and no '.join(missing)} kernel there. Name the attention's own path, or its "
+            f"projections by names=, which is {tuple(names)}."
+        )
+
+
+def _require_heads_divide(who: str, what: str, parts: int, whole: int) -> None:
+    """Refuses heads that do not divide what they are the heads of."""
+    if parts < 1 or whole % parts:
+        raise ValueError(
+            f"{who}: {what}: {parts} does not divide {whole}. `max_logits` must be (heads,) of the "
+            "query, and (layers, heads) where layers are stacked."
+        )

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bitnet_jax import _checks
+from bitnet_jax.optim._gradients import (
+    require_hyperparameter,
+    require_start_step,
+    require_step_count,
+)
 
 SHAPES = ("linear", "cosine")
 
@@ -56,11 +63,11 @@ def two_stage_lr(
     """
     who = "two_stage_lr"
     middle = _switch_step(who, steps, switch)
-    _checks.steps_within(who, "warmup_steps", warmup_steps, middle)
-    _checks.one_of(who, "shape", shape, SHAPES)
+    _require_warmup_fits(who, "warmup_steps", warmup_steps, middle)
+    _checks.require_one_of(who, "shape", shape, SHAPES)
     stages = []
     for name, stage in (("first", first), ("second", second)):
-        stages.append(_checks.stage(who, name, stage))
+        stages.append(_stage_ends(who, name, stage))
     (top, low), (high, end) = stages
     parts = [
         optax.linear_schedule(0.0, top, warmup_steps)
@@ -103,8 +110,8 @@ def two_stage_weight_decay(
     """
     who = "two_stage_weight_decay"
     middle = _switch_step(who, steps, switch)
-    _checks.hyperparameter(who, "first", first, "b1.58 uses 0.1.")
-    _checks.hyperparameter(who, "second", second, "b1.58 uses 0.")
+    require_hyperparameter(who, "first", first, "b1.58 uses 0.1.")
+    require_hyperparameter(who, "second", second, "b1.58 uses 0.")
     held = [optax.constant_schedule(first), optax.constant_schedule(second)]
     return optax.join_schedules(held, [middle])
 
@@ -137,9 +144,9 @@ def strength_schedule(steps: int, *, start: int = 0, shape: str = "linear") -> o
       easy (Hugging Face, 2024), warm-up quantisation.
     """
     who = "strength_schedule"
-    _checks.interval(who, "steps", steps)
-    _checks.start_step(who, "start", start)
-    _checks.one_of(who, "shape", shape, SHAPES)
+    require_step_count(who, "steps", steps)
+    require_start_step(who, "start", start)
+    _checks.require_one_of(who, "shape", shape, SHAPES)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         way = (jnp.asarray(count, jnp.float32) - jnp.float32(start)) / jnp.float32(steps)
@@ -154,7 +161,7 @@ def strength_schedule(steps: int, *, start: int = 0, shape: str = "linear") -> o
 
 
 def _switch_step(who: str, steps: int, switch: float) -> int:
-    _checks.stages(who, steps, switch)
+    _require_two_stages(who, steps, switch)
     return min(max(1, round(steps * switch)), steps - 1)
 
 
@@ -165,3 +172,34 @@ def _between(start: float, end: float, steps: int, shape: str) -> optax.Schedule
     if shape == "linear" or start == 0.0:
         return optax.linear_schedule(start, end, steps)
     return optax.cosine_decay_schedule(start, steps, alpha=end / start)
+
+
+def _require_two_stages(who: str, steps: Any, switch: Any) -> None:
+    """Refuses a run that has no two stages."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 2:
+        raise ValueError(f"{who}: `steps` must be an integer >= 2, got {steps!r}.")
+    if isinstance(switch, bool) or not isinstance(switch, (int, float)) or not 0 < switch < 1:
+        raise ValueError(
+            f"{who}: `switch` must be between 0 and 1, a share of the steps, got {switch!r}."
+        )
+
+
+def _stage_ends(who: str, name: str, value: Any) -> tuple[float, float]:
+    """Start and end of a stage; refuses what is neither a number nor a pair of them, >= 0."""
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    numbers = [isinstance(v, (int, float)) and not isinstance(v, bool) for v in pair]
+    if len(pair) != 2 or not all(numbers) or not all(0.0 <= v < math.inf for v in pair):
+        raise ValueError(
+            f"{who}: `{name}` must be a learning rate >= 0, or a pair (start, end) of them, got "
+            f"{value!r}."
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def _require_warmup_fits(who: str, name: str, value: Any, most: int) -> None:
+    """Refuses a number of steps that the first stage has no room for."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(
+            f"{who}: `{name}` must be an integer from 0 to {most}, the length of the first stage, "
+            f"got {value!r}. Shorten it, or raise `steps`."
+        )

@@ -24,7 +24,7 @@ import safetensors.numpy
 from _bench import HEADER, in_turn, machine, table, versus
 
 import bitnet_jax as bj
-from bitnet_jax.io import _container, _parts, _placing, _stream
+from bitnet_jax.io import _chunks, _safetensors, _shardings, _tensors
 
 SIDE = 8192  # of a kernel, 16 MiB at two bits a weight
 BASE = "numpy.fromfile"
@@ -91,15 +91,15 @@ def loading_seconds(path: str, dense: str, rounds: int) -> None:
 def parts_seconds(path: str, tree: dict[str, bj.PackedTernary], rounds: int) -> None:
     """What load does, each part alone on the same threads."""
     raw = np.fromfile(path, np.uint8)
-    chunk = _container.CHUNK
+    chunk = _safetensors.CHUNK
     places = [slice(at, min(at + chunk, raw.size)) for at in range(0, raw.size, chunk)]
     shape = next(iter(tree.values())).codes.shape
-    part = _parts.Part("k", ".codes", "uint8", shape, "bits", -2, SIDE)
+    part = _tensors.Part("k", ".codes", "uint8", shape, "bits", -2, SIDE)
     arrays = [np.asarray(kernel.codes) for kernel in tree.values()]
 
     def each(do):
-        with _stream.pool() as threads:
-            for _ in _stream.in_order(threads, do, places):
+        with _chunks.pool() as threads:
+            for _ in _chunks.in_order(threads, do, places):
                 pass
 
     out = np.empty(raw.size, np.uint8)
@@ -113,7 +113,7 @@ def parts_seconds(path: str, tree: dict[str, bj.PackedTernary], rounds: int) -> 
         "read": read,
         "digest": lambda: each(lambda at: hashlib.sha256(raw[at].data).digest()),
         "checks": lambda: each(lambda at: part.count_wrong(raw[at], at.start)),
-        "arrays": lambda: [_placing.place(array, None) for array in arrays],
+        "arrays": lambda: [_shardings.place(array, None) for array in arrays],
     }
     rows = [[name, *versus(t, None)[:3]] for name, t in in_turn(runs, rounds=rounds).items()]
     table("The parts of load, each alone", ("part", *HEADER[:3]), rows)

@@ -1,0 +1,235 @@
+"""Every error a user can meet, one function for each rule.
+
+An error says who refused, which argument, the rule, what arrived, and the
+remedy. ``ValueError`` is for a value or a shape, ``TypeError`` for a kind.
+All checks look at static data (types, shapes, dtypes) unless their name says
+``values``, so they cost nothing under ``jit``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def require_one_of(who: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Refuses a value outside a short list of names."""
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"{who}: `{name}` must be one of {listed}, got {value!r}.{hint}")
+
+
+def require_positive(who: str, name: str, value: Any) -> None:
+    """Refuses anything but a finite number above zero."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not ok or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{who}: `{name}` must be a finite number > 0, got {value!r}.")
+
+
+def require_epsilon(who: str, value: Any, most: int = 1) -> None:
+    """Refuses an eps that float32 cannot hold as a normal number, or ``most`` over it."""
+    require_positive(who, "eps", value)
+    limits = np.finfo(np.float32)
+    smallest, largest = max(float(limits.tiny), most / float(limits.max)), float(limits.max)
+    if not smallest <= value <= largest or not np.isfinite(most / np.float32(value)):
+        raise ValueError(
+            f"{who}: `eps` must be a normal float32 with a finite {most} / eps, {smallest:.2e} "
+            f"to {largest:.2e}, got {value!r}."
+        )
+
+
+def require_instance(
+    who: str, name: str, value: Any, kind: type | tuple[type, ...], remedy: str
+) -> None:
+    """Refuses an argument of another type."""
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(k.__name__ for k in kinds)
+        raise TypeError(f"{who}: `{name}` must be a {wanted}, got {describe(value)}. {remedy}")
+
+
+def require_float_array(who: str, name: str, value: Any) -> None:
+    """Refuses integer, boolean and complex arrays, and what is no array."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or getattr(value, "shape", None) is None:
+        raise TypeError(
+            f"{who}: `{name}` must be a floating-point array, got {describe(value)}. "
+            "Pass a jax.Array or a numpy.ndarray."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{who}: `{name}` must be floating point (float32, bfloat16, float16), got "
+            f"{describe(value)}. Cast it, or leave it out of the selection."
+        )
+
+
+def require_static_strength(who: str, value: float) -> None:
+    """Refuses a Python strength outside [0, 1]; a traced one cannot be looked at."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{who}: `strength` must be from 0 to 1, got {value!r}.")
+
+
+def describe(value: Any) -> str:
+    """What arrived, for an error: dtype and shape of an array, else type and value."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is not None and shape is not None:
+        return f"{dtype} of shape {tuple(shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def require_leaves(who: str, name: str, count: int) -> None:
+    """Refuses a tree without a single array."""
+    if count == 0:
+        raise ValueError(
+            f"{who}: `{name}` holds no arrays. Pass the tree that model.init returned under "
+            "'params'."
+        )
+
+
+def raise_selector_matches_nothing(
+    who: str, what: str, paths: Sequence[str], near_to: Sequence[str]
+) -> None:
+    """Reports a selector, or one pattern of it, that matched nothing."""
+    near: list[str] = []
+    for pattern in near_to:
+        near += difflib.get_close_matches(pattern, paths, n=3, cutoff=0.4)
+        parts = {part: path for path in paths for part in path.split("/")}
+        near += [parts[p] for p in difflib.get_close_matches(pattern, list(parts), n=3)]
+    listed = list(dict.fromkeys(near)) or list(paths)
+    shown = ", ".join(listed[:8]) + (", ..." if len(listed) > 8 else "")
+    raise ValueError(f"{who}: {what} matches nothing. Near paths: {shown}.")
+
+
+def require_selector(who: str, value: Any) -> None:
+    """Refuses a selector that is neither a function nor None."""
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{who}: `select` must be a function of path and leaf, got {describe(value)}. Build "
+            "one with bj.only('name') or bj.exclude('name')."
+        )
+
+
+def raise_already_packed(who: str, path: str) -> None:
+    """Refuses to quantise a leaf that is packed already."""
+    raise TypeError(
+        f"{who}: {path} is packed already. Pass float params, or bj.unpack_params(packed) first."
+    )
+
+
+def raise_nothing_packed(who: str) -> None:
+    """Reports a tree without packed leaves where some were expected."""
+    raise ValueError(
+        f"{who}: the tree holds no packed kernel. Pass what bj.pack_params returned first."
+    )
+
+
+def raise_not_finite(who: str, path: str, count: int) -> None:
+    """Reports weights that are not finite; ``count`` was read from the values."""
+    raise ValueError(
+        f"{who}: {path} has {count} NaN or Inf weights. Find the step that made them "
+        "(bj.gradient_flow(grads) names leaves with bad gradients) and restore a checkpoint "
+        "from before it."
+    )
+
+
+def require_unset(who: str, name: str, value: Any, default: Any) -> None:
+    """Refuses a field of a float layer that a ternary contraction has no use for."""
+    if value is not default:
+        raise ValueError(
+            f"{who}: `{name}` cannot be used, got {value!r}: the contraction is int8 x int8 -> "
+            f"int32 by this library. Leave it out, or use the float layer."
+        )
+
+
+def raise_no_ternary_layer(who: str, name: str) -> None:
+    """Reports a model without a single ternary layer."""
+    raise ValueError(
+        f"{who}: {name} uses no kernel as ternary. Pass bj.linen.ternarize(model) (nnx: call "
+        "bj.nnx.ternarize(model) first), or write it with BitDense and its kin."
+    )
+
+
+def require_param_shape(who: str, path: str, got: Sequence[int], wanted: Sequence[int]) -> None:
+    """Refuses a parameter of another shape than the model makes."""
+    if tuple(got) != tuple(wanted):
+        raise ValueError(
+            f"{who}: {path} has shape {tuple(got)}, and the model makes it {tuple(wanted)} (a "
+            "scan's length is its first axis). Pass the params of this model."
+        )
+
+
+def raise_used_two_ways(who: str, path: str, how: str) -> None:
+    """Reports a kernel that a model uses in two ways that no packed form serves."""
+    raise ValueError(
+        f"{who}: the kernel at {path} is used {how}. Give each use a kernel of its own, or leave "
+        "it in float (select=)."
+    )
+
+
+def require_kernel(who: str, w: Any, name: str = "w") -> None:
+    """Refuses what cannot be a kernel: not floating point, rank below 2, no elements."""
+    require_float_array(who, name, w)
+    if w.ndim < 2:
+        raise ValueError(
+            f"{who}: `{name}` needs at least 2 axes, got shape {tuple(w.shape)}. "
+            "Pass a kernel (in, out)."
+        )
+    if w.size == 0:
+        raise ValueError(
+            f"{who}: `{name}` has no elements, got shape {tuple(w.shape)}. Every axis of a "
+            "kernel needs at least one."
+        )
+
+
+def normalize_axes(who: str, name: str, axes: Any, ndim: int) -> tuple[int, ...]:
+    """Normalises axes to non-negative and ascending; refuses strangers and repeats."""
+    given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    for axis in given:
+        if not isinstance(axis, (int, np.integer)) or not -ndim <= axis < ndim:
+            raise ValueError(
+                f"{who}: `{name}` must name axes of a rank-{ndim} array "
+                f"({-ndim} to {ndim - 1}), got {axes!r}."
+            )
+    normal = tuple(sorted(int(axis) % ndim for axis in given))
+    if len(set(normal)) != len(normal):
+        raise ValueError(f"{who}: `{name}` names an axis twice: {axes!r}.")
+    return normal
+
+
+def require_contraction(
+    who: str, x_shape: Sequence[int], wanted: Sequence[int], batch: Sequence[int]
+):
+    """Refuses activations whose axes do not meet the kernel's."""
+    tail = tuple(x_shape[len(x_shape) - len(wanted) :])
+    head = tuple(x_shape[: len(batch)])
+    if len(x_shape) < len(wanted) + len(batch) or tail != tuple(wanted) or head != tuple(batch):
+        lead = f" and start with the kernel's batch axes {tuple(batch)}" if batch else ""
+        raise ValueError(
+            f"{who}: `x` must end with the kernel's contraction {tuple(wanted)}{lead}, got "
+            f"shape {tuple(x_shape)}. Check the layer's input features, or transpose x."
+        )
+
+
+def require_embedding_lookup(who: str, index: Any, shape: Sequence[int]) -> None:
+    """Refuses a look-up by anything but integers, or in what is no table of rows."""
+    if len(shape) != 2:
+        raise ValueError(
+            f"{who}: only an embedding (vocabulary, features) has rows, got shape {tuple(shape)}."
+        )
+    if not jnp.issubdtype(getattr(index, "dtype", type(index)), jnp.integer):
+        raise TypeError(f"{who}: `index` must be of integers, got {describe(index)}.")
+
+
+def raise_prepared(who: str, path: str, implementation: str) -> None:
+    """Refuses a prepared leaf where the stored layout is needed."""
+    raise TypeError(
+        f"{who}: {path} is prepared for implementation {implementation!r}, a layout that only "
+        "that kernel reads. Pass the stored tree that bj.pack_params or bj.io.load returned."
+    )

@@ -1,0 +1,174 @@
+"""Where a kernel lies on a mesh, and what of it travels.
+
+Placement follows from JAX's own engine. With **Auto** axes the partitioner decides,
+from how the arguments are placed. With **Explicit** axes every shape has a sharding
+and every operation must say its result's; the halving tree behind a scale cannot (it
+would halve below the mesh), so :func:`in_auto` runs a whole operation with the axes
+made Auto inside and its results' shardings, which its operands decide, said outside.
+The bits are the same: codes are elementwise, the tree is order-fixed, sums are int32.
+
+A kernel that is sharded over the mesh axes of the batch (FSDP) has to be gathered for
+the product. :class:`Gather` does that with its codes, four to a byte where the shards
+allow, in the forward pass and again in the backward one; float kernels, gradients and
+the optimizer's state stay in shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import core
+from jax.sharding import AxisType, PartitionSpec
+
+Entry = str | tuple[str, ...] | None
+
+Spec = tuple[Entry, ...]
+
+
+def names(entry: Entry) -> tuple[str, ...]:
+    """The mesh axes that one axis of an array is sharded over."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _entry(axes: Sequence[str]) -> Entry:
+    return None if not axes else axes[0] if len(axes) == 1 else tuple(axes)
+
+
+def padded(spec: PartitionSpec | Spec, ndim: int) -> Spec:
+    """A spec with an entry for every axis."""
+    return (*spec, *(None,) * (ndim - len(spec)))
+
+
+def spec_of(array: Any) -> Spec:
+    """How an array's type says it is sharded, an entry an axis; None where it says nothing."""
+    kind = jax.typeof(array)
+    sharding = getattr(kind, "sharding", None)
+    return padded(() if sharding is None else sharding.spec, len(kind.shape))
+
+
+def is_typed(array: Any) -> bool:
+    """Whether an array's type says how it lies: the mesh around it has Explicit axes."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    return sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
+
+
+def is_sharded(array: Any) -> bool:
+    """Whether an array is in shards, each device with a part: by its type, or where it is."""
+    if isinstance(array, core.Tracer):
+        return any(names(entry) for entry in spec_of(array))
+    return isinstance(array, jax.Array) and not array.sharding.is_fully_replicated
+
+
+def explicit_mesh(operands: Any) -> Any:
+    """The mesh of the first operand whose type is sharded; None where none is."""
+    for leaf in jax.tree.leaves(operands):
+        # What is no array is for its own check to refuse.
+        if isinstance(leaf, jax.Array) and any(names(entry) for entry in spec_of(leaf)):
+            return jax.typeof(leaf).sharding.mesh
+    return None
+
+
+def fit(entries: Sequence[Entry], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """A spec for an array of a shape: without what does not divide it, or is taken already."""
+    taken: set[str] = set()
+    fitted: list[Entry] = []
+    for entry, length in zip(entries, shape, strict=True):
+        axes = tuple(a for a in names(entry) if a not in taken)
+        if length % math.prod(mesh.shape[a] for a in axes):
+            axes = ()
+        taken |= {*axes}
+        fitted.append(_entry(axes))
+    return PartitionSpec(*fitted)
+
+
+def in_auto(run: Callable[..., Any], *operands: Any, out: Callable[[Any], Any]) -> Any:
+    """``run(*operands)``, with Explicit mesh axes made Auto inside where operands are sharded.
+
+    Args:
+      run: what to run; its operands are arrays and trees of arrays.
+      *operands: of ``run``.
+      out: mesh -> the specs of the results, asked only where they are needed.
+
+    Returns:
+      What ``run`` returns.
+    """
+    mesh = explicit_mesh(operands)
+    if mesh is None:
+        return run(*operands)
+    with _within(mesh):
+        run = jax.sharding.auto_axes(run, axes=_explicit_axes(mesh), out_sharding=out(mesh))
+        return run(*operands)
+
+
+def in_auto_like(run: Callable[..., Any], *operands: Any) -> Any:
+    """:func:`in_auto` for results that lie as the first operand does.
+
+    A result of its rank has its axes, shorter or not (a scale, a gamma, bytes of four
+    codes); any other (a count) is whole everywhere.
+    """
+    first = jax.tree.leaves(operands)[0]
+
+    def out(mesh: Any) -> Any:
+        spec = spec_of(first)
+        return jax.tree.map(
+            lambda a: fit(spec if a.ndim == first.ndim else (None,) * a.ndim, a.shape, mesh),
+            _results(run, operands, mesh),
+        )
+
+    return in_auto(run, *operands, out=out)
+
+
+def in_auto_rows(run: Callable[..., Any], *operands: Any, outputs: Spec) -> Any:
+    """:func:`in_auto` for a product: its result has the first operand's rows, then ``outputs``."""
+
+    def out(mesh: Any) -> PartitionSpec:
+        y = _results(run, operands, mesh)
+        return fit((*spec_of(operands[0])[: y.ndim - len(outputs)], *outputs), y.shape, mesh)
+
+    return in_auto(run, *operands, out=out)
+
+
+def _results(run: Callable[..., Any], operands: Sequence[Any], mesh: Any) -> Any:
+    """The shapes of what ``run`` returns, from operands whose types say nothing."""
+    plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(operands))
+    # As the operation will run: a gather's mesh has Auto axes, and so must the one around.
+    with jax.sharding.use_abstract_mesh(_auto(mesh)):
+        return jax.eval_shape(run, *plain)
+
+
+def _within(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context with a mesh: the caller's own, where there is one."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
+    """``jnp.take(table, index, axis=0)``; on Explicit axes it lies as index and features do."""
+    entries = (*spec_of(index), *spec_of(table)[1:])
+    shape = (*index.shape, *table.shape[1:])
+    return in_auto(
+        lambda table, index: jnp.take(table, index, axis=0),
+        table,
+        index,
+        out=lambda mesh: fit(entries, shape, mesh),
+    )
+
+
+@functools.cache
+def _auto(mesh: Any) -> Any:
+    """A mesh with its Explicit axes made Auto."""
+    return mesh.update_axis_types(dict.fromkeys(_explicit_axes(mesh), AxisType.Auto))
+
+
+def _explicit_axes(mesh: Any) -> tuple[str, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)

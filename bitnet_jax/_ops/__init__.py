@@ -1,0 +1,1 @@
+"""The training op: integer products and convolutions, the epilogue, gathers of codes."""

@@ -1,0 +1,203 @@
+"""Gathers two-bit codes under FSDP, instead of float kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float32, Int8
+
+from bitnet_jax._mesh import Spec, _auto, _entry, fit, names
+from bitnet_jax._packed import trits
+
+_gathered: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("gathered", default=())
+
+# A function that was traced for one answer is not run from the cache for another.
+_cache_key = jax.make_user_context(())
+
+
+@contextlib.contextmanager
+def gather_codes(*axes: str) -> Iterator[None]:
+    """Layers inside gather the codes of their kernels over these mesh axes, not the floats.
+
+    For FSDP, where kernels are sharded over the mesh axes of the batch: each shard is
+    quantised where it lies, its codes are gathered at two bits a weight (eight for
+    ``Int8Config``, or where a shard is no multiple of four weights), in the forward pass
+    and again in the backward one. Sixteen times fewer bytes than a float32 kernel, and
+    the same bits in codes, scales and sums. Left to itself, XLA gathers int8 codes in the
+    forward pass, and in the backward one keeps them or gathers them as float32.
+
+    A kernel's placement comes from its Flax metadata (``nn.with_partitioning``, nnx
+    ``out_sharding``), from ``ternary_dot(kernel_spec=)``, or from its type where the mesh
+    has Explicit axes. There the ``with`` is not needed for axes that the batch is sharded
+    over: a kernel sharded over them can only be gathered.
+
+    Args:
+      *axes: names of mesh axes, for example ``"data"``.
+
+    Returns:
+      A context manager.
+
+    Raises:
+      TypeError: an axis that is no name. Inside, ValueError: a kernel whose placement
+        is not known, or no mesh (``jax.set_mesh``).
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+      >>> x = jax.random.normal(jax.random.key(0), (8, 64))
+      >>> w = jax.random.normal(jax.random.key(1), (64, 16))
+      >>> with jax.set_mesh(mesh), bj.gather_codes("data"):
+      ...     y = jax.jit(lambda x, w: bj.ternary_dot(x, w, kernel_spec=P("data", None)))(x, w)
+      >>> bool((y == bj.ternary_dot(x, w)).all())
+      True
+
+    References:
+      Zhao et al., PyTorch FSDP, arXiv:2304.11277, for what is gathered when.
+    """
+    _require_mesh_axis_names("gather_codes", axes)
+    token = _gathered.set(axes)
+    try:
+        with _cache_key(axes):
+            yield
+    finally:
+        _gathered.reset(token)
+
+
+def gathering() -> bool:
+    """Whether this is inside :func:`gather_codes`."""
+    return bool(_gathered.get())
+
+
+class Gather(NamedTuple):
+    """Brings the shards of a canonical kernel together: its codes, and its scales.
+
+    Attributes:
+      mesh: with Auto axes, at least those of the specs.
+      shards: how the codes (*batch, K, N) lie.
+      whole: how the product needs them.
+      packs: whether each shard is a whole number of bytes of four codes.
+    """
+
+    mesh: Any
+    shards: PartitionSpec
+    whole: PartitionSpec
+    packs: bool
+
+    def __call__(
+        self, codes: Int8[Array, "*b k n"], scale: Float32[Array, "*b g m"]
+    ) -> tuple[Int8[Array, "*b k n"], Float32[Array, "*b g m"]]:
+        """Both, the codes at two bits a weight or at eight; to be called on the mesh."""
+        # Twice each: without the first, the second would reach back, to the float kernel.
+        for spec in (tuple(self.shards), (*self.whole[:-2], None, self.whole[-1])):
+            scale = lax.with_sharding_constraint(scale, fit(spec, scale.shape, self.mesh))
+        return self._codes(codes), scale
+
+    def _codes(self, codes: Int8[Array, "*b k n"]) -> Int8[Array, "*b k n"]:
+        codes = lax.with_sharding_constraint(codes, self.shards)
+        if not self.packs:
+            return lax.with_sharding_constraint(codes, self.whole)
+        packed = trits.pack_trits(codes, axis=-2)
+        packed = lax.with_sharding_constraint(packed, self.shards)
+        packed = lax.with_sharding_constraint(packed, self.whole)
+        return trits.unpack_trits(packed, -2, codes.shape[-2])
+
+
+def gather_of(
+    who: str,
+    rows: Spec,
+    kernel: tuple[Spec, Spec, Spec],
+    depth: int,
+    *,
+    explicit: Any,
+    given: bool,
+    two_bits: bool,
+) -> Gather | None:
+    """How the codes of one kernel are to be gathered; None: they are not.
+
+    Args:
+      who: whose errors these are.
+      rows: entries of the row axes of x, where its type has them.
+      kernel: entries of the kernel's batch, contracting and output axes.
+      depth: how many weights are contracted.
+      explicit: the mesh of the operands' types, or None.
+      given: whether the kernel's placement is known at all.
+      two_bits: whether the codes are trits.
+    """
+    asked = set(_gathered.get())
+    if explicit is None and not asked:
+        return None
+    if asked:
+        _require_known_sharding(who, given)
+    mesh = explicit if explicit is not None else jax.sharding.get_abstract_mesh()
+    _require_mesh_axes(who, sorted(asked), mesh.axis_names)
+    batch = {a for entry in rows for a in names(entry)}
+    lost = (asked | batch) & {a for part in kernel for entry in part for a in names(entry)}
+    if not lost:
+        return None
+    merged = [_merged(part) for part in kernel[1:]]
+    if None in merged:
+        _require_first_axis_sharded(who, not asked, kernel)
+        return None
+    shards = PartitionSpec(*kernel[0], *(_entry(part or ()) for part in merged))
+    kept = [_entry([a for a in names(entry) if a not in lost]) for entry in shards]
+    cuts = math.prod(mesh.shape[a] for a in names(shards[-2]))
+    packs = two_bits and depth % (trits.PER_BYTE * cuts) == 0
+    return Gather(_auto(mesh), shards, PartitionSpec(*kept), packs)
+
+
+def _merged(entries: Spec) -> tuple[str, ...] | None:
+    """The mesh axes of several axes as one; None: other axes than the first are sharded."""
+    first, *rest = entries or (None,)
+    return None if any(names(entry) for entry in rest) else names(first)
+
+
+def _require_mesh_axis_names(who: str, axes: Sequence[Any]) -> None:
+    """Refuses what names no mesh axis."""
+    if not axes or not all(isinstance(axis, str) and axis for axis in axes):
+        raise TypeError(
+            f"{who}: `axes` must be one or more names of mesh axes, got {axes!r}. Write for "
+            f"example bj.{who}('data')."
+        )
+
+
+def _require_mesh_axes(who: str, axes: Sequence[str], has: Sequence[str]) -> None:
+    """Refuses names that the mesh does not have, or no mesh at all."""
+    missing = [axis for axis in axes if axis not in has]
+    if missing and not has:
+        raise ValueError(
+            f"{who}: gather_codes({', '.join(map(repr, axes))}) needs a mesh, and there is none "
+            "around this call. Put it under jax.set_mesh(mesh)."
+        )
+    if missing:
+        raise ValueError(
+            f"{who}: gather_codes names the mesh axes {missing}, and the mesh has {list(has)}. "
+            "Name axes of the mesh."
+        )
+
+
+def _require_known_sharding(who: str, known: bool) -> None:
+    """Refuses to gather the codes of a kernel that lies nobody knows how."""
+    if not known:
+        raise ValueError(
+            f"{who}: gather_codes does not know how this kernel lies on the mesh. Annotate it "
+            "(nn.with_partitioning, nnx.with_partitioning), pass kernel_spec= to "
+            "bj.ternary_dot, or make the mesh with Explicit axes."
+        )
+
+
+def _require_first_axis_sharded(who: str, by_type: bool, parts: Any) -> None:
+    """Refuses to gather a kernel of which an inner axis of several is sharded, if asked to."""
+    if not by_type:
+        raise NotImplementedError(
+            f"{who}: gather_codes cannot gather a kernel that lies as {parts[1:]} (contraction, "
+            "outputs): of several axes that are contracted, or put out, only the first may be "
+            "sharded. Shard that one, or leave the kernel out of gather_codes."
+        )

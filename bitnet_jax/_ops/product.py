@@ -1,0 +1,179 @@
+"""The integer product and the one epilogue, shared by training and serving.
+
+The sums are int32 and exact, whatever the order, the batch and the device. The
+epilogue is the only place where they become floating point, so a network gives
+the same bits from float params and from packed ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float32, Int8, Int32
+
+# An int8 product of a single row runs off XLA's fast path on CPU; four rows do not.
+_FEWEST_ROWS = 4
+
+
+def merge_rows(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Makes ``product(x, *weights)`` of 2-D x fast under vmap over x.
+
+    vmap over examples would turn each single row into a padded product of its
+    own. This rule stacks the mapped rows into one product instead. Where the
+    weights are mapped too, plain batching applies.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def merged(x, *weights):
+        return product(x, *weights)
+
+    @merged.def_vmap
+    def rule(size, mapped, x, *weights):
+        x_mapped, *weights_mapped = mapped
+        if any(jax.tree.leaves(weights_mapped)):
+            in_axes = (0 if x_mapped else None, *_in_axes(weights_mapped))
+            return jax.vmap(product, in_axes=in_axes, axis_size=size)(x, *weights), True
+        rows = x.shape[1]
+        y = merged(x.reshape(size * rows, *x.shape[2:]), *weights)
+        return y.reshape(size, rows, *y.shape[1:]), True
+
+    return merged
+
+
+def _in_axes(mapped):
+    return jax.tree.map(lambda m: 0 if m else None, mapped)
+
+
+@merge_rows
+def _rows_dot(x: Int8[Array, "m k"], w: Int8[Array, "k n"]) -> Int32[Array, "m n"]:
+    return rows_padded(lambda rows: int32_dot(rows, w), x)
+
+
+def rows_padded(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Runs a product of rows with a lone row padded to a few."""
+    if x.shape[0] != 1:
+        return product(x)
+    short = [(0, _FEWEST_ROWS - 1)] + [(0, 0)] * (x.ndim - 1)
+    return product(jnp.pad(x, short))[:1]
+
+
+def int32_dot(x: Int8[Array, "m k"], w: Int8[Array, "k n"]) -> Int32[Array, "m n"]:
+    """The plain 2-D product of int8 codes, summed in int32."""
+    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+
+
+def int_dot(x: Int8[Array, "*b *m k"], w: Int8[Array, "*b k n"]) -> Int32[Array, "*b *m n"]:
+    """Exact int32 sums of int8 codes over the contraction, slice by slice."""
+    batch = w.ndim - 2
+    if batch:
+        lead = tuple(range(batch))
+        dims = (((x.ndim - 1,), (batch,)), (lead, lead))
+        return lax.dot_general(x, w, dims, preferred_element_type=jnp.int32)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return _rows_dot(rows, w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def group_sums(
+    x: Int8[Array, "*b *m k"], w: Int8[Array, "*b k n"], groups: int
+) -> Int32[Array, "g *b *m n"]:
+    """Int32 sums of each group of adjacent weights along the contraction."""
+    if groups == 1:
+        return int_dot(x, w)[None]
+    batch, size = w.ndim - 2, w.shape[-2] // groups
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, size), -2, 0)
+    w = jnp.moveaxis(w.reshape(*w.shape[:-2], groups, size, w.shape[-1]), batch, 0)
+    return int_dot(x, w)
+
+
+def epilogue(
+    sums: Int32[Array, "*b *m n"],
+    gamma: Float32[Array, "*b *m 1"],
+    scale: Float32[Array, "*b 1 n"],
+    qmax: int,
+) -> Float32[Array, "*b *m n"]:
+    """``((sums * gamma) * (scale / qmax + z)) * (1 + z)``, with a z that is 0 at run time.
+
+    The reciprocal of qmax is a constant: XLA would turn a division into one in
+    some programs and not in others. ``z = gamma * 0 + scale * 0`` is unknown at
+    compile time as long as x or w is: it keeps the constants from being folded
+    together, and its 1 keeps the add of a bias or a residual from being
+    contracted into the last product. In a token with NaN or Inf it is NaN, and
+    so is the token's output.
+    """
+    scale = align_scale(scale, sums.ndim)
+    zero = gamma * 0.0 + scale * 0.0
+    step = scale * np.float32(1 / qmax)
+    return ((sums.astype(jnp.float32) * gamma) * (step + zero)) * (1.0 + zero)
+
+
+def group_epilogue(
+    sums: Int32[Array, "g *b *m n"],
+    gamma: Float32[Array, "*b *m 1"],
+    scale: Float32[Array, "*b g n"],
+    qmax: int,
+) -> Float32[Array, "*b *m n"]:
+    """The epilogue of each group, added in ascending order."""
+    if sums.shape[0] == 1:
+        return epilogue(sums[0], gamma, scale, qmax)
+
+    def add(total, group):
+        sums, scale = group
+        return total + epilogue(sums, gamma, scale[..., None, :], qmax), None
+
+    start = jnp.zeros(sums.shape[1:], jnp.float32)
+    return lax.scan(add, start, (sums, jnp.moveaxis(scale, -2, 0)))[0]
+
+
+class Product(NamedTuple):
+    """The operator of a dense layer: x (*b, *m, K) times a canonical kernel (*b, K, N).
+
+    An operator is what a layer does with codes and with floats, once each: its
+    integer sums, its float form, and that form's two transposes.
+    """
+
+    @property
+    def token_axes(self) -> tuple[int, ...]:
+        """The axes of x that share one gamma."""
+        return (-1,)
+
+    def sums(
+        self, x: Int8[Array, "*b *m k"], w: Int8[Array, "*b k n"], groups: int
+    ) -> Int32[Array, "g *b *m n"]:
+        """Exact int32 sums of codes, one for each group along the contraction."""
+        return group_sums(x, w, groups)
+
+    def apply(self, x: jax.Array, w: jax.Array, precision: lax.PrecisionLike = None) -> jax.Array:
+        """The product of floats."""
+        lead = tuple(range(w.ndim - 2))
+        dims = (((x.ndim - 1,), (len(lead),)), (lead, lead))
+        return lax.dot_general(x, w, dims, precision=precision)
+
+    def to_input(self, g, w, x_shape: tuple[int, ...], dtype) -> Float32[Array, "*b *m k"]:
+        """``g w^T``, with operands in ``dtype``, summed in float32."""
+        del x_shape
+        lead = tuple(range(w.ndim - 2))
+        dims = (((g.ndim - 1,), (len(lead) + 1,)), (lead, lead))
+        return _float32_dot(g, w, dims, dtype)
+
+    def to_kernel(self, x, g, w_shape: tuple[int, ...], dtype) -> Float32[Array, "*b k n"]:
+        """``x^T g`` over every row axis."""
+        batch = len(w_shape) - 2
+        lead, rows = tuple(range(batch)), tuple(range(batch, g.ndim - 1))
+        return _float32_dot(x, g, ((rows, rows), (lead, lead)), dtype)
+
+
+def _float32_dot(a, b, dims, dtype):
+    a, b = a.astype(dtype), b.astype(dtype)
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def align_scale(scale: jax.Array, ndim: int) -> jax.Array:
+    """Inserts row axes between a scale's batch axes and its last two."""
+    batch = scale.shape[:-2]
+    return scale.reshape(*batch, *(1,) * (ndim - len(batch) - 1), scale.shape[-1])

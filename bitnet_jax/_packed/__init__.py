@@ -1,0 +1,1 @@
+"""Packed kernels as pytree nodes: the bit layout, packing and unpacking, adapters beside them."""

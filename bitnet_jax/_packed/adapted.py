@@ -1,0 +1,52 @@
+"""`Adapted`, a packed kernel with a low-rank update beside it: LoRA [1] over two bits.
+
+A layer that finds one computes ``y = x W_q + (alpha / rank) (x A) B``, the first
+part from the packed codes, the second in float.
+
+References:
+  [1] Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from bitnet_jax._packed.kernel import Packed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A packed kernel and its adapter; made by :func:`bitnet_jax.lora.attach`.
+
+    Invariants:
+      - ``base`` is packed and frozen: codes have no gradient.
+      - ``a`` is (*batch, K, rank) and ``b`` (*batch, rank, N), with K and N the
+        products of the kernel's contracting and output axes.
+      - Batch axes come first in all three, so that scan slices them together.
+
+    Attributes:
+      base: the packed kernel.
+      a: float array, x meets it first.
+      b: float array.
+      scale: alpha over rank.
+    """
+
+    base: Packed
+    a: Float[Array, "*b k r"]
+    b: Float[Array, "*b r n"]
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> Any:
+        """The float dtype of the kernel this leaf stands for."""
+        return self.base.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the kernel this leaf stands for."""
+        return self.base.shape

@@ -1,0 +1,383 @@
+"""`PackedTernary`, a kernel at two bits a weight, `PackedInt8`, and prepared forms.
+
+All are pytree nodes: their arrays are traced, sliced, stacked, donated and
+sharded like any others, and what is static never mentions a batch axis, so that
+``nn.scan`` may slice stacked layers and ``vmap`` may stack them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int8, UInt8
+
+from bitnet_jax import _checks, _mesh
+from bitnet_jax._packed import trits
+from bitnet_jax._packed.not_trainable import refuse_training
+from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.int8 import Int8Config
+from bitnet_jax._quantize.ternary import B158, TernaryConfig, broadcast_scale
+
+_FLOAT32 = np.dtype(np.float32)
+
+_INT8_CONFIG = Int8Config()
+
+
+class _Stored:
+    """What a kernel in storage layout knows about itself, at two bits or at eight."""
+
+    codes: Array
+    scale: Array
+    contracting_axes: tuple[int, ...]
+    kernel_ndim: int
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float kernel this leaf stands for."""
+        raise NotImplementedError
+
+    def int8_codes(self) -> Int8[Array, "..."]:
+        """The codes as int8, in the kernel's shape."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """The kernel's rank, batch axes included."""
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        """How many weights it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scale."""
+        return _nbytes(self.codes) + _nbytes(self.scale)
+
+    @property
+    def axes(self) -> kernel_axes.KernelAxes:
+        """The kernel's axes, non-negative, as they are in this slice or stack."""
+        contracting = tuple(a + self.ndim for a in self.contracting_axes)
+        batch = tuple(range(self.ndim - self.kernel_ndim))
+        taken = {*contracting, *batch}
+        return kernel_axes.KernelAxes(
+            contracting, batch, tuple(a for a in range(self.ndim) if a not in taken)
+        )
+
+    def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "..."]:
+        """Codes times scale as a float kernel; by default in the kernel's own dtype."""
+
+        def run(packed: _Stored) -> jax.Array:
+            w = packed.int8_codes().astype(jnp.float32) * broadcast_scale(
+                packed.scale, packed.shape
+            )
+            return w.astype(dtype or packed.dtype)
+
+        return _mesh.in_auto_like(run, self)
+
+    def canonical_scale(self) -> Float32[Array, "*b g m"]:
+        """The scale with its contraction on axis -2 and its outputs on axis -1."""
+        return kernel_axes.to_canonical(self.scale, self.axes)
+
+    def __repr__(self) -> str:
+        try:
+            return (
+                f"{type(self).__name__}(shape={self.shape}, scale={tuple(self.scale.shape)}, "
+                f"{self.nbytes} bytes)"
+            )
+        except (AttributeError, TypeError, IndexError):  # leaves replaced by a tree.map
+            return f"{type(self).__name__}(codes={self.codes!r}, scale={self.scale!r})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PackedTernary(_Stored):
+    """A ternary kernel in storage layout: what files hold and meshes shard.
+
+    Invariants:
+      - ``codes`` is uint8 and has the kernel's rank; its packed axis, the last
+        contracting one, holds ``ceil(length / 4)`` bytes (``trits``).
+      - ``scale`` is float32 and has the kernel's rank; each axis is 1, the
+        kernel's length, or the number of groups along it.
+      - Axes before the last ``kernel_ndim`` are batch axes; they come and go
+        with scan, vmap and stacking, and every slice is a valid leaf.
+      - ``contracting_axes`` are negative and ascending.
+      - ``dtype`` is the float dtype of the kernel this leaf stands for.
+      - It is not trainable: codes have no gradient.
+
+    Attributes:
+      codes: uint8 array, four codes to a byte.
+      scale: float32 array.
+      length: how many codes lie along the packed axis.
+      contracting_axes: the axes that meet x.
+      kernel_ndim: the rank of one kernel, batch axes not counted.
+      config: the quantiser that made it.
+      dtype: see above.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> w = jax.random.normal(jax.random.key(0), (64, 16))
+      >>> packed = bj.pack(w)
+      >>> packed
+      PackedTernary(shape=(64, 16), scale=(1, 1), 260 bytes)
+      >>> packed.codes.shape, packed.codes.dtype.name
+      ((16, 16), 'uint8')
+    """
+
+    codes: UInt8[Array, "..."]
+    scale: Float32[Array, "..."]
+    length: int
+    contracting_axes: tuple[int, ...] = (-2,)
+    kernel_ndim: int = 2
+    config: TernaryConfig = B158
+    dtype: Any = _FLOAT32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float kernel this leaf stands for."""
+        shape = list(self.codes.shape)
+        shape[self.contracting_axes[-1]] = self.length
+        return tuple(shape)
+
+    def int8_codes(self) -> Int8[Array, "..."]:
+        """The int8 codes in {-1, 0, +1}, in the kernel's shape."""
+        return trits.unpack_trits(self.codes, self.contracting_axes[-1], self.length)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PackedInt8(_Stored):
+    """A kernel or an embedding at eight bits a weight, one scale per output channel.
+
+    Invariants:
+      - ``codes`` is int8 in [-127, 127] and has the kernel's shape.
+      - ``scale`` is float32 and has the kernel's rank, with length 1 on the
+        contracting axes: a code's value is ``code * scale``.
+      - Batch axes, ``contracting_axes``, ``kernel_ndim`` and ``dtype`` are as in
+        ``PackedTernary``. An embedding (vocabulary, features) contracts over
+        its features: one scale per row.
+      - It is not trainable: codes have no gradient.
+
+    Attributes:
+      codes: int8 array.
+      scale: float32 array.
+      contracting_axes: the axes that meet x.
+      kernel_ndim: the rank of one kernel, batch axes not counted.
+      config: the quantiser that made it.
+      dtype: the float dtype of the kernel this leaf stands for.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> w = jax.random.normal(jax.random.key(0), (64, 10))
+      >>> head = bj.pack(w, bj.Int8Config())
+      >>> head
+      PackedInt8(shape=(64, 10), scale=(1, 10), 680 bytes)
+      >>> bj.matmul(jax.numpy.ones((2, 64)), head).shape
+      (2, 10)
+    """
+
+    codes: Int8[Array, "..."]
+    scale: Float32[Array, "..."]
+    contracting_axes: tuple[int, ...] = (-2,)
+    kernel_ndim: int = 2
+    config: Int8Config = _INT8_CONFIG
+    dtype: Any = _FLOAT32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float kernel this leaf stands for."""
+        return tuple(self.codes.shape)
+
+    def int8_codes(self) -> Int8[Array, "..."]:
+        """The codes themselves."""
+        return self.codes
+
+    def rows(self, index: Int[Array, "..."]) -> Float[Array, "... features"]:
+        """The embedding look-up: rows of the dequantised kernel, without dequantising it.
+
+        An index outside the vocabulary gives NaN, as ``jnp.take`` does.
+
+        Args:
+          index: integers, any shape.
+
+        Returns:
+          (*index, features) of :attr:`dtype`.
+
+        Raises:
+          TypeError: the index is not of integers.
+          ValueError: a kernel that is no (vocabulary, features).
+        """
+        _checks.require_embedding_lookup("PackedInt8.rows", index, self.shape)
+        scale = jnp.broadcast_to(self.scale, (self.shape[0], 1))
+        return look_up(lambda at: _mesh.rows_of(self.codes, at), scale, index, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Prepared:
+    """What a kernel laid out for one implementation knows about itself."""
+
+    codes: UInt8[Array, "..."]
+    scale: Float32[Array, "..."]
+    contraction: tuple[int, ...]
+    outputs: tuple[int, ...]
+    implementation: str
+    config: Any
+    dtype: Any = _FLOAT32
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Lengths of the batch axes, as they are in this slice or stack."""
+        return self.scale.shape[:-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(*batch, *contraction, *outputs)."""
+        return (*self.batch, *self.contraction, *self.outputs)
+
+    @property
+    def ndim(self) -> int:
+        """The rank of :attr:`shape`."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scale."""
+        return _nbytes(self.codes) + _nbytes(self.scale)
+
+    def __repr__(self) -> str:
+        kernel = (*self.contraction, *self.outputs)
+        return f"{type(self).__name__}(shape={kernel}, for {self.implementation!r})"
+
+
+class PreparedTernary(Prepared):
+    """A two-bit kernel laid out for one implementation; never written to a file.
+
+    Invariants:
+      - ``codes`` is uint8 in a layout that only ``implementation`` reads.
+      - ``scale`` is float32, canonical: (*batch, groups, 1 or outputs).
+      - Static data describes one kernel, without its batch axes.
+
+    Attributes:
+      codes: uint8 array.
+      scale: float32 array.
+      contraction: lengths of the contracting axes.
+      outputs: lengths of the output axes.
+      implementation: the name of the only implementation that reads it.
+      config: the quantiser that made it.
+      dtype: the float dtype of the kernel it stands for.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> packed = bj.pack(jax.random.normal(jax.random.key(0), (64, 16)))
+      >>> bj.prepare(packed, implementation="xla")
+      PreparedTernary(shape=(64, 16), for 'xla')
+    """
+
+
+class PreparedInt8(Prepared):
+    """An eight-bit kernel laid out for one implementation; never written to a file.
+
+    Invariants and attributes are those of ``PreparedTernary``, with one scale
+    for each output.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> w = jax.random.normal(jax.random.key(0), (64, 16))
+      >>> head = bj.prepare(bj.pack(w, bj.Int8Config()))
+      >>> bj.matmul(jax.numpy.ones((2, 64)), head).shape
+      (2, 16)
+    """
+
+
+def look_up(
+    codes_of: Callable[[jax.Array], jax.Array],
+    scale: Float32[Array, "n 1"],
+    index: Int[Array, "..."],
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "... features"]:
+    """Rows of an embedding, from what gives their codes; indices as ``jnp.take`` has them."""
+    at = index.astype(jnp.int32)
+    at = jnp.clip(jnp.where(at < 0, at + len(scale), at), 0, len(scale) - 1)
+    scale = _mesh.rows_of(scale, index)  # NaN where there is no such row
+    return (codes_of(at).astype(jnp.float32) * scale).astype(dtype)
+
+
+Stored = PackedTernary | PackedInt8
+
+Packed = Stored | Prepared
+
+
+def _nbytes(array: Any) -> int:
+    """Bytes of an array, or of the one that a ``jax.ShapeDtypeStruct`` stands for."""
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+def split(packed: Packed) -> tuple[tuple[int, ...], ...]:
+    """The lengths of the batch, contracting and output axes of a packed kernel."""
+    if isinstance(packed, Prepared):
+        return packed.batch, packed.contraction, packed.outputs
+    return packed.axes.split(packed.shape)
+
+
+def is_packed(leaf: Any) -> TypeGuard[Packed]:
+    """Whether a leaf is a packed kernel, stored or prepared."""
+    return isinstance(leaf, (PackedTernary, PackedInt8, Prepared))
+
+
+def is_stored(leaf: Any) -> TypeGuard[Stored]:
+    """Whether a leaf is a packed kernel in storage layout."""
+    return isinstance(leaf, (PackedTernary, PackedInt8))
+
+
+def _register(cls: type, static: tuple[str, ...]) -> None:
+    """Registers a node with children codes and scale, and the rest static."""
+    static_of = operator.attrgetter(*static)
+
+    def flatten_with_keys(node):
+        keys = jax.tree_util.GetAttrKey("codes"), jax.tree_util.GetAttrKey("scale")
+        children, aux = flatten(node)
+        return tuple(zip(keys, children, strict=True)), aux
+
+    def flatten(node):
+        refuse_training(node.codes)
+        return (node.codes, node.scale), static_of(node)
+
+    def unflatten(aux, children):
+        return cls(*children, **dict(zip(static, aux, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+_register(PackedTernary, ("length", "contracting_axes", "kernel_ndim", "config", "dtype"))
+
+_register(PackedInt8, ("contracting_axes", "kernel_ndim", "config", "dtype"))
+
+for _prepared in (PreparedTernary, PreparedInt8):
+    _register(_prepared, ("contraction", "outputs", "implementation", "config", "dtype"))
+
+
+def lay_out(packed: Stored, codes: UInt8[Array, "..."], implementation: str) -> Prepared:
+    """The prepared kernel of a stored one, from its codes in an implementation's layout."""
+    _, contraction, outputs = packed.axes.split(packed.shape)
+    kind = PreparedInt8 if isinstance(packed, PackedInt8) else PreparedTernary
+    return kind(
+        codes=codes,
+        scale=packed.canonical_scale(),
+        contraction=contraction,
+        outputs=outputs,
+        implementation=implementation,
+        config=packed.config,
+        dtype=packed.dtype,
+    )
+
+
+def canonical_bytes(packed: PackedTernary) -> UInt8[Array, "*b r n"]:
+    """The bytes of a stored kernel as (*batch, byte rows, outputs)."""
+    return kernel_axes.to_canonical(packed.codes, packed.axes)

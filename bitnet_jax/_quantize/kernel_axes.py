@@ -1,0 +1,120 @@
+"""Which axes of a kernel are contracted, which carry slices, which are outputs.
+
+All maths in this package runs on one canonical form, ``(*batch, K, N)``: the
+contraction flattened on axis -2, the outputs flattened on axis -1, one slice
+for each batch index. A Flax ``Dense`` kernel ``(in, out)`` is in that form
+already, and nothing is moved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+from bitnet_jax import _checks
+
+AxesLike = int | Sequence[int]
+
+T = TypeVar("T")
+
+
+class KernelAxes(NamedTuple):
+    """The axes of one kernel, non-negative and ascending."""
+
+    contracting: tuple[int, ...]
+    batch: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The permutation that brings a kernel to (batch, contraction, outputs)."""
+        return self.batch + self.contracting + self.outputs
+
+    def split(self, shape: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
+        """What is said of each axis, a length or a sharding: batch, contracting, output axes."""
+        b, c, o = (
+            tuple(shape[a] for a in axes) for axes in (self.batch, self.contracting, self.outputs)
+        )
+        return b, c, o
+
+
+def resolve(
+    who: str, w: jax.Array, contracting_axes: AxesLike | None, batch_axes: AxesLike
+) -> KernelAxes:
+    """Names every axis of ``w``; a 2-D kernel (in, out) needs no help."""
+    batch = _checks.normalize_axes(who, "batch_axes", batch_axes, w.ndim)
+    rest = [axis for axis in range(w.ndim) if axis not in batch]
+    if contracting_axes is None:
+        _require_known_axes(who, w, len(batch))
+        contracting = (rest[0],)
+    else:
+        contracting = _checks.normalize_axes(who, "contracting_axes", contracting_axes, w.ndim)
+    _require_disjoint_axes(who, contracting, batch)
+    outputs = tuple(axis for axis in rest if axis not in contracting)
+    return KernelAxes(contracting, batch, outputs)
+
+
+def to_canonical(w: jax.Array, axes: KernelAxes) -> jax.Array:
+    """Brings a kernel to ``(*batch, K, N)``."""
+    batch, contraction, outputs = axes.split(w.shape)
+    return w.transpose(axes.order).reshape(*batch, math.prod(contraction), math.prod(outputs))
+
+
+def from_canonical(
+    c: jax.Array, axes: KernelAxes, contraction: Sequence[int], outputs: Sequence[int]
+):
+    """Undoes :func:`to_canonical`, for an array with these lengths of the two parts."""
+    lead = c.shape[:-2]
+    inverse = sorted(range(len(axes.order)), key=axes.order.__getitem__)
+    return c.reshape(*lead, *contraction, *outputs).transpose(inverse)
+
+
+def group_grid(who: str, contraction: Sequence[int], group: int) -> tuple[int, ...]:
+    """How many groups of ``group`` adjacent weights lie along each contracting axis."""
+    grid, left = [], group
+    for length in reversed(contraction):
+        if left % length == 0:
+            grid.append(1)
+            left //= length
+        elif length % left == 0:
+            grid.append(length // left)
+            left = 1
+        else:
+            _raise_group_remainder(who, group, contraction)
+    if left != 1:
+        _raise_group_remainder(who, group, contraction)
+    return tuple(reversed(grid))
+
+
+def _require_disjoint_axes(who: str, contracting: Sequence[int], batch: Sequence[int]) -> None:
+    """Refuses an axis that is both contracted and a batch axis."""
+    both = sorted(set(contracting) & set(batch))
+    if both:
+        raise ValueError(
+            f"{who}: axes {both} are in `contracting_axes` and in `batch_axes`. "
+            "An axis is contracted or carries slices, not both."
+        )
+    if not contracting:
+        raise ValueError(f"{who}: `contracting_axes` is empty. Name the axes that x meets.")
+
+
+def _require_known_axes(who: str, w: Any, batch_count: int) -> None:
+    """Refuses to guess which axes of a kernel of rank 3 or more are contracted."""
+    if w.ndim - batch_count != 2:
+        raise ValueError(
+            f"{who}: a kernel of shape {tuple(w.shape)} does not tell which axes are "
+            "contracted (it may be a convolution, an attention or a stacked kernel). "
+            "Pass contracting_axes=, and batch_axes= for stacked layers or experts."
+        )
+
+
+def _raise_group_remainder(who: str, group: int, contraction: Sequence[int]) -> None:
+    """Reports a group size that does not tile the contraction."""
+    raise ValueError(
+        f"{who}: `granularity`={group} does not divide the contraction "
+        f"{tuple(contraction)}. Pass a group size that divides its last axis, or a multiple "
+        "of that axis that divides the whole."
+    )

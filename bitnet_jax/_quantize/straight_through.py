@@ -1,0 +1,200 @@
+"""Straight-through estimators: ternary forward, float backward.
+
+Rounding has a zero gradient almost everywhere. The straight-through estimator
+[1] passes the output's gradient to the latent float weight unchanged. Each
+estimator here is one ``jax.custom_vjp``, not ``w + stop_gradient(q - w)``: in
+bfloat16 and float16 that sum leaves the grid.
+
+``strength`` phases quantisation in: ``(1 - strength) * w + strength * q``. That
+form is exactly ``q`` at 1. A Python float is static; a traced float32 changes
+without retracing. It is a schedule, not a parameter: its gradient is zero.
+
+Hessians and forward mode (``jax.jvp``) of an estimator mean nothing: a
+``custom_vjp`` refuses the second and returns zeros for the first.
+
+References:
+  [1] Bengio, Leonard and Courville, Estimating or Propagating Gradients Through
+      Stochastic Neurons, arXiv:1308.3432.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from bitnet_jax import _checks, _mesh
+from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.int8 import (
+    INT8,
+    ActivationConfig,
+    dequantize_activations,
+    quantize_activations_as,
+)
+from bitnet_jax._quantize.strength import Strength
+from bitnet_jax._quantize.ternary import B158, KernelConfig, quantize_as, rms
+
+
+def fake_quantize(
+    w: Float[Array, "..."],
+    config: KernelConfig = B158,
+    *,
+    contracting_axes: kernel_axes.AxesLike | None = None,
+    batch_axes: kernel_axes.AxesLike = (),
+    strength: Strength = 1.0,
+) -> Float[Array, "..."]:
+    """The quantised kernel in its own dtype, with a straight-through gradient.
+
+    Forward ``(1 - strength) * w + strength * quantize(w).dequantize()``,
+    backward the identity. At strength 1 every entry is exactly -s, 0 or +s.
+
+    Args:
+      w: float32, bfloat16 or float16 kernel. 2-D: (in, out).
+      config: the quantiser.
+      contracting_axes: the axes that meet x; needed for other ranks than 2.
+      batch_axes: axes that carry slices, each with its own scale.
+      strength: 0 (float) to 1 (ternary); static or traced float32.
+
+    Returns:
+      An array of w's shape and dtype.
+
+    Raises:
+      TypeError: ``w`` is not floating point.
+      ValueError: as :func:`quantize`; or a static strength outside [0, 1].
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bitnet_jax as bj
+      >>> w = jnp.array([[0.9, -0.1], [-0.8, 0.2]])
+      >>> bj.fake_quantize(w).tolist()
+      [[0.5, 0.0], [-0.5, 0.0]]
+      >>> jax.grad(lambda w: (3.0 * bj.fake_quantize(w)).sum())(w).tolist()
+      [[3.0, 3.0], [3.0, 3.0]]
+
+    References:
+      Bengio et al., arXiv:1308.3432; Ma et al., arXiv:2402.17764.
+    """
+    return fake_quantize_as("fake_quantize", w, config, contracting_axes, batch_axes, strength)
+
+
+def fake_quantize_as(
+    who: str,
+    w: Float[Array, "..."],
+    config: KernelConfig,
+    contracting_axes: kernel_axes.AxesLike | None,
+    batch_axes: kernel_axes.AxesLike,
+    strength: Strength,
+) -> Float[Array, "..."]:
+    """:func:`fake_quantize` for a function that its errors name."""
+
+    def run(w: jax.Array, phase: jax.Array | None) -> jax.Array:
+        t = quantize_as(who, w, config, contracting_axes, batch_axes)
+        return straight_through(w, t.dequantize(), phase)
+
+    return _mesh.in_auto_like(run, w, traced_strength(who, strength))
+
+
+def fake_quantize_activations(
+    x: Float[Array, "..."],
+    config: ActivationConfig = INT8,
+    *,
+    axes: kernel_axes.AxesLike = -1,
+    strength: Strength = 1.0,
+) -> Float[Array, "..."]:
+    """Activations rounded to their int8 grid, with a straight-through gradient.
+
+    Args:
+      x: (..., features), floating point.
+      config: bits and eps.
+      axes: the axes that share one gamma.
+      strength: 0 (float) to 1 (quantised); static or traced float32.
+
+    Returns:
+      ``codes * gamma / qmax`` in x's shape and dtype.
+
+    Raises:
+      TypeError: ``x`` is not floating point.
+      ValueError: a static strength outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> bj.fake_quantize_activations(jnp.array([1.0, 0.3]), bj.ActivationConfig(bits=2)).tolist()
+      [1.0, 0.0]
+
+    References:
+      Ma et al., arXiv:2402.17764, section 2.
+    """
+    who = "fake_quantize_activations"
+
+    def run(x: jax.Array, phase: jax.Array | None) -> jax.Array:
+        codes, gamma = quantize_activations_as(who, x, config, axes)
+        return straight_through(x, dequantize_activations(codes, gamma, config), phase)
+
+    return _mesh.in_auto_like(run, x, traced_strength(who, strength))
+
+
+def traced_strength(who: str, strength: Strength) -> Float32[Array, ""] | None:
+    """None for the static 1.0, which has a path of its own; else a float32 array."""
+    if isinstance(strength, (int, float, np.number)):
+        _checks.require_static_strength(who, float(strength))
+        if strength == 1.0:
+            return None
+    return jnp.asarray(strength, jnp.float32)
+
+
+def blend(latent: jax.Array, hat: jax.Array, strength: jax.Array) -> jax.Array:
+    """``(1 - strength) * latent + strength * hat`` in float32: exactly ``hat`` at 1."""
+    return (1.0 - strength) * latent.astype(jnp.float32) + strength * hat
+
+
+def straight_through(latent: jax.Array, hat: jax.Array, strength: jax.Array | None) -> jax.Array:
+    """``hat`` (None: at strength 1) in latent's dtype, with latent's gradient."""
+    if strength is not None:
+        hat = lax.stop_gradient(blend(latent, hat, strength))
+    return _straight_through(latent, hat.astype(latent.dtype))
+
+
+@jax.custom_vjp
+def _straight_through(latent: jax.Array, hat: jax.Array) -> jax.Array:
+    """``hat`` forward; its gradient goes to ``latent``, and none to ``hat``."""
+    del latent
+    return hat
+
+
+def _straight_through_forward(latent, hat):
+    return _straight_through(latent, hat), None
+
+
+def _straight_through_backward(_, g):
+    return g, jnp.zeros_like(g)
+
+
+_straight_through.defvjp(_straight_through_forward, _straight_through_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def rms_normalize(x: Float[Array, "... k"], eps: float = 1e-5) -> Float[Array, "... k"]:
+    """RMSNorm without parameters over the last axis, in float32, the same bits everywhere.
+
+    ``x / sqrt(mean(x**2) + eps)`` (Zhang and Sennrich, arXiv:1910.07467, eq. 4).
+    """
+    return _rms_normalize_forward(x, eps)[0]
+
+
+def _rms_normalize_forward(x, eps: float):
+    wide = x.astype(jnp.float32)
+    inverse = 1.0 / rms(wide, eps)
+    return (wide * inverse).astype(x.dtype), (x, inverse)
+
+
+def _rms_normalize_backward(eps: float, residuals, g):
+    del eps
+    x, inverse = residuals
+    y, g = x.astype(jnp.float32) * inverse, g.astype(jnp.float32)
+    return (((g - y * jnp.mean(g * y, axis=-1, keepdims=True)) * inverse).astype(x.dtype),)
+
+
+rms_normalize.defvjp(_rms_normalize_forward, _rms_normalize_backward)

@@ -1,0 +1,1 @@
+"""Whole parameter trees: selectors, leaves in their boxes, packing, the report of it."""

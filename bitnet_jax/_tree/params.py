@@ -1,0 +1,301 @@
+"""A whole tree of parameters at once: pack it, unpack it, fake-quantise it, split it.
+
+The trees are what Flax makes: nested dicts, ``FrozenDict``, ``nnx.State``, with
+leaves boxed or not; anything else that is a pytree works too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import core
+
+from bitnet_jax import _checks, _mesh
+from bitnet_jax._checks import describe
+from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
+from bitnet_jax._packed.pack import axes_to_pack, pack_quantized
+from bitnet_jax._quantize.kernel_axes import AxesLike, KernelAxes
+from bitnet_jax._quantize.straight_through import fake_quantize_as
+from bitnet_jax._quantize.strength import Strength
+from bitnet_jax._quantize.ternary import B158, KernelConfig, check_config
+from bitnet_jax._tree.leaves import Leaf, flatten, is_box, rebox
+from bitnet_jax._tree.pack_report import PackReport, layer_report, measure, nbytes
+from bitnet_jax._tree.select import Path, Select, choose
+
+AxesOf = Callable[[Path, Any], "Mapping[str, Any] | None"]
+
+
+def pack_params(
+    params: Any,
+    config: KernelConfig = B158,
+    *,
+    select: Select | None = None,
+    axes: AxesOf | None = None,
+) -> tuple[Any, PackReport]:
+    """Rewrites the kernels of a parameter tree to two bits, and says what that did.
+
+    Kernels that two bits would hurt, a head or an embedding, may have eight: the
+    selector returns an ``Int8Config`` for them.
+
+    Args:
+      params: a tree of arrays. It is not changed.
+      config: the quantiser of the selected leaves.
+      select: which leaves; see :func:`exclude` and :func:`only`. A function of
+        path and leaf may return a config of its own for each (``TernaryConfig``,
+        ``Int8Config`` or None). By default the leaves named ``kernel``.
+      axes: a function of path and leaf that returns the keywords of
+        :func:`pack` (``contracting_axes``, ``batch_axes``) for a kernel. By
+        default a 2-D kernel is (in, out), and other ranks are refused.
+
+    Returns:
+      The tree with ``PackedTernary`` and ``PackedInt8`` leaves, boxes kept, and a
+      :class:`PackReport`. While tracing (``jax.eval_shape``, ``jit``) there are
+      no values to report or to check, and the report is None.
+
+    Raises:
+      TypeError: a selected leaf is packed already or not floating point.
+      ValueError: an empty tree, a selector that matches nothing, a kernel whose
+        axes are not known, NaN or Inf weights (the path is named).
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> params = {"layer": {"kernel": jax.random.normal(jax.random.key(0), (64, 16))}}
+      >>> packed, report = bj.pack_params(params, bj.PHASE4)
+      >>> packed["layer"]["kernel"]
+      PackedTernary(shape=(64, 16), scale=(1, 16), 320 bytes)
+      >>> report.ratio
+      12.8
+    """
+    who = "pack_params"
+    chosen, treedef = chosen_leaves(who, params, config, select)
+    resolved = [c and axes_of_leaf(who, leaf, c, axes) for leaf, c in chosen]
+    traced = any(isinstance(leaf.value, core.Tracer) for leaf, _ in chosen)
+    done, rows = [], []
+    for (leaf, c), found in zip(chosen, resolved, strict=True):
+        packed = leaf.value
+        if found is not None:
+            run = functools.partial(_pack_measured, config=c, axes=found)
+            packed, measured = _mesh.in_auto_like(run, leaf.value)
+            if not traced:
+                rows.append(layer_report(who, leaf.where, leaf.value, packed, measured))
+        done.append(packed)
+    boxed = [rebox(leaf.boxed, v) for (leaf, _), v in zip(chosen, done, strict=True)]
+    tree = jax.tree.unflatten(treedef, boxed)
+    if traced:
+        return tree, None  # pyright: ignore[reportReturnType]
+    before = [leaf.value for leaf, _ in chosen]
+    return tree, PackReport(tuple(rows), nbytes(before), nbytes(done))
+
+
+def axes_of_leaf(who: str, leaf: Leaf, config: KernelConfig, axes: AxesOf | None) -> KernelAxes:
+    """The axes of one kernel to pack; all that can be refused by its shape is refused here."""
+    contracting, batch = named_axes(who, leaf, axes)
+    return axes_to_pack(f"{who}: {leaf.where}", leaf.value, config, contracting, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "axes"))
+def _pack_measured(w, config, axes):
+    t, packed = pack_quantized(w, config, axes)
+    return packed, measure(w, t, packed)
+
+
+def unpack_params(packed: Any, *, dtype: jax.typing.DTypeLike | None = None) -> Any:
+    """The float tree of a packed one: every kernel as codes times scale.
+
+    Args:
+      packed: a tree from :func:`pack_params` or :func:`bitnet_jax.io.load`.
+      dtype: of the kernels; by default the dtype that each had.
+
+    Returns:
+      The tree with float kernels in place of packed ones, boxes kept.
+
+    Raises:
+      ValueError: no packed kernel in the tree.
+      TypeError: a kernel is prepared.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> w = jax.random.normal(jax.random.key(0), (64, 16))
+      >>> packed, _ = bj.pack_params({"kernel": w})
+      >>> bool((bj.unpack_params(packed)["kernel"] == bj.fake_quantize(w)).all())
+      True
+    """
+    leaves, treedef = flatten("unpack_params", "packed", packed)
+    if not any(is_packed(leaf.value) for leaf in leaves):
+        _checks.raise_nothing_packed("unpack_params")
+    for leaf in leaves:
+        if isinstance(leaf.value, Prepared):
+            _checks.raise_prepared("unpack_params", leaf.where, leaf.value.implementation)
+    done = [
+        rebox(leaf.boxed, leaf.value.dequantize(dtype)) if is_stored(leaf.value) else leaf.boxed
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(treedef, done)
+
+
+def fake_quantize_params(
+    params: Any,
+    config: KernelConfig = B158,
+    *,
+    select: Select | None = None,
+    axes: AxesOf | None = None,
+    strength: Strength = 1.0,
+) -> Any:
+    """The tree with its kernels fake-quantised, straight-through, for use inside a loss.
+
+    Quantisation-aware training of any library's model: the forward pass sees
+    ternary kernels, the gradient reaches the float ones. Activations stay float.
+
+    Args:
+      params: a tree of float arrays.
+      config: as for :func:`pack_params`.
+      select: as for :func:`pack_params`.
+      axes: as for :func:`pack_params`.
+      strength: 0 (float) to 1 (ternary); static or traced.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes.
+
+    Raises:
+      TypeError: as :func:`pack_params`.
+      ValueError: as :func:`pack_params`, values excepted.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bitnet_jax as bj
+      >>> params = {"kernel": jnp.array([[0.9], [-0.3]]), "bias": jnp.zeros(1)}
+      >>> loss = lambda p: (jnp.ones(2) @ bj.fake_quantize_params(p)["kernel"]).sum()
+      >>> jax.grad(loss)(params)["kernel"].tolist()
+      [[1.0], [1.0]]
+    """
+    who = "fake_quantize_params"
+    chosen, treedef = chosen_leaves(who, params, config, select)
+    done = []
+    for leaf, c in chosen:
+        if c is None:
+            done.append(leaf.boxed)
+            continue
+        contracting, batch = named_axes(who, leaf, axes)
+        name = f"{who}: {leaf.where}"
+        w = fake_quantize_as(name, leaf.value, c, contracting, batch, strength)
+        done.append(rebox(leaf.boxed, w))
+    return jax.tree.unflatten(treedef, done)
+
+
+def chosen_leaves(who: str, params: Any, config: KernelConfig, select: Select | None):
+    """Every leaf with its config or None, and the structure; all checked."""
+    check_config(who, config)
+    leaves, treedef = flatten(who, "params", params)
+    chosen = choose(who, [(leaf.path, leaf.value) for leaf in leaves], config, select)
+    for leaf, c in zip(leaves, chosen, strict=True):
+        if c is not None:
+            if is_packed(leaf.value):
+                _checks.raise_already_packed(who, leaf.where)
+            _checks.require_kernel(who, leaf.value, leaf.where)
+    return list(zip(leaves, chosen, strict=True)), treedef
+
+
+def named_axes(who: str, leaf: Leaf, axes: AxesOf | None) -> tuple[AxesLike | None, AxesLike]:
+    """The contracting and the batch axes that ``axes`` gives one kernel."""
+    _require_axes_function(who, axes)
+    given = axes(leaf.path, leaf.value) if axes is not None else None
+    if given is None:
+        if leaf.value.ndim != 2:
+            _raise_axes_unknown(who, leaf.where, leaf.value.shape)
+        return None, ()
+    _require_axis_keywords(who, leaf.where, given)
+    return given.get("contracting_axes"), given.get("batch_axes", ())
+
+
+def partition(params: Any) -> tuple[Any, Any]:
+    """Splits a tree into what can be trained and what cannot.
+
+    Packed kernels and integer arrays have no gradient. Differentiate with
+    respect to the first tree and give it alone to the optimizer.
+
+    Args:
+      params: any tree, packed or not.
+
+    Returns:
+      (trainable, frozen), both of the tree's structure, with None in the place
+      of every leaf that is in the other.
+
+    Raises:
+      ValueError: an empty tree.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bitnet_jax as bj
+      >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
+      >>> packed, _ = bj.pack_params(params)
+      >>> trainable, frozen = bj.partition(packed)
+      >>> trainable
+      {'bias': Array([0., 0., 0., 0.], dtype=float32), 'kernel': None}
+      >>> bj.combine(trainable, frozen)["kernel"]
+      PackedTernary(shape=(8, 4), scale=(1, 1), 12 bytes)
+    """
+    leaves, treedef = flatten("partition", "params", params)
+    trains = [
+        not is_packed(leaf.value) and jnp.issubdtype(jnp.result_type(leaf.value), jnp.inexact)
+        for leaf in leaves
+    ]
+    both = zip(leaves, trains, strict=True)
+    sides = [(leaf.boxed, None) if train else (None, leaf.boxed) for leaf, train in both]
+    trainable, frozen = zip(*sides, strict=True)
+    return jax.tree.unflatten(treedef, trainable), jax.tree.unflatten(treedef, frozen)
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """Puts together what :func:`partition` split.
+
+    Args:
+      trainable: the first tree.
+      frozen: the second tree.
+
+    Returns:
+      The whole tree.
+
+    Raises:
+      ValueError: trees of different structure.
+
+    Example:
+      >>> import bitnet_jax as bj
+      >>> bj.combine({"a": 1.0, "b": None}, {"a": None, "b": 2.0})
+      {'a': 1.0, 'b': 2.0}
+    """
+
+    def is_leaf(leaf: Any) -> bool:
+        return leaf is None or is_packed(leaf) or is_box(leaf)
+
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=is_leaf)
+
+
+def _raise_axes_unknown(who: str, path: str, shape: Sequence[int]) -> None:
+    """Refuses a kernel whose axes the shape cannot tell."""
+    raise ValueError(
+        f"{who}: {path} has shape {tuple(shape)}; only a 2-D kernel (in, out) tells its axes "
+        "by its shape. Pass axes= (a function of path and leaf that returns "
+        "{'contracting_axes': ..., 'batch_axes': ...}), or leave it out with "
+        f"select=bj.exclude({path!r})."
+    )
+
+
+def _require_axis_keywords(who: str, path: str, value: Any) -> None:
+    """Refuses an answer of an axis function that names no axes."""
+    known = {"contracting_axes", "batch_axes"}
+    if not isinstance(value, Mapping) or not set(value) <= known:
+        raise TypeError(
+            f"{who}: `axes` returned {describe(value)} for {path}. Return a dict with "
+            "'contracting_axes' and, for stacked kernels, 'batch_axes'; or None for a 2-D kernel."
+        )
+
+
+def _require_axes_function(who: str, value: Any) -> None:
+    """Refuses axes that are neither a function nor None."""
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{who}: `axes` must be a function of path and leaf, got {describe(value)}. Write for "
+            "example axes=lambda path, leaf: {'contracting_axes': (0, 1)}."
+        )

@@ -1,0 +1,154 @@
+"""Which leaves of a tree are quantised, and how.
+
+A selector is any function ``select(path, leaf)``, with ``path`` a tuple of
+names, that returns True, a ``TernaryConfig`` or an ``Int8Config`` to quantise the
+leaf, False or None to leave it. :func:`exclude` and :func:`only` build the common ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bitnet_jax import _checks
+from bitnet_jax._checks import describe
+from bitnet_jax._quantize.int8 import Int8Config
+from bitnet_jax._quantize.ternary import KernelConfig, TernaryConfig
+
+Path = tuple[str, ...]
+
+Select = Callable[[Path, Any], "bool | KernelConfig | None"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Patterns:
+    """A selector made of patterns; see :func:`exclude` and :func:`only`."""
+
+    patterns: tuple[str, ...]
+    keep: bool
+
+    def __call__(self, path: Path, leaf: Any) -> bool:
+        """Whether the leaf at ``path`` is to be quantised."""
+        if not self.keep:
+            return is_kernel(path, leaf) and not any(match(p, path) for p in self.patterns)
+        named = any(p.split("/")[-1] == path[-1] and match(p, path) for p in self.patterns)
+        return named or (is_kernel(path, leaf) and any(match(p, path) for p in self.patterns))
+
+
+def exclude(*patterns: str) -> Patterns:
+    """Selects every kernel but those under a matching name.
+
+    A pattern is one or more names of a path joined by ``/``, with ``*`` and
+    ``?`` inside a name; it matches wherever those names follow each other.
+
+    Args:
+      *patterns: what to leave in float, for example ``"head"``.
+
+    Returns:
+      A selector. A pattern of it that matches no path raises when it is used.
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> params = {"body": {"kernel": jnp.ones((8, 8))}, "head": {"kernel": jnp.ones((8, 2))}}
+      >>> packed, report = bj.pack_params(params, select=bj.exclude("head"))
+      >>> [layer.path for layer in report.layers]
+      ['body/kernel']
+    """
+    return Patterns(_nonempty("exclude", patterns), keep=False)
+
+
+def only(*patterns: str) -> Patterns:
+    """Selects the kernels under a matching name, and no others.
+
+    Args:
+      *patterns: as for :func:`exclude`. One whose last name is a leaf's own
+        name selects that leaf whatever it is called, for example
+        ``"linear/w"`` in a tree of another library.
+
+    Returns:
+      A selector. A pattern of it that matches no path raises when it is used.
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> tree = {"linear": {"w": jnp.ones((8, 8)), "b": jnp.ones(8)}}
+      >>> packed, report = bj.pack_params(tree, select=bj.only("linear/w"))
+      >>> packed["linear"]["w"]
+      PackedTernary(shape=(8, 8), scale=(1, 1), 20 bytes)
+    """
+    return Patterns(_nonempty("only", patterns), keep=True)
+
+
+def is_kernel(path: Path, leaf: Any) -> bool:
+    """Whether a leaf is a float array of rank 2 or more, named ``kernel`` as Flax names it."""
+    dtype = getattr(leaf, "dtype", None)
+    floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    return path[-1:] == ("kernel",) and floating and leaf.ndim >= 2
+
+
+def match(pattern: str, path: Path) -> bool:
+    """Whether the names of a pattern follow each other somewhere in a path."""
+    names = pattern.split("/")
+    runs = (path[i : i + len(names)] for i in range(len(path) - len(names) + 1))
+    return any(all(map(fnmatch.fnmatchcase, run, names)) for run in runs)
+
+
+def choose(
+    who: str,
+    leaves: Sequence[tuple[Path, Any]],
+    config: KernelConfig,
+    select: Select | None,
+) -> list[KernelConfig | None]:
+    """The config of each leaf, or None; refuses a selection that matches nothing."""
+    chosen = [decide(who, path, leaf, config, select) for path, leaf in leaves]
+    matched(who, [path for path, _ in leaves], any(chosen), select)
+    return chosen
+
+
+def decide(
+    who: str, path: Path, leaf: Any, config: KernelConfig, select: Select | None
+) -> KernelConfig | None:
+    """The config of one leaf, or None."""
+    _checks.require_selector(who, select)
+    decision = (is_kernel if select is None else select)(path, leaf)
+    if isinstance(decision, (TernaryConfig, Int8Config)):
+        return decision
+    if decision is None or isinstance(decision, (bool, np.bool_)):
+        return config if decision else None
+    _raise_not_a_selection(who, "/".join(path), decision)
+    raise AssertionError  # selection_value always raises
+
+
+def matched(who: str, paths: Sequence[Path], some: bool, select: Select | None) -> None:
+    """Refuses a selection that chose nothing, and patterns that match no path."""
+    names = ["/".join(path) for path in paths]
+    patterns = select.patterns if isinstance(select, Patterns) else ()
+    for pattern in patterns:
+        if not any(match(pattern, path) for path in paths):
+            _checks.raise_selector_matches_nothing(
+                who, f"the pattern {pattern!r}", names, [pattern]
+            )
+    if not some:
+        what = "the default selection (2-D leaves named 'kernel')" if select is None else "`select`"
+        _checks.raise_selector_matches_nothing(who, what, names, patterns or ("kernel",))
+
+
+def _nonempty(who: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    if not patterns or not all(isinstance(p, str) and p for p in patterns):
+        raise ValueError(
+            f"{who}: `patterns` must be one or more names, got {patterns!r}. "
+            f"Write for example bj.{who}('head')."
+        )
+    return patterns
+
+
+def _raise_not_a_selection(who: str, path: str, value: Any) -> None:
+    """Reports a selector that returned something that is no decision."""
+    raise TypeError(
+        f"{who}: `select` returned {describe(value)} for {path}. Return True or a "
+        "TernaryConfig or an Int8Config to quantise the leaf, False or None to leave it."
+    )

@@ -1,0 +1,314 @@
+"""The safetensors container: named byte strings with a dtype, a shape and a digest.
+
+A file is eight bytes of header length, the header (JSON), then the bytes of all
+tensors, end to end. The safetensors library reads a file with a key twice, with
+a relabelled dtype, or with most of its bits flipped. This reader does not::
+
+    __metadata__["sha256"] = sha256(n, name, dtype, shape, chunks of each of n tensors by name,
+                                    key, value of all other metadata by key)
+    chunks                 = sha256(first MiB) sha256(second MiB) ... of a tensor's bytes, the
+                             last of what is left; in version 1, the bytes themselves
+
+where each part is preceded by its length, so that no two contents spell the
+same. All chunks of a tensor are one part, and are hashed on several cores at once.
+
+The header is filled up with spaces to a multiple of 64 bytes, and tensors are
+ordered by the powers of two in their sizes: one whose size is a multiple of 64
+bytes starts at a multiple of 64, where JAX on a CPU uses the memory as it lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+import jax.numpy as jnp
+
+# Bounds on what a header may claim, far above any model's: memory and time stay small
+# whatever a file says. ``save`` keeps to them too.
+MAX_HEADER = 32 << 20  # bytes; some 50,000 leaves
+
+MAX_RANK = 64  # NumPy's own
+
+MAX_ELEMENTS = 2**48
+
+MAX_INT = 2**63 - 1
+
+ALIGNMENT = 64
+
+CHUNK = 1 << 20
+
+DIGEST = "sha256"
+
+METADATA = "__metadata__"
+
+# The names of dtypes in a header, for those that safetensors has a name for.
+TAGS = {
+    "bool": "BOOL",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+}
+
+_ITEMSIZE = {tag: jnp.dtype(name).itemsize for name, tag in TAGS.items()}
+
+REMEDY = "Copy or download it again, or write it again with bj.io.save."
+
+
+class FormatError(ValueError):
+    """A file or a checkpoint that is refused: damaged, changed, or of another format.
+
+    The text names the file or the leaf, what is wrong with it, and what to do.
+
+    Example:
+      >>> import os, tempfile, bitnet_jax as bj
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = os.path.join(folder, "model.bitnet.safetensors")
+      ...     with open(path, "wb") as file:
+      ...         written = file.write(b"model")
+      ...     try:
+      ...         bj.io.load(path)
+      ...     except bj.io.FormatError as error:
+      ...         print(str(error).replace(folder, "folder"))
+      load: 'folder/model.bitnet.safetensors' is no safetensors file: it has 5 bytes. Copy or \
+download it again, or write it again with bj.io.save.
+    """
+
+
+class Entry(NamedTuple):
+    """One tensor as a header has it: a dtype's name, a shape, and where its bytes are.
+
+    ``begin`` and ``end`` count from the end of the header.
+    """
+
+    tag: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def chunks(self) -> list[slice]:
+        """Where its chunks are, counted from its own first byte."""
+        return chunks_of(self.end - self.begin)
+
+
+def chunks_of(size: int) -> list[slice]:
+    """So many bytes in chunks, the last of what is left."""
+    return [slice(at, min(at + CHUNK, size)) for at in range(0, size, CHUNK)]
+
+
+class Header(NamedTuple):
+    """What a file says of itself: its tensors, its metadata, and where its data starts."""
+
+    tensors: dict[str, Entry]
+    metadata: dict[str, str]
+    start: int
+
+
+def damaged(what: str) -> NoReturn:
+    """Refuses a file that is not as it was written; the caller puts its name before this."""
+    if len(what) > 1000:  # names in a header may be of any length
+        what = f"{what[:700]} ... {what[-200:]}"
+    raise FormatError(f"{what}. {REMEDY}")
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a value: keys sorted, no spaces, no NaN."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def parse_json(text: str, **hooks: Any) -> Any:
+    """JSON with integers of at most 64 bits: longer ones take time that grows as their square."""
+    return json.loads(text, parse_int=_parse_int, **hooks)
+
+
+def _parse_int(text: str) -> int:
+    value = int(text) if len(text) <= 20 else MAX_INT + 1
+    if abs(value) > MAX_INT:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return value
+
+
+def hash_chunk(chunk: Any) -> bytes:
+    """What stands for a chunk in the digest; in version 1 the chunk itself does."""
+    return hashlib.sha256(chunk).digest()
+
+
+def digest(
+    tensors: Mapping[str, Entry],
+    metadata: Mapping[str, str],
+    chunks: Callable[[str], Iterable[Any]],
+) -> str:
+    """SHA-256 over all that a file says, but for the digest itself.
+
+    Args:
+      tensors: by name.
+      metadata: all of it; an old digest in it is left out.
+      chunks: called with one name after the other, for what stands for each of its chunks.
+
+    Returns:
+      64 hexadecimal digits.
+    """
+    sha = hashlib.sha256()
+
+    def put(length: int, parts: Iterable[Any]) -> None:
+        sha.update(length.to_bytes(8, "little"))
+        for part in parts:
+            sha.update(part)
+
+    def put_text(text: str) -> None:
+        # surrogatepass: a crafted header may hold what UTF-8 cannot.
+        raw = text.encode("utf-8", "surrogatepass")
+        put(len(raw), [raw])
+
+    put_text(str(len(tensors)))
+    for name in sorted(tensors):
+        entry = tensors[name]
+        put_text(name)
+        put_text(entry.tag)
+        put_text(canonical_json(entry.shape))
+        size = entry.end - entry.begin
+        put(size if metadata["version"] == "1" else 32 * len(entry.chunks), chunks(name))
+    for key in sorted(set(metadata) - {DIGEST}):
+        put_text(key)
+        put_text(metadata[key])
+    return sha.hexdigest()
+
+
+def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry]:
+    """Places tensors, of a dtype's name in the header and a shape, one after the other."""
+    sizes = {name: math.prod(shape) * _ITEMSIZE[tag] for name, (tag, shape) in tensors.items()}
+    twos = {name: min(size & -size or ALIGNMENT, ALIGNMENT) for name, size in sizes.items()}
+    entries, end = {}, 0
+    for name in sorted(tensors, key=lambda name: (-twos[name], name)):
+        begin, end = end, end + sizes[name]
+        entries[name] = Entry(*tensors[name], begin, end)
+    return entries
+
+
+def encode(tensors: Mapping[str, Entry], metadata: Mapping[str, str], digest: str) -> bytes:
+    """All that comes before the data; the same content always gives the same bytes."""
+    entries = {
+        name: {"dtype": entry.tag, "shape": entry.shape, "data_offsets": entry[2:]}
+        for name, entry in tensors.items()
+    }
+    header = canonical_json({METADATA: {**metadata, DIGEST: digest}, **entries}).encode()
+    length = len(header) + -(8 + len(header)) % ALIGNMENT
+    if length > MAX_HEADER:
+        raise ValueError(
+            f"save: `tree` needs a header of {length} bytes, and a file has at most {MAX_HEADER}. "
+            "Stack layers into one leaf, or save parts of the tree."
+        )
+    return length.to_bytes(8, "little") + header.ljust(length)
+
+
+def read_header(file: BinaryIO, size: int) -> Header:
+    """Reads and checks the header of a file of ``size`` bytes."""
+    header, start = _read_json(file, size)
+    metadata = header.pop(METADATA, {})
+    if not _is_strings(metadata):
+        damaged("has a damaged header: its metadata maps no strings to strings")
+    places = {name: _place(name, entry) for name, entry in header.items()}
+    tensors = {}
+    position = 0
+    for name in sorted(places, key=lambda n: places[n][2:]):
+        tensors[name] = entry = places[name]
+        if entry.begin != position:
+            damaged(
+                f"has a damaged header: {name!r} begins at byte {entry.begin} of the data, and "
+                f"what is before it ends at {position}"
+            )
+        position = entry.end
+        if position > size - start:
+            damaged(f"is truncated: {name!r} ends at byte {start + position}, the file at {size}")
+    if start + position != size:
+        damaged(f"has {size - start - position} bytes after its last tensor")
+    return Header(tensors, metadata, start)
+
+
+def _read_json(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """The header as a dict, and where the data starts."""
+    if size < 8:
+        damaged(f"is no safetensors file: it has {size} bytes")
+    length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        damaged(
+            f"is no safetensors file: it gives its header {length} bytes, and has "
+            f"{size - 8} after the length"
+        )
+    if length > MAX_HEADER:
+        damaged(f"has a header of {length} bytes; the most is {MAX_HEADER}")
+    try:
+        header = parse_json(file.read(length).decode("utf-8"), object_pairs_hook=_once)
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        damaged(f"is no safetensors file: its header is no JSON ({error})")
+    if not isinstance(header, dict):
+        damaged("is no safetensors file: its header is no JSON object")
+    return header, 8 + length
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json itself keeps the last of two values and says nothing."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        damaged(f"has a damaged header: the key {twice!r} is there twice")
+    return result
+
+
+def _place(name: str, entry: Any) -> Entry:
+    """Dtype, shape, first byte and end of one tensor, which must agree."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        damaged(f"has a damaged header: {name!r} must have a dtype, a shape and data_offsets")
+    tag, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not (is_shape(shape) and is_ints(offsets) and len(offsets) == 2):
+        damaged(f"has a damaged header: {name!r} has shape {shape!r} and data_offsets {offsets!r}")
+    if not isinstance(tag, str) or tag not in _ITEMSIZE:
+        damaged(f"has a damaged header: {name!r} has dtype {tag!r}, which no array here has")
+    begin, end = offsets
+    wanted = math.prod(shape) * _ITEMSIZE[tag]
+    if end - begin != wanted:
+        damaged(
+            f"has a damaged header: {name!r} is {tag} of shape {tuple(shape)}, {wanted} bytes, "
+            f"and has {end - begin}"
+        )
+    return Entry(tag, tuple(shape), begin, end)
+
+
+def is_ints(value: Any, low: int = 0) -> bool:
+    """Whether a JSON value is a list of integers, none below ``low``."""
+    return isinstance(value, list) and all(type(v) is int and v >= low for v in value)
+
+
+def is_shape(value: Any, low: int = 0) -> bool:
+    """Whether a JSON value is the shape of an array that could be, no axis below ``low``."""
+    if not is_ints(value, low) or len(value) > MAX_RANK or any(v > MAX_ELEMENTS for v in value):
+        return False
+    return math.prod(max(v, 1) for v in value) <= MAX_ELEMENTS
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())

@@ -1,0 +1,263 @@
+"""Any NNX model made ternary in place, and packed by the axes of its own layers.
+
+An NNX layer is an object that holds its parameters, so :func:`ternarize` changes
+its class and leaves everything else: the graph, the parameters, whoever holds a
+reference to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from bitnet_jax import _checks
+from bitnet_jax._layers import coverage, dimensions
+from bitnet_jax._layers.forward import LayerConfig, layer_config
+from bitnet_jax._packed.kernel import is_packed
+from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
+from bitnet_jax._quantize.ternary import B158, KernelConfig, TernaryConfig
+from bitnet_jax._tree.pack_report import PackReport
+from bitnet_jax._tree.params import pack_params
+from bitnet_jax._tree.select import Path, Select, choose
+from bitnet_jax.nnx import _bit_linear
+
+_TERNARY: dict[type, type] = {
+    nnx.Linear: _bit_linear.BitLinear,
+    nnx.LinearGeneral: _bit_linear.BitLinearGeneral,
+    nnx.Conv: _bit_linear.BitConv,
+    nnx.Einsum: _bit_linear.BitEinsum,
+}
+
+_KERNEL = {kind: "kernel" for kind in (*_TERNARY, *_TERNARY.values())}
+
+_KERNEL |= {nnx.Embed: "embedding", _bit_linear.Int8Embed: "embedding"}
+
+
+class _Site(NamedTuple):
+    """One parameter of rank 2 or more, and the module that holds it."""
+
+    path: Path
+    module: Any
+    variable: Any
+    inside: str | None  # what changes the kernel on its way to the layer
+
+
+def ternarize(
+    model: nnx.Module,
+    select: Select | None = None,
+    *,
+    weights: TernaryConfig = B158,
+    activations: ActivationConfig | None = INT8,
+    norm: bool = False,
+    backward_dtype: Any = None,
+) -> coverage.Coverage:
+    """Makes the layers of a model ternary, in place, and says which.
+
+    ``Linear``, ``LinearGeneral`` (so attention), ``Conv`` and ``Einsum`` become
+    ``BitLinear`` and its kin, parameters and references kept. ``Embed`` can be given
+    an ``Int8Config``. Every other owner of a kernel stays float and is named.
+
+    Args:
+      model: any NNX module; it is changed.
+      select: which kernels; see ``bj.exclude`` and ``bj.only``. A function of path
+        and array may return a config of its own for each, ``Int8Config`` included.
+        By default every ``kernel``.
+      weights: the quantiser of the selected kernels.
+      activations: the activations' quantiser; None for weight-only.
+      norm: RMSNorm without parameters before each quantised layer.
+      backward_dtype: of the backward products' operands; None: float32.
+
+    Returns:
+      A table, one row for each parameter of rank 2 or more.
+
+    Raises:
+      TypeError: ``model`` is no NNX module.
+      ValueError: a selector that matches nothing.
+      NotImplementedError: a layer that :func:`only` asks for by name and that
+        has no ternary form. In all of these, nothing is changed.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> from flax import nnx
+      >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+      >>> print(bj.nnx.ternarize(model, select=bj.exclude("out")))
+      path          layer           shape  kernel   why
+      key/kernel    LinearGeneral  32x4x8  ternary  selected
+      out/kernel    LinearGeneral  4x8x32  float    not selected
+      query/kernel  LinearGeneral  32x4x8  ternary  selected
+      value/kernel  LinearGeneral  32x4x8  ternary  selected
+    """
+    who = "ternarize"
+    _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
+    layer = layer_config(who, weights, activations, norm, backward_dtype)
+    sites = sorted(_sites(model), key=lambda site: site.path)
+    leaves = [(site.path, site.variable.get_value()) for site in sites]
+    chosen = choose(who, leaves, weights, select)
+    decided = [_decide(who, s, c, select) for s, c in zip(sites, chosen, strict=True)]
+    rows = []
+    for site, (config, why) in zip(sites, decided, strict=True):
+        module, shape = site.module, tuple(site.variable.get_value().shape)
+        name = type(module).__name__
+        rows.append(coverage.Covered("/".join(site.path), name, shape, config, why))
+        if config is not None:
+            _change(module, layer._replace(weights=config))
+    return coverage.Coverage(tuple(rows))
+
+
+def _sites(model: nnx.Module) -> Iterator[_Site]:
+    modules = list(nnx.iter_modules(model))
+    changed = {
+        path: type(module).__name__
+        for path, module in modules
+        if isinstance(module, (nnx.WeightNorm, nnx.SpectralNorm))
+    }
+    for path, module in modules:
+        around = (kind for outer, kind in changed.items() if outer == path[: len(outer)] != path)
+        inside = next(around, None)
+        for name, variable in vars(module).items():
+            if not isinstance(variable, nnx.Param) or name in ("bias", "scale"):
+                continue
+            value = variable.get_value()
+            if is_packed(value) or len(getattr(value, "shape", ())) >= 2:
+                yield _Site((*map(str, path), name), module, variable, inside)
+
+
+def _decide(who: str, site: _Site, config: KernelConfig | None, select: Any):
+    """A kernel's config, or None; and why."""
+    if config is None:
+        return None, "not selected"
+    if is_packed(site.variable.get_value()):
+        _checks.raise_already_packed(who, "/".join(site.path))
+    name, why = type(site.module).__name__, _why_not(site, config)
+    return coverage.settle(who, site.path, name, config, why, select)
+
+
+def _why_not(site: _Site, config: KernelConfig) -> str | None:
+    kind = type(site.module)
+    if site.inside is not None:
+        return f"{site.inside} changes the kernel before it is used"
+    if _KERNEL.get(kind) != site.path[-1]:
+        return f"{kind.__name__} has no ternary form"
+    if kind in (nnx.Embed, _bit_linear.Int8Embed):
+        return None if isinstance(config, Int8Config) else "Embed takes an Int8Config"
+    for name in _TERNARY[kind]._unused if kind in _TERNARY else ():
+        if getattr(site.module, name) is not _bit_linear.default_of(kind, name):
+            return f"its argument `{name}` is set"
+    return None
+
+
+def _change(module: Any, config: LayerConfig) -> None:
+    kind = type(module)
+    if kind in (nnx.Embed, _bit_linear.Int8Embed):
+        module.__class__ = _bit_linear.Int8Embed
+    else:
+        module.__class__ = _TERNARY.get(kind, kind)
+        module.norm = config.norm
+        module.backward_dtype = config.backward_dtype
+    module.weights = config.weights
+    module.activations = config.activations
+
+
+def pack(model: nnx.Module) -> tuple[Any, PackReport]:
+    """Packs every kernel that a model uses as ternary, by the axes of its layers.
+
+    Args:
+      model: an NNX module with ternary layers; it is not changed.
+
+    Returns:
+      The state of its ``nnx.Param`` with packed kernels, for ``nnx.update(model,
+      packed)`` and for ``bj.io.save``, and the report of :func:`bitnet_jax.pack_params`.
+      The model then runs from it, with the same bits. Stacked layers
+      (``nnx.vmap``, ``nnx.scan`` over axis 0) are packed slice by slice.
+
+    Raises:
+      ValueError: a model without ternary layers; a kernel of another shape than
+        its layer's; one that two layers share and use in two ways.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> from flax import nnx
+      >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+      >>> table = bj.nnx.ternarize(model)
+      >>> x = jax.random.normal(jax.random.key(0), (2, 7, 32))
+      >>> trained = model(x)
+      >>> packed, report = bj.nnx.pack(model)
+      >>> nnx.update(model, packed)
+      >>> bool((model(x) == trained).all())
+      True
+    """
+    learned = _learned("pack", model)
+    state = nnx.state(model, nnx.Param)
+    return pack_params(state, select=learned.select, axes=learned.axes)
+
+
+def learn(model: nnx.Module) -> coverage.Learned:
+    """The config and axes of every kernel that a model uses as quantised.
+
+    Args:
+      model: an NNX module with ternary layers.
+
+    Returns:
+      A :class:`Learned`, whose ``select`` and ``axes`` fit ``bj.sensitivity``,
+      ``bj.trit_stats``, ``bj.optim.watch_trits`` and ``bj.pack_params``, for trees
+      of the model's ``nnx.Param``.
+
+    Raises:
+      ValueError: as :func:`pack`.
+
+    Example:
+      >>> import bitnet_jax as bj
+      >>> from flax import nnx
+      >>> how = bj.nnx.learn(bj.nnx.BitConv(4, 8, (3, 3), rngs=nnx.Rngs(0)))
+      >>> how.axes(("kernel",), None)
+      {'contracting_axes': (0, 1, 2), 'batch_axes': ()}
+    """
+    return _learned("learn", model)
+
+
+def _learned(who: str, model: nnx.Module) -> coverage.Learned:
+    _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
+    uses: dict[int, tuple[KernelConfig, dict[str, tuple[int, ...]]]] = {}
+    kernels = {}
+    for site in _sites(model):
+        if not isinstance(site.module, (*_TERNARY.values(), _bit_linear.Int8Embed)):
+            continue
+        where, key = "/".join(site.path), id(site.variable)
+        use = (site.module.weights, _axes(who, where, site))
+        kernels[site.path] = use
+        if uses.setdefault(key, use) != use:
+            _checks.raise_used_two_ways(who, where, "in another way where it is shared")
+    if not kernels:
+        _checks.raise_no_ternary_layer(who, type(model).__name__)
+    return coverage.Learned(kernels)
+
+
+def _axes(who: str, where: str, site: _Site) -> dict[str, tuple[int, ...]]:
+    """The keywords of ``pack`` for a layer's kernel, stacked axes counted."""
+    module, got = site.module, tuple(site.variable.get_value().shape)
+    shape, contracting, batch = _own_axes(module)
+    n = len(got) - len(shape)
+    if n < 0 or got[n:] != shape:
+        _checks.require_param_shape(who, where, got, shape)
+    return coverage.stacked_axes(n, contracting, batch)
+
+
+def _own_axes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """A kernel's shape, contracting and batch axes, from the layer's own fields."""
+    if isinstance(module, _bit_linear.Int8Embed):
+        call: dimensions.Call = dimensions.table((module.num_embeddings, module.features), 1)
+    elif isinstance(module, nnx.LinearGeneral):
+        lead, length = tuple(module.batch_axis.values()), len(module.in_features)
+        x_shape = (*lead, *module.in_features)
+        axis, batch = range(len(lead), len(lead) + length), range(len(lead))
+        call = dimensions.general(x_shape, axis, batch, module.out_features)
+    elif isinstance(module, nnx.Einsum):
+        operand = module.einsum_str.replace(" ", "").split(",")[0].replace("...", "")
+        call = _bit_linear.einsum_call(module, (1,) * len(operand))
+    elif isinstance(module, nnx.Conv):
+        call = _bit_linear.conv_call(module, (1,) * (len(module.kernel_size) + 2))
+    else:
+        call = _bit_linear.linear_call(module, (1,))
+    return call.kernel_shape, call.contracting_axes, call.batch_axes

@@ -1,0 +1,155 @@
+"""A transform that changes nothing and watches the codes of the kernels it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bitnet_jax import _checks
+from bitnet_jax._quantize.ternary import B158, TernaryConfig
+from bitnet_jax._tree.params import AxesOf
+from bitnet_jax._tree.select import Select
+from bitnet_jax.analysis._trit_stats import check_previous, measure, watched
+from bitnet_jax.optim._gradients import require_params, require_step_count
+
+
+class WatchTritsState(NamedTuple):
+    """The state of :func:`watch_trits`.
+
+    Attributes:
+      step: int32, steps taken.
+      snapshot: path to the last codes (uint8, two bits each) and mean scale.
+      stats: ``"path/name"`` to the last statistics, float32 scalars.
+    """
+
+    step: jax.Array
+    snapshot: dict[str, dict[str, jax.Array]]
+    stats: dict[str, jax.Array]
+
+
+def watch_trits(
+    every: int = 50,
+    *,
+    config: TernaryConfig = B158,
+    select: Select | None = None,
+    axes: AxesOf | None = None,
+    near: float = 0.1,
+) -> optax.GradientTransformation:
+    """Keeps :func:`bitnet_jax.trit_stats` of the params up to date, every so many steps.
+
+    Updates pass through unchanged. Every ``every`` steps the codes of the params,
+    as they are before that step's update, are compared with those of last time,
+    which the state holds at two bits a weight. Other steps compute nothing; where
+    params are donated, XLA may copy a kernel for the branch. Put it anywhere in an
+    ``optax.chain`` and read it with :func:`read_trits`.
+
+    Args:
+      every: steps between two looks.
+      config: as for :func:`bitnet_jax.pack_params`, ternary.
+      select: as for :func:`bitnet_jax.pack_params`.
+      axes: as for :func:`bitnet_jax.pack_params`.
+      near: how close to the threshold is near, in units of the statistic.
+
+    Returns:
+      An ``optax.GradientTransformation`` whose ``update`` needs ``params``.
+
+    Raises:
+      ValueError: ``every`` below 1. In ``init``: as ``pack_params``. In
+        ``update``: no ``params``, or others than it was initialised with.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, bitnet_jax as bj
+      >>> tx = optax.chain(bj.optim.watch_trits(every=2), optax.sgd(0.5))
+      >>> params = {"kernel": jnp.array([[0.9, -0.1], [-0.8, 0.2]])}
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(params, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bj.optim.read_trits(state)["kernel/zeros"]
+      0.5
+    """
+    who = "watch_trits"
+    require_step_count(who, "every", every)
+    _checks.require_positive(who, "near", near)
+
+    def look(kernels: Any, last: Any) -> Any:
+        snapshot, stats = {}, {}
+        for where, (w, c, found) in kernels.items():
+            snapshot[where], of_kernel = measure(w, last.get(where), c, found, near)
+            stats |= {f"{where}/{name}": value for name, value in of_kernel.items()}
+        return snapshot, stats
+
+    def init(params: Any) -> WatchTritsState:
+        kernels = watched(who, params, config, select, axes)
+        return WatchTritsState(jnp.zeros((), jnp.int32), *look(kernels, {}))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        require_params(who, params)
+        kernels = watched(who, params, config, select, axes)
+        _require_same_kernels(who, sorted(kernels), sorted(state.snapshot))
+        check_previous(who, kernels, state.snapshot)
+        step = state.step + jnp.int32(1)
+        snapshot, stats = jax.lax.cond(
+            step % jnp.int32(every) == 0,
+            lambda old: look(kernels, old[0]),
+            lambda old: old,
+            (state.snapshot, state.stats),
+        )
+        return updates, WatchTritsState(step, snapshot, stats)
+
+    return optax.GradientTransformation(init, update)
+
+
+def read_trits(opt_state: Any) -> dict[str, float]:
+    """The last statistics that :func:`watch_trits` took, for a logger.
+
+    Args:
+      opt_state: the state of any optimizer with :func:`watch_trits` in it, chained
+        or wrapped.
+
+    Returns:
+      ``{"path/flip_rate": ..., "path/zeros": ..., ...}`` as Python floats. Before
+      the first look there is no flip rate and no drift, and they are left out;
+      kernels with NaN or Inf have a scale that is none.
+
+    Raises:
+      ValueError: a state without :func:`watch_trits`, or with two.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, bitnet_jax as bj
+      >>> tx = optax.chain(bj.optim.watch_trits(), optax.adamw(1e-3))
+      >>> state = tx.init({"kernel": jnp.array([[0.9, -0.1], [-0.8, 0.2]])})
+      >>> sorted(bj.optim.read_trits(state))
+      ['kernel/near_threshold', 'kernel/scale', 'kernel/zeros']
+    """
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, WatchTritsState)
+
+    found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(s)]
+    _require_one_watch("read_trits", len(found))
+    values = jax.device_get(found[0].stats)
+    later = ("/flip_rate", "/scale_drift")
+    return {k: float(v) for k, v in values.items() if v == v or not k.endswith(later)}
+
+
+def _require_same_kernels(who: str, got: Sequence[str], wanted: Sequence[str]) -> None:
+    """Refuses params with other kernels than the state was made for."""
+    if list(got) != list(wanted):
+        raise ValueError(
+            f"{who}: `params` has the kernels {', '.join(got)}, and the state was made for "
+            f"{', '.join(wanted)}. Call tx.init(params) again."
+        )
+
+
+def _require_one_watch(who: str, count: int) -> None:
+    """Refuses an optimizer state that holds no statistics, or several."""
+    if count != 1:
+        raise ValueError(
+            f"{who}: `opt_state` holds {count} states of watch_trits, and needs one. Put "
+            "bj.optim.watch_trits() into the optax.chain, once."
+        )

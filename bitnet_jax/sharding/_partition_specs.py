@@ -1,0 +1,212 @@
+"""Where the leaves of a tree go on a mesh: packed kernels lie as the kernels they stand for.
+
+Nothing is sharded here. The specs are for JAX's own tools: ``jax.device_put``,
+``in_shardings``, ``bj.io.load(sharding=)``, Orbax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from bitnet_jax import _checks, _mesh
+from bitnet_jax._checks import describe
+from bitnet_jax._packed import trits
+from bitnet_jax._packed.kernel import PackedTernary, Prepared, Stored, is_stored
+from bitnet_jax._tree.leaves import Leaf, flatten, placement, rebox
+from bitnet_jax._tree.select import Path, match
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+SpecOf = Callable[[Path, Any], "PartitionSpec | None"]
+
+
+def partition_specs(params: Any, rules: Rules | SpecOf | None = None, *, mesh: Any = None) -> Any:
+    """The ``PartitionSpec`` of every array in a tree, those inside packed kernels included.
+
+    A packed kernel inherits the spec of the float kernel that it stands for: its codes
+    lie as the kernel does, four rows to a byte, and so does a scale along every axis
+    that it has; along the others it is whole. Leaves that nothing is said of are whole
+    on every device.
+
+    Args:
+      params: a tree of arrays or ``jax.ShapeDtypeStruct``, packed or not.
+      rules: None: the kernels' Flax metadata (``nn.with_partitioning``, logical names
+        under ``nn.logical_axis_rules``, nnx ``out_sharding``). Else pairs of a pattern,
+        as of :func:`exclude`, and the spec of the float leaf, the first that matches;
+        or a function of path and leaf that returns a spec or None.
+      mesh: what the specs are to be used with, to be checked against it; by default the
+        mesh around the call (``jax.set_mesh``), if there is one.
+
+    Returns:
+      A tree of the structure of ``params``, boxes and packed nodes included, with a spec
+      in the place of every array.
+
+    Raises:
+      ValueError: an empty tree; no metadata in it, or a pattern that matches nothing; a
+        spec of more axes than its leaf, of axes that the mesh has not, or that does not
+        divide it: a contraction is cut at multiples of four weights, one byte.
+      TypeError: a prepared kernel, or rules that are none.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> from jax.sharding import PartitionSpec as P
+      >>> params = {"up": {"kernel": jax.random.normal(jax.random.key(0), (64, 16))}}
+      >>> packed, _ = bj.pack_params(params, bj.PHASE4)
+      >>> specs = bj.partition_specs(packed, [("up/kernel", P(None, "model"))])
+      >>> specs["up"]["kernel"].codes, specs["up"]["kernel"].scale
+      (P(None, 'model'), P(None, 'model'))
+    """
+    who = "partition_specs"
+    leaves, treedef = flatten(who, "params", params)
+    mesh = mesh if mesh is not None else jax.sharding.get_abstract_mesh()
+    mesh = None if mesh.empty else mesh
+    given = _given(who, leaves, rules)
+    done = []
+    for leaf, spec in zip(leaves, given, strict=True):
+        if isinstance(leaf.value, Prepared):
+            _checks.raise_prepared(who, leaf.where, leaf.value.implementation)
+        done.append(rebox(leaf.boxed, _of_leaf(who, leaf, spec, mesh)))
+    return jax.tree.unflatten(treedef, done)
+
+
+def _given(
+    who: str, leaves: Sequence[Leaf], rules: Rules | SpecOf | None
+) -> list[PartitionSpec | None]:
+    """The spec of each float leaf, by metadata or by rules."""
+    if rules is None:
+        specs = [placement(leaf.boxed) for leaf in leaves]
+        _require_some_sharding(who, any(spec is not None for spec in specs))
+    elif callable(rules):
+        specs = [rules(leaf.path, leaf.value) for leaf in leaves]
+    else:
+        pairs = _rule_pairs(who, rules)
+        paths = ["/".join(leaf.path) for leaf in leaves]
+        for pattern, _ in pairs:
+            if not any(match(pattern, leaf.path) for leaf in leaves):
+                what = f"the pattern {pattern!r}"
+                _checks.raise_selector_matches_nothing(who, what, paths, [pattern])
+        specs = [next((spec for p, spec in pairs if match(p, leaf.path)), None) for leaf in leaves]
+    for leaf, spec in zip(leaves, specs, strict=True):
+        _require_spec(who, leaf.where, spec)
+    return specs
+
+
+def _of_leaf(who: str, leaf: Leaf, spec: PartitionSpec | None, mesh: Any) -> Any:
+    """The spec of one leaf: an array's own, or a packed kernel's two."""
+    value = leaf.value
+    shape = tuple(value.shape)
+    _require_spec_rank(who, leaf.where, spec, shape)
+    entries = _mesh.padded(spec or (), len(shape))
+    steps = [1] * len(shape)
+    if isinstance(value, PackedTernary):
+        steps[value.contracting_axes[-1]] = trits.PER_BYTE
+    cuts = [1] * len(shape)
+    if mesh is not None:
+        used = [axis for entry in entries for axis in _mesh.names(entry)]
+        _require_axes_of_mesh(who, leaf.where, used, mesh.axis_names)
+        cuts = [math.prod(mesh.shape[a] for a in _mesh.names(e)) for e in entries]
+        _require_equal_shards(who, leaf.where, shape, entries, cuts, steps)
+    if not is_stored(value):
+        return PartitionSpec(*entries)
+    return _of_packed(value, entries, cuts, known=mesh is not None)
+
+
+def _of_packed(packed: Stored, entries: _mesh.Spec, cuts: Sequence[int], *, known: bool) -> Stored:
+    """Specs in the place of codes and scale; groups are cut where that is known to be even."""
+    scale = [
+        entry if have == length or (known and have > 1 and have % cut == 0) else None
+        for entry, have, length, cut in zip(
+            entries, packed.scale.shape, packed.shape, cuts, strict=True
+        )
+    ]
+    leaves = PartitionSpec(*entries), PartitionSpec(*scale)
+    return jax.tree.unflatten(jax.tree.structure(packed), leaves)
+
+
+def _require_some_sharding(who: str, some: bool) -> None:
+    """Refuses a tree without a word about placement."""
+    if not some:
+        raise ValueError(
+            f"{who}: `params` holds no partitioning metadata. Annotate kernels "
+            "(flax.linen.with_partitioning, nnx.with_partitioning) and keep their boxes, or "
+            "pass rules=[('pattern', PartitionSpec(...)), ...]."
+        )
+
+
+def _rule_pairs(who: str, rules: Any) -> list[tuple[str, PartitionSpec]]:
+    """Rules as pairs of a pattern and a spec, or an error."""
+    pairs = list(rules) if isinstance(rules, (list, tuple)) else []
+    good = (
+        isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], PartitionSpec)
+        for pair in pairs
+    )
+    if not pairs or not all(good):
+        raise TypeError(
+            f"{who}: `rules` must be pairs of a pattern and a PartitionSpec, a function of path "
+            f"and leaf, or None, got {describe(rules)}. Write for example "
+            "[('mlp/*/kernel', PartitionSpec(None, 'model'))]."
+        )
+    return pairs
+
+
+def _require_spec(who: str, where: str, spec: Any) -> None:
+    """Refuses a rule's answer that is no spec."""
+    if spec is not None and not isinstance(spec, PartitionSpec):
+        raise TypeError(
+            f"{who}: `rules` returned {describe(spec)} for {where}. Return a PartitionSpec, or "
+            "None for a leaf that is whole on every device."
+        )
+
+
+def _require_spec_rank(
+    who: str, where: str, spec: PartitionSpec | None, shape: Sequence[int]
+) -> None:
+    """Refuses a spec of more axes than its leaf."""
+    if spec is not None and len(spec) > len(shape):
+        raise ValueError(
+            f"{who}: {where} has shape {tuple(shape)}, and its spec {len(spec)} entries: {spec}. "
+            "Give it one entry for each axis of the float leaf."
+        )
+
+
+def _require_axes_of_mesh(who: str, where: str, used: Sequence[str], has: Sequence[str]) -> None:
+    """Refuses a spec of axes that the mesh does not have, or that names one twice."""
+    missing = sorted({axis for axis in used if axis not in has})
+    if missing:
+        raise ValueError(
+            f"{who}: the spec of {where} names {missing}, and the mesh has the axes {list(has)}. "
+            "Name axes of the mesh."
+        )
+    if len({*used}) < len(used):
+        raise ValueError(
+            f"{who}: the spec of {where} names a mesh axis twice: {list(used)}. Shard one axis "
+            "of an array over one mesh axis."
+        )
+
+
+def _require_equal_shards(
+    who: str,
+    where: str,
+    shape: Sequence[int],
+    entries: Sequence[Any],
+    cuts: Sequence[int],
+    steps: Sequence[int],
+) -> None:
+    """Refuses shards of unequal size, or that end inside a byte."""
+    for axis, (length, entry, cut, step) in enumerate(
+        zip(shape, entries, cuts, steps, strict=True)
+    ):
+        if cut > 1 and length % (cut * step):
+            unit = f", each a multiple of {step} weights (one byte)" if step > 1 else ""
+            raise ValueError(
+                f"{who}: axis {axis} of {where} has length {length}, which {entry!r} would cut "
+                f"into {cut} equal shards{unit}. Shard another axis, or over fewer devices."
+            )

@@ -1,0 +1,287 @@
+"""What training a network takes on each device of a mesh, from shapes alone.
+
+Counted, for a tree of parameters that is cut by ``PartitionSpec``\\ s::
+
+    parameters, gradients       the shards
+    optimizer's state           what ``init`` makes of the shards
+    saved for the backward pass of each ternary contraction, x's codes (int8) and gammas
+                                (float32, one a token), the kernel's codes (int8, the shard)
+                                and its scale
+    gathered                    the codes of each kernel that :func:`gather_codes` gathers,
+                                once in the forward pass and once in the backward one
+
+Not counted: attention's scores, norms, activation functions, logits, float leaves that
+XLA gathers, and XLA's own temporaries. On top of what is held there are at least the
+largest kernel's gathered codes, and its gradient before that is summed over the devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from bitnet_jax import _checks, _display, _mesh
+from bitnet_jax._ops.gather import gather_of
+from bitnet_jax._packed import trits
+from bitnet_jax._packed.kernel import PackedTernary, Stored, is_stored
+from bitnet_jax._packed.pack import pack_quantized
+from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.int8 import Int8Config
+from bitnet_jax._quantize.ternary import B158, KernelConfig
+from bitnet_jax._tree.leaves import Leaf, flatten, rebox
+from bitnet_jax._tree.params import AxesOf, axes_of_leaf, chosen_leaves
+from bitnet_jax._tree.select import Path, Select
+from bitnet_jax.sharding import _partition_specs
+
+Tokens = int | Callable[[Path, Any], int]
+
+_FLOAT32 = 4  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of training on one device, and of serving the whole model; printed, a table.
+
+    Attributes:
+      devices: how many devices the mesh has.
+      parameters: of the shards, float.
+      gradients: of the shards.
+      optimizer: of the optimizer's state.
+      saved: for the backward pass, by all ternary contractions.
+      largest_codes: the gathered codes of the largest kernel, int8.
+      largest_gradient: that kernel's gradient before it is summed, float32.
+      gathered: codes of all kernels, for a forward and a backward pass, as
+        :func:`traffic` counts them.
+      gathered_weights: how many weights these are the codes of.
+      served_float16: the whole model in float16.
+      served_int8: its selected kernels at eight bits, packed; the rest as it is.
+      served_packed: its selected kernels as they are packed; the rest as it is.
+    """
+
+    devices: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    saved: int
+    largest_codes: int
+    largest_gradient: int
+    gathered: int
+    gathered_weights: int
+    served_float16: int
+    served_int8: int
+    served_packed: int
+
+    @property
+    def held(self) -> int:
+        """Bytes held at the end of a forward pass, of what is counted."""
+        return self.parameters + self.gradients + self.optimizer + self.saved
+
+    def __str__(self) -> str:
+        """The table: one device, what it gathers in a step, the model to serve."""
+        rows = [
+            ("parameters", self.parameters),
+            ("gradients", self.gradients),
+            ("optimizer's state", self.optimizer),
+            ("saved by ternary contractions", self.saved),
+            ("held", self.held),
+            ("largest kernel: gathered codes, int8", self.largest_codes),
+            ("largest kernel: gradient before its sum", self.largest_gradient),
+            ("gathered in a step: codes", self.gathered),
+            ("    as bfloat16 kernels", 2 * self.gathered_weights),
+            ("    as float32 kernels", 4 * self.gathered_weights),
+            ("served, whole model: float16", self.served_float16),
+            ("    int8", self.served_int8),
+            ("    packed", self.served_packed),
+        ]
+        header = (f"on one of {self.devices} devices", "bytes")
+        return _display.table(header, [(name, _display.size_text(n)) for name, n in rows])
+
+
+def training_memory(
+    params: Any,
+    rules: _partition_specs.Rules | _partition_specs.SpecOf | None = None,
+    *,
+    mesh: Mesh | AbstractMesh,
+    optimizer: Any,
+    tokens: Tokens,
+    config: KernelConfig = B158,
+    select: Select | None = None,
+    axes: AxesOf | None = None,
+) -> TrainingMemory:
+    """The bytes that training takes on each device, and what serving will take.
+
+    Computed from shapes: nothing is allocated, and no device is needed. A table for 70
+    billion parameters is made of ``jax.eval_shape(model.init, ...)`` and an
+    ``AbstractMesh`` in seconds. Quantisation is taken as complete (strength 1) and
+    activations as int8; the other paths save floats.
+
+    Call it inside :func:`gather_codes`, as training would be: without, nothing is gathered.
+    Gradients have the parameters' dtypes and placement, and so has the optimizer's state.
+    Each contraction saves its own codes of x: XLA may merge those of layers with the same
+    input. A convolution is taken to save each of its windows, which is more than it does.
+    A first layer whose input has no gradient gathers its codes once, not twice; blocks
+    under ``nn.remat`` gather a third time, and save one block at a time.
+
+    Args:
+      params: a tree of float arrays or ``jax.ShapeDtypeStruct``, boxed or not.
+      rules: how it is cut; as of :func:`partition_specs`, by default its own metadata.
+      mesh: what the specs are of; a ``jax.sharding.AbstractMesh`` will do.
+      optimizer: an optax transformation.
+      tokens: how many rows of x on one device meet each kernel; or a function of path and
+        leaf (experts see some of the tokens; 0: it is looked up). By default a leaf named
+        ``embedding`` is looked up, which saves and gathers no codes.
+      config: as for :func:`pack_params`.
+      select: as for :func:`pack_params`.
+      axes: as for :func:`pack_params`.
+
+    Returns:
+      A :class:`TrainingMemory`.
+
+    Raises:
+      TypeError: as :func:`pack_params`; a mesh, optimizer or count of another type.
+      ValueError: as :func:`pack_params` and :func:`partition_specs`.
+
+    Example:
+      >>> import jax, optax, bitnet_jax as bj
+      >>> from jax.sharding import AbstractMesh, PartitionSpec as P
+      >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((4096, 11008), "float32")}}
+      >>> mesh = AbstractMesh((8,), ("data",))
+      >>> rules = [("kernel", P("data", None))]
+      >>> how = {"mesh": mesh, "optimizer": optax.adamw(1e-3), "tokens": 4096}
+      >>> with bj.gather_codes("data"):
+      ...     print(bj.training_memory(params, rules, **how))
+      on one of 8 devices                         bytes
+      parameters                                22.5 MB
+      gradients                                 22.5 MB
+      optimizer's state                         45.1 MB
+      saved by ternary contractions             22.4 MB
+      held                                     112.6 MB
+      largest kernel: gathered codes, int8      45.1 MB
+      largest kernel: gradient before its sum  180.4 MB
+      gathered in a step: codes                 22.5 MB
+          as bfloat16 kernels                  180.4 MB
+          as float32 kernels                   360.7 MB
+      served, whole model: float16              90.2 MB
+          int8                                  45.1 MB
+          packed                                11.3 MB
+    """
+    who = "training_memory"
+    import optax  # whoever names an optimizer has it
+
+    _checks.require_instance(
+        who, "mesh", mesh, (Mesh, AbstractMesh), "Use jax.make_mesh((8,), ('data',))."
+    )
+    kind = optax.GradientTransformation
+    _checks.require_instance(
+        who, "optimizer", optimizer, kind, "Use for example optax.adamw(1e-3)."
+    )
+    if not callable(tokens):
+        _checks.require_instance(who, "tokens", tokens, int, "Count the tokens on one device.")
+        _checks.require_positive(who, "tokens", tokens)
+    mesh = mesh.abstract_mesh
+    chosen, treedef = chosen_leaves(who, params, config, select)
+    specs = flatten(who, "specs", _partition_specs.partition_specs(params, rules, mesh=mesh))[0]
+    shards, kernels, served = [], [], {16: 0, 8: 0, 2: 0}
+    for (leaf, c), spec in zip(chosen, specs, strict=True):
+        w = jax.ShapeDtypeStruct(leaf.value.shape, leaf.value.dtype)
+        entries = _mesh.padded(spec.value, w.ndim)
+        shards.append(jax.ShapeDtypeStruct(_cut(w.shape, entries, mesh), w.dtype))
+        forms = [w, w]
+        if c is not None:
+            found = axes_of_leaf(who, leaf, c, axes)
+            forms = [_packed(w, Int8Config(), found), _packed(w, c, found)]
+            rows = _rows(who, leaf, tokens)
+            if rows:
+                kernels.append(_kernel(who, forms[1], entries, mesh, rows))
+        served[16] += 2 * w.size
+        served[8] += _nbytes(forms[0])
+        served[2] += _nbytes(forms[1])
+    boxed = [rebox(leaf.boxed, s) for (leaf, _), s in zip(chosen, shards, strict=True)]
+    state = jax.eval_shape(optimizer.init, jax.tree.unflatten(treedef, boxed))
+    parameters = sum(map(_nbytes, shards))
+    largest = max((k.gathered_weights for k in kernels), default=0)
+    return TrainingMemory(
+        devices=math.prod(mesh.shape.values()),
+        parameters=parameters,
+        gradients=parameters,
+        optimizer=sum(map(_nbytes, jax.tree.leaves(state))),
+        saved=sum(k.saved for k in kernels),
+        largest_codes=largest,
+        largest_gradient=largest * _FLOAT32,
+        gathered=2 * sum(k.gathered for k in kernels),
+        gathered_weights=2 * sum(k.gathered_weights for k in kernels),
+        served_float16=served[16],
+        served_int8=served[8],
+        served_packed=served[2],
+    )
+
+
+class _Kernel(NamedTuple):
+    """Of one kernel on one device; what is gathered, for one pass."""
+
+    saved: int
+    gathered: int
+    gathered_weights: int
+
+
+def _kernel(
+    who: str, packed: Stored, entries: _mesh.Spec, mesh: AbstractMesh, rows: int
+) -> _Kernel:
+    """What one contraction saves and gathers, decided as the training op decides it."""
+    batch, k, n = packed.axes.split(packed.shape)
+    parts = packed.axes.split(entries)
+    gather = gather_of(
+        who,
+        (),
+        parts,
+        math.prod(k),
+        explicit=mesh,
+        given=True,
+        two_bits=isinstance(packed, PackedTernary),
+    )
+    shape = (*batch, math.prod(k), math.prod(n))
+    merged = [tuple(a for e in part for a in _mesh.names(e)) for part in parts[1:]]
+    shards = (*parts[0], *merged)
+    *slices, depth, outputs = _cut(shape, shards if gather is None else gather.whole, mesh)
+    # A scale is cut along the axes that it has, where that is even.
+    scale_entries = _mesh.fit(entries, packed.scale.shape, mesh)
+    scale = math.prod(_cut(packed.scale.shape, scale_entries, mesh)) * _FLOAT32
+    saved = rows * math.prod(slices) * (depth + _FLOAT32) + math.prod(_cut(shape, shards, mesh))
+    if gather is None:
+        return _Kernel(saved + scale, 0, 0)
+    weights = math.prod(slices) * depth * outputs
+    return _Kernel(saved + scale, weights // (trits.PER_BYTE if gather.packs else 1), weights)
+
+
+def _cut(shape: Sequence[int], entries: Iterable[_mesh.Entry], mesh: AbstractMesh) -> list[int]:
+    """The shape of one shard."""
+    return [
+        length // math.prod(mesh.shape[a] for a in _mesh.names(entry))
+        for length, entry in zip(shape, entries, strict=True)
+    ]
+
+
+@functools.cache
+def _packed(w: jax.ShapeDtypeStruct, config: KernelConfig, axes: kernel_axes.KernelAxes) -> Stored:
+    """The shapes of a packed kernel; a network has few different ones."""
+    return jax.eval_shape(lambda w: pack_quantized(w, config, axes)[1], w)
+
+
+def _rows(who: str, leaf: Leaf, tokens: Tokens) -> int:
+    """How many rows of x meet one kernel."""
+    if not callable(tokens):
+        return 0 if leaf.path[-1:] == ("embedding",) else tokens
+    rows = tokens(leaf.path, leaf.value)
+    _checks.require_instance(who, "tokens", rows, int, f"It was called with {leaf.where}.")
+    return rows
+
+
+def _nbytes(leaf: Any) -> int:
+    """Bytes of a packed kernel or of an array, or of what stands for one."""
+    return leaf.nbytes if is_stored(leaf) else leaf.size * leaf.dtype.itemsize
