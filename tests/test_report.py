@@ -14,6 +14,7 @@ from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import bitnet_jax as bj
+from bitnet_jax._tree import pack_report
 
 
 def normal(*shape, seed=0):
