@@ -315,7 +315,7 @@ def test_outputs_and_lengths_that_do_not_meet_are_errors_and_no_crash():
             call_multiply(GOOD, **arguments)
 
 
-DRIVER = pathlib.Path(__file__).parent / "native"
+DRIVER = pathlib.Path(__file__).parents[1] / "native"
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")

@@ -292,7 +292,7 @@ def test_arrays_of_several_processes():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    code = "import test_checkpoint; test_checkpoint.two_processes({}, {})"
+    code = "import test_checkpoint_refusals; test_checkpoint_refusals.two_processes({}, {})"
     both = [
         subprocess.Popen(
             [sys.executable, "-c", code.format(rank, port)],
@@ -332,7 +332,7 @@ def test_shardings_that_cannot_be_are_refused():
 def alone(call, **environment):
     """Runs a function of this file in a process of its own; an error in it fails."""
     subprocess.run(
-        [sys.executable, "-c", f"import test_checkpoint; test_checkpoint.{call}"],
+        [sys.executable, "-c", f"import test_checkpoint_refusals; test_checkpoint_refusals.{call}"],
         check=True,
         cwd=pathlib.Path(__file__).parent,
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
@@ -905,7 +905,7 @@ class Saver:
     """The process of orbax_saver.py, and what the children that it forks have said."""
 
     def __init__(self, folder):
-        script = pathlib.Path(__file__).parent / "orbax_saver.py"
+        script = pathlib.Path(__file__).parents[1] / "orbax_saver.py"
         self.process = subprocess.Popen(
             [sys.executable, script, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
