@@ -134,8 +134,8 @@ def raise_not_finite(who: str, path: str, count: int) -> None:
     """Reports weights that are not finite; ``count`` was read from the values."""
     raise ValueError(
         f"{who}: {path} has {count} NaN or Inf weights. Find the step that made them "
-        "(bj.gradient_flow(grads) names leaves with bad gradients) and restore a checkpoint "
-        "from before it."
+        "(bj.analysis.gradient_flow(grads) names leaves with bad gradients) and restore a "
+        "checkpoint from before it."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a model says about its kernels: how each is quantised and met, and why not."""
+"""Which kernels of a model are quantised, over which axes, and why the others are not."""
 
 from __future__ import annotations
 
@@ -11,32 +11,6 @@ from bitnet_jax._tree.pack_report import kind
 from bitnet_jax._tree.select import Patterns
 
 Path = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Learned:
-    """The kernels that a model uses as quantised, their configs and axes.
-
-    For every function that takes ``select=`` and ``axes=``::
-
-        how = bj.linen.learn(model, params, x)  # or bj.nnx.learn(model)
-        bj.trit_stats(params, select=how.select, axes=how.axes)
-
-    Attributes:
-      kernels: path to config and the keywords of ``bj.pack``.
-    """
-
-    kernels: dict[Path, tuple[KernelConfig, dict[str, tuple[int, ...]]]]
-
-    def select(self, path: Path, leaf: Any) -> KernelConfig | None:
-        """The config of a kernel; None for what stays float."""
-        del leaf
-        return self.kernels[path][0] if path in self.kernels else None
-
-    def axes(self, path: Path, leaf: Any) -> dict[str, tuple[int, ...]] | None:
-        """The axes of a kernel, as the keywords of ``bj.pack``; None for other leaves."""
-        del leaf
-        return self.kernels[path][1] if path in self.kernels else None
 
 
 def stacked_axes(
@@ -103,16 +77,18 @@ class Coverage:
         return tuple(row.path for row in self.rows if row.config is None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Path to config (its repr, or None) and reason, as plain Python."""
-        return {
-            row.path: {
-                "layer": row.layer,
-                "shape": list(row.shape),
-                "config": None if row.config is None else repr(row.config),
-                "why": row.why,
-            }
-            for row in self.rows
-        }
+        """Every row as plain Python, ready for ``json.dumps``.
+
+        Returns:
+          ``{"rows": [{"path": ..., "layer": ..., "shape": ..., "config": ..., "kind":
+          ..., "why": ...}, ...]}``; the config of a float kernel is None.
+        """
+
+        def plain(row: Covered) -> dict[str, Any]:
+            more = {"shape": list(row.shape), "kind": kind(row.config)}
+            return dataclasses.asdict(row) | more
+
+        return {"rows": [plain(row) for row in self.rows]}
 
     def __str__(self) -> str:
         """A table, one row a kernel."""

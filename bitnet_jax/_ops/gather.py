@@ -54,7 +54,7 @@ def gather_codes(*axes: str) -> Iterator[None]:
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
       >>> x = jax.random.normal(jax.random.key(0), (8, 64))
       >>> w = jax.random.normal(jax.random.key(1), (64, 16))
-      >>> with jax.set_mesh(mesh), bj.gather_codes("data"):
+      >>> with jax.set_mesh(mesh), bj.sharding.gather_codes("data"):
       ...     y = jax.jit(lambda x, w: bj.ternary_dot(x, w, kernel_spec=P("data", None)))(x, w)
       >>> bool((y == bj.ternary_dot(x, w)).all())
       True

@@ -78,7 +78,7 @@ class PackReport:
     """What packing did to a tree of parameters. ``print`` it, ``plot`` it, or read it.
 
     Attributes:
-      layers: one :class:`LayerReport` for each packed kernel.
+      rows: one :class:`LayerReport` for each packed kernel.
       model_bytes_before: all leaves of the float tree.
       model_bytes_after: all leaves of the packed tree, float ones included.
 
@@ -94,19 +94,19 @@ class PackReport:
       whole model, dense                                                   4.2 kB  276 B  15.07x
     """
 
-    layers: tuple[LayerReport, ...]
+    rows: tuple[LayerReport, ...]
     model_bytes_before: int
     model_bytes_after: int
 
     @property
     def bytes_before(self) -> int:
         """Bytes of the selected kernels in float."""
-        return sum(layer.bytes_before for layer in self.layers)
+        return sum(layer.bytes_before for layer in self.rows)
 
     @property
     def bytes_after(self) -> int:
         """Bytes of the selected kernels, packed."""
-        return sum(layer.bytes_after for layer in self.layers)
+        return sum(layer.bytes_after for layer in self.rows)
 
     @property
     def ratio(self) -> float:
@@ -121,7 +121,7 @@ class PackReport:
     @property
     def model_bytes_dense(self) -> int:
         """Bytes of the whole model in a file of ``bj.io.save(..., dense=True)``, but its header."""
-        saved = sum(layer.bytes_after - layer.bytes_dense for layer in self.layers)
+        saved = sum(layer.bytes_after - layer.bytes_dense for layer in self.rows)
         return self.model_bytes_after - saved
 
     @property
@@ -133,7 +133,7 @@ class PackReport:
         """Every number as plain Python, ready for ``json.dumps`` or a logger.
 
         Returns:
-          ``{"layers": [...], "ternary": {...}, "model": {...}}``, with ``"int8"``
+          ``{"rows": [...], "ternary": {...}, "model": {...}}``, with ``"int8"``
           where there are such kernels; an error that is NaN (a kernel of zeros)
           is None.
         """
@@ -146,7 +146,7 @@ class PackReport:
             return {"bytes_before": before, "bytes_after": after, "ratio": before / after}
 
         return {
-            "layers": [row(layer) for layer in self.layers],
+            "rows": [row(layer) for layer in self.rows],
             **{name: totals(*size) for name, size in self._by_kind().items()},
             "model": totals(self.model_bytes_before, self.model_bytes_after)
             | {"bytes_dense": self.model_bytes_dense, "dense_ratio": self.model_dense_ratio},
@@ -154,11 +154,11 @@ class PackReport:
 
     def _by_kind(self) -> dict[str, tuple[int, int]]:
         """Bytes before and after of the kernels of each kind that there are."""
-        kinds = sorted({layer.kind for layer in self.layers}, reverse=True)
+        kinds = sorted({layer.kind for layer in self.rows}, reverse=True)
         return {
             name: (
-                sum(layer.bytes_before for layer in self.layers if layer.kind == name),
-                sum(layer.bytes_after for layer in self.layers if layer.kind == name),
+                sum(layer.bytes_before for layer in self.rows if layer.kind == name),
+                sum(layer.bytes_after for layer in self.rows if layer.kind == name),
             )
             for name in kinds
         }
@@ -166,7 +166,7 @@ class PackReport:
     def __str__(self) -> str:
         """The report as a table, one row a kernel, then the totals."""
         header = ("path", "shape", "-1", "0", "+1", "scale", "error", "before", "after", "ratio")
-        rows = [_row(layer) for layer in self.layers]
+        rows = [_row(layer) for layer in self.rows]
         totals = [(f"{name} kernels", *size) for name, size in self._by_kind().items()]
         totals.append(("whole model", self.model_bytes_before, self.model_bytes_after))
         if self.model_bytes_dense != self.model_bytes_after:
@@ -276,7 +276,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
 
 
 def _draw(report: PackReport) -> Any:
-    layers = report.layers[::-1]
+    layers = report.rows[::-1]
     names = [f"{x.path} (int8)" if x.kind == "int8" else x.path for x in layers]
     figure = blank_figure("PackReport.plot", (11, 1.8 + 0.32 * len(layers)))
     codes, error, size = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 2))

@@ -7,8 +7,8 @@ leaves boxed or not; anything else that is a pytree works too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,7 @@ from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._quantize.ternary import B158, KernelConfig, check_config
 from bitnet_jax._tree.leaves import Leaf, flatten, is_box, rebox
 from bitnet_jax._tree.pack_report import PackReport, layer_report, measure, nbytes
-from bitnet_jax._tree.select import Path, Select, choose
-
-AxesOf = Callable[[Path, Any], "Mapping[str, Any] | None"]
+from bitnet_jax._tree.select import AxesOf, Select, axes_for, choose
 
 
 def pack_params(
@@ -49,7 +47,9 @@ def pack_params(
         ``Int8Config`` or None). By default the leaves named ``kernel``.
       axes: a function of path and leaf that returns the keywords of
         :func:`pack` (``contracting_axes``, ``batch_axes``) for a kernel. By
-        default a 2-D kernel is (in, out), and other ranks are refused.
+        default those of ``select``, where ``bj.linen.kernels`` or
+        ``bj.nnx.kernels`` made it; else a 2-D kernel is (in, out), and other
+        ranks are refused.
 
     Returns:
       The tree with ``PackedTernary`` and ``PackedInt8`` leaves, boxes kept, and a
@@ -72,6 +72,7 @@ def pack_params(
     """
     who = "pack_params"
     chosen, treedef = chosen_leaves(who, params, config, select)
+    axes = axes_for(select, axes)
     resolved = [c and axes_of_leaf(who, leaf, c, axes) for leaf, c in chosen]
     traced = any(isinstance(leaf.value, core.Tracer) for leaf, _ in chosen)
     done, rows = [], []
@@ -173,6 +174,7 @@ def fake_quantize_params(
     """
     who = "fake_quantize_params"
     chosen, treedef = chosen_leaves(who, params, config, select)
+    axes = axes_for(select, axes)
     done = []
     for leaf, c in chosen:
         if c is None:
@@ -272,7 +274,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=is_leaf)
 
 
-def _raise_axes_unknown(who: str, path: str, shape: Sequence[int]) -> None:
+def _raise_axes_unknown(who: str, path: str, shape: Sequence[int]) -> NoReturn:
     """Refuses a kernel whose axes the shape cannot tell."""
     raise ValueError(
         f"{who}: {path} has shape {tuple(shape)}; only a 2-D kernel (in, out) tells its axes "

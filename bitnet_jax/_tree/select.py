@@ -3,26 +3,30 @@
 A selector is any function ``select(path, leaf)``, with ``path`` a tuple of
 names, that returns True, a ``TernaryConfig`` or an ``Int8Config`` to quantise the
 leaf, False or None to leave it. :func:`exclude` and :func:`only` build the common ones.
+:class:`Kernels` is one that also knows the axes of every kernel.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
+from bitnet_jax._display import table
 from bitnet_jax._quantize.int8 import Int8Config
 from bitnet_jax._quantize.ternary import KernelConfig, TernaryConfig
 
 Path = tuple[str, ...]
 
-Select = Callable[[Path, Any], "bool | KernelConfig | None"]
+Select = Callable[[Path, Any], bool | KernelConfig | None]
+
+AxesOf = Callable[[Path, Any], Mapping[str, Any] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,7 @@ def exclude(*patterns: str) -> Patterns:
       >>> import jax.numpy as jnp, bitnet_jax as bj
       >>> params = {"body": {"kernel": jnp.ones((8, 8))}, "head": {"kernel": jnp.ones((8, 2))}}
       >>> packed, report = bj.pack_params(params, select=bj.exclude("head"))
-      >>> [layer.path for layer in report.layers]
+      >>> [row.path for row in report.rows]
       ['body/kernel']
     """
     return Patterns(_nonempty("exclude", patterns), keep=False)
@@ -81,6 +85,72 @@ def only(*patterns: str) -> Patterns:
       PackedTernary(shape=(8, 8), scale=(1, 1), 20 bytes)
     """
     return Patterns(_nonempty("only", patterns), keep=True)
+
+
+class KernelUse(NamedTuple):
+    """How a model uses one kernel.
+
+    Attributes:
+      shape: of the parameter, stacked axes included.
+      config: the quantiser.
+      axes: the keywords of ``bj.pack``: ``contracting_axes`` and ``batch_axes``.
+    """
+
+    shape: tuple[int, ...]
+    config: KernelConfig
+    axes: Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Kernels:
+    """The kernels that a model uses as quantised: a selector that brings their axes.
+
+    ``bj.linen.kernels`` and ``bj.nnx.kernels`` return it. Every function that
+    takes ``select=`` takes it, and then needs no ``axes=``::
+
+        kernels = bj.linen.kernels(model, params, x)  # or bj.nnx.kernels(model)
+        bj.analysis.trit_stats(params, select=kernels)
+
+    Attributes:
+      uses: path to :class:`KernelUse`.
+    """
+
+    uses: dict[Path, KernelUse]
+
+    def __call__(self, path: Path, leaf: Any) -> KernelConfig | None:
+        """The config of a kernel; None for a leaf that stays float."""
+        del leaf
+        return self.uses[path].config if path in self.uses else None
+
+    def axes(self, path: Path, leaf: Any) -> Mapping[str, tuple[int, ...]] | None:
+        """The axes of a kernel, as the keywords of ``bj.pack``; None for other leaves."""
+        del leaf
+        return self.uses[path].axes if path in self.uses else None
+
+    @property
+    def ternary(self) -> Kernels:
+        """The same without int8 kernels, for ``trit_stats`` and ``watch_trits``."""
+        uses = self.uses.items()
+        return Kernels({k: use for k, use in uses if isinstance(use.config, TernaryConfig)})
+
+    def __repr__(self) -> str:
+        """A table, one row a kernel."""
+        rows = [
+            (
+                "/".join(path),
+                "x".join(map(str, use.shape)),
+                str(use.axes["contracting_axes"]),
+                str(use.axes["batch_axes"]),
+                repr(use.config),
+            )
+            for path, use in self.uses.items()
+        ]
+        return table(("path", "shape", "contracting", "batch", "config"), rows)
+
+
+def axes_for(select: Select | None, axes: AxesOf | None) -> AxesOf | None:
+    """The ``axes`` that were given, or else those that :class:`Kernels` bring."""
+    return select.axes if axes is None and isinstance(select, Kernels) else axes
 
 
 def is_kernel(path: Path, leaf: Any) -> bool:
@@ -117,10 +187,9 @@ def decide(
     decision = (is_kernel if select is None else select)(path, leaf)
     if isinstance(decision, (TernaryConfig, Int8Config)):
         return decision
-    if decision is None or isinstance(decision, (bool, np.bool_)):
-        return config if decision else None
-    _raise_not_a_selection(who, "/".join(path), decision)
-    raise AssertionError  # selection_value always raises
+    if not (decision is None or isinstance(decision, (bool, np.bool_))):
+        _raise_not_a_selection(who, "/".join(path), decision)
+    return config if decision else None
 
 
 def matched(who: str, paths: Sequence[Path], some: bool, select: Select | None) -> None:
@@ -146,7 +215,7 @@ def _nonempty(who: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
     return patterns
 
 
-def _raise_not_a_selection(who: str, path: str, value: Any) -> None:
+def _raise_not_a_selection(who: str, path: str, value: Any) -> NoReturn:
     """Reports a selector that returned something that is no decision."""
     raise TypeError(
         f"{who}: `select` returned {describe(value)} for {path}. Return True or a "

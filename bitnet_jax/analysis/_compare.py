@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,14 @@ from bitnet_jax._checks import describe
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.strength import phase_in
 from bitnet_jax._tree.leaves import flatten
+
+
+class ComparisonRow(NamedTuple):
+    """One line of a comparison; ``float`` is None where a number is of both models."""
+
+    name: str
+    float: float | None
+    packed: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,21 +52,33 @@ class Comparison:
     agreement: float
     max_difference: float
 
+    @property
+    def rows(self) -> tuple[ComparisonRow, ...]:
+        """The lines of the table; loss and accuracy where there were labels."""
+        scores = (
+            ComparisonRow("loss", self.loss_float, self.loss_packed),
+            ComparisonRow("accuracy", self.accuracy_float, self.accuracy_packed),
+        )
+        return (
+            *(() if math.isnan(self.accuracy_float) else scores),
+            ComparisonRow("KL(float || packed)", None, self.kl),
+            ComparisonRow("top-1 agreement", None, self.agreement),
+            ComparisonRow("max logit difference", None, self.max_difference),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Every number as plain Python, ready for ``json.dumps``; NaN and Inf are None."""
         return _display.plain(dataclasses.asdict(self))
 
     def __str__(self) -> str:
-        """A small table; loss and accuracy where there were labels."""
-        rows = [
-            ("loss", f"{self.loss_float:.4f}", f"{self.loss_packed:.4f}"),
-            ("accuracy", f"{self.accuracy_float:.2%}", f"{self.accuracy_packed:.2%}"),
-            ("KL(float || packed)", "", f"{self.kl:.3g}"),
-            ("top-1 agreement", "", f"{self.agreement:.2%}"),
-            ("max logit difference", "", f"{self.max_difference:.3g}"),
-        ]
-        rows = rows[2:] if math.isnan(self.accuracy_float) else rows
-        names, floats, packed = zip(*rows, strict=True)
+        """The rows as a small table."""
+        formats = {"loss": ".4f", "accuracy": ".2%", "top-1 agreement": ".2%"}
+
+        def cell(row: ComparisonRow, value: float | None) -> str:
+            return "" if value is None else format(value, formats.get(row.name, ".3g"))
+
+        cells = [(row.name, cell(row, row.float), cell(row, row.packed)) for row in self.rows]
+        names, floats, packed = zip(*cells, strict=True)
         columns = (
             [f"over {self.examples} examples", *names],
             _display.right("float", floats),
@@ -114,7 +134,7 @@ def compare(
       >>> params = model.init(jax.random.key(1), x)["params"]
       >>> packed, _ = bj.pack_params(params)
       >>> labels = model.apply({"params": packed}, x).argmax(-1)
-      >>> result = bj.compare(model, params, packed, [(x, labels)])
+      >>> result = bj.analysis.compare(model, params, packed, [(x, labels)])
       >>> result.examples, result.accuracy_packed
       (32, 1.0)
       >>> 0.0 < result.kl < 1.0

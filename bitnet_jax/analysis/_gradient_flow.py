@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from bitnet_jax import _checks
-from bitnet_jax._display import table
+from bitnet_jax._display import plain, table
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._tree.leaves import flatten
+
+GradientState = Literal["ok", "missing", "dead", "nan", "exploding"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,27 +31,36 @@ class LeafGradient:
     path: str
     norm: float
     largest: float
-    state: str
+    state: GradientState
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientFlow:
-    """Which leaves gradients reach; see :func:`gradient_flow`."""
+    """Which leaves gradients reach; see :func:`gradient_flow`.
 
-    leaves: tuple[LeafGradient, ...]
+    Attributes:
+      rows: one :class:`LeafGradient` for each leaf.
+    """
+
+    rows: tuple[LeafGradient, ...]
 
     @property
     def ok(self) -> bool:
         """Whether every leaf has a finite gradient that is neither dead nor exploding."""
-        return all(leaf.state == "ok" for leaf in self.leaves)
+        return all(leaf.state == "ok" for leaf in self.rows)
 
-    def paths(self, state: str) -> tuple[str, ...]:
+    def paths(self, state: GradientState) -> tuple[str, ...]:
         """The paths of the leaves in a state."""
-        return tuple(leaf.path for leaf in self.leaves if leaf.state == state)
+        _checks.require_one_of("GradientFlow.paths", "state", state, get_args(GradientState))
+        return tuple(leaf.path for leaf in self.rows if leaf.state == state)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number as plain Python, ready for ``json.dumps``; NaN and Inf are None."""
+        return {"rows": [plain(dataclasses.asdict(row)) for row in self.rows], "ok": self.ok}
 
     def __str__(self) -> str:
         """A table, one row a leaf."""
-        rows = [(g.path, f"{g.norm:.3g}", f"{g.largest:.3g}", g.state) for g in self.leaves]
+        rows = [(g.path, f"{g.norm:.3g}", f"{g.largest:.3g}", g.state) for g in self.rows]
         return table(("path", "norm", "largest", "state"), rows)
 
 
@@ -71,7 +82,7 @@ def gradient_flow(grads: Any, *, exploding: float = 1e3) -> GradientFlow:
 
     Example:
       >>> import jax.numpy as jnp, bitnet_jax as bj
-      >>> flow = bj.gradient_flow({"a": jnp.ones(4), "b": jnp.zeros(2), "c": None})
+      >>> flow = bj.analysis.gradient_flow({"a": jnp.ones(4), "b": jnp.zeros(2), "c": None})
       >>> flow.ok, flow.paths("dead"), flow.paths("missing")
       (False, ('b',), ('c',))
       >>> print(flow)

@@ -18,8 +18,8 @@ from bitnet_jax._packed.pack import pack_quantized
 from bitnet_jax._quantize.strength import phase_in
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._tree.leaves import rebox
-from bitnet_jax._tree.params import AxesOf, axes_of_leaf, chosen_leaves
-from bitnet_jax._tree.select import Select
+from bitnet_jax._tree.params import axes_of_leaf, chosen_leaves
+from bitnet_jax._tree.select import AxesOf, Select, axes_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,27 +48,27 @@ class Sensitivity:
     """Which kernels the loss minds; see :func:`sensitivity`. ``print`` it or ``plot`` it.
 
     Attributes:
-      layers: one :class:`LayerSensitivity` for each selected kernel, the worst first.
+      rows: one :class:`LayerSensitivity` for each selected kernel, the worst first.
       base: the float loss.
       all: the loss with every selected kernel quantised at once.
     """
 
-    layers: tuple[LayerSensitivity, ...]
+    rows: tuple[LayerSensitivity, ...]
     base: float
     all: float
 
     def to_dict(self) -> dict[str, Any]:
         """Every number as plain Python, ready for ``json.dumps``; NaN and Inf are None."""
-        rows = [dataclasses.asdict(x) | {"shape": list(x.shape)} for x in self.layers]
+        rows = [dataclasses.asdict(x) | {"shape": list(x.shape)} for x in self.rows]
         return {
-            "layers": list(map(_display.plain, rows)),
+            "rows": list(map(_display.plain, rows)),
             **_display.plain({"base": self.base, "all": self.all}),
         }
 
     def __str__(self) -> str:
         """A table, one row a kernel, then all of them at once and none of them."""
-        saved = sum(layer.bytes_saved for layer in self.layers)
-        rows = [(x.path, x.shape, x.loss, x.change, x.bytes_saved) for x in self.layers]
+        saved = sum(layer.bytes_saved for layer in self.rows)
+        rows = [(x.path, x.shape, x.loss, x.change, x.bytes_saved) for x in self.rows]
         rows += [("all at once", (), self.all, self.all - self.base, saved)]
         rows += [("none (float)", (), self.base, 0.0, 0)]
         names, shapes, losses, changes, sizes = zip(*rows, strict=True)
@@ -97,9 +97,9 @@ class Sensitivity:
 def sensitivity(
     loss_fn: Callable[[Any], Any],
     params: Any,
-    select: Select | None = None,
-    *,
     config: KernelConfig = B158,
+    *,
+    select: Select | None = None,
     axes: AxesOf | None = None,
     jit: bool = True,
 ) -> Sensitivity:
@@ -118,8 +118,8 @@ def sensitivity(
       loss_fn: a function of the parameters alone that returns a scalar, for
         example the mean over held-out data. It has to be deterministic.
       params: a tree of float arrays. It is not changed.
-      select: as for :func:`pack_params`.
       config: the quantiser of the selected leaves.
+      select: as for :func:`pack_params`.
       axes: as for :func:`pack_params`.
       jit: whether ``loss_fn`` is compiled, once, for all kernels. It is traced
         then, and the arrays that it closes over become constants. False calls it
@@ -140,7 +140,7 @@ def sensitivity(
       >>> def loss(p):
       ...     lost = jnp.abs(p["body"]["kernel"] - body).sum()
       ...     return lost + jnp.abs(p["head"]["kernel"] - head).sum()
-      >>> print(bj.sensitivity(loss, params))
+      >>> print(bj.analysis.sensitivity(loss, params))
       path          shape  loss  change  saved
       head/kernel     2x1     1      +1    3 B
       body/kernel     1x2     0      +0    2 B
@@ -152,6 +152,7 @@ def sensitivity(
     """
     who = "sensitivity"
     chosen, treedef = chosen_leaves(who, params, config, select)
+    axes = axes_for(select, axes)
     picked = [
         (i, leaf, c, axes_of_leaf(who, leaf, c, axes))
         for i, (leaf, c) in enumerate(chosen)
@@ -191,7 +192,7 @@ def _signed(change: float) -> str:
 
 
 def _draw(found: Sensitivity) -> Any:
-    layers = found.layers[::-1]
+    layers = found.rows[::-1]
     figure = _display.blank_figure("Sensitivity.plot", (9, 1.4 + 0.26 * len(layers)))
     bars = figure.subplots()
     widths = [layer.change if math.isfinite(layer.change) else 0.0 for layer in layers]

@@ -33,8 +33,8 @@ from bitnet_jax._packed.pack import pack_quantized
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, quantize_activations
 from bitnet_jax._quantize.ternary import B158, TernaryConfig, ratio_canonical
-from bitnet_jax._tree.params import AxesOf, axes_of_leaf, chosen_leaves
-from bitnet_jax._tree.select import Select
+from bitnet_jax._tree.params import axes_of_leaf, chosen_leaves
+from bitnet_jax._tree.select import AxesOf, Select, axes_for
 
 Snapshot = dict[str, dict[str, jax.Array]]
 
@@ -69,19 +69,19 @@ class TritStats:
     """The statistics of a tree, and what the next ones are compared with.
 
     Attributes:
-      layers: one :class:`LayerTrits` for each kernel.
+      rows: one :class:`LayerTrits` for each kernel.
       snapshot: path to its codes (uint8, two bits each) and mean scale: plain
         arrays, to keep, to save, and to pass as ``previous``.
     """
 
-    layers: tuple[LayerTrits, ...]
+    rows: tuple[LayerTrits, ...]
     snapshot: Snapshot = dataclasses.field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, float]:
         """A flat dict for any logger, ``{"path/flip_rate": ..., ...}``; what is NaN is left out."""
         return {
             f"{row.path}/{name}": value
-            for row in self.layers
+            for row in self.rows
             for name, value in list(vars(row).items())[1:]
             if not math.isnan(value)
         }
@@ -89,7 +89,7 @@ class TritStats:
     def __str__(self) -> str:
         """A table, one row a kernel."""
         names = [field.name for field in dataclasses.fields(LayerTrits)]
-        rows = [(row.path, *(_cell(n, getattr(row, n)) for n in names[1:])) for row in self.layers]
+        rows = [(row.path, *(_cell(n, getattr(row, n)) for n in names[1:])) for row in self.rows]
         columns = zip(names, *rows, strict=True)
         kept = [column for column in columns if any(column[1:])]
         header, *body = zip(*kept, strict=True)
@@ -104,34 +104,34 @@ def _cell(name: str, value: float) -> str:
 
 def trit_stats(
     params: Any,
-    previous: TritStats | Snapshot | None = None,
-    *,
     config: TernaryConfig = B158,
+    *,
+    previous: TritStats | Snapshot | None = None,
     select: Select | None = None,
     axes: AxesOf | None = None,
     near: float = 0.1,
-    activations: Mapping[str, jax.Array] | None = None,
-    activation_config: ActivationConfig = INT8,
+    inputs: Mapping[str, jax.Array] | None = None,
+    activations: ActivationConfig = INT8,
 ) -> TritStats:
     """What the ternary kernels of a float tree look like, and what changed since last time.
 
     Args:
       params: the latent float parameters.
-      previous: the last result, or its ``snapshot``.
       config: as for :func:`pack_params`, ternary.
+      previous: the last result, or its ``snapshot``.
       select: as for :func:`pack_params`.
       axes: as for :func:`pack_params`.
       near: how close to the threshold is near, in units of the statistic.
-      activations: path of a kernel to what went into its layer (..., features),
+      inputs: path of a kernel to what went into its layer (..., features),
         as Flax's ``sow`` or ``capture_intermediates`` collects it.
-      activation_config: the layers' own.
+      activations: the layers' quantiser of those inputs.
 
     Returns:
       :class:`TritStats`: print it, log its ``to_dict()``, pass it as ``previous``.
 
     Raises:
       ValueError: as :func:`pack_params`; ``previous`` has other
-        kernels, or codes of another shape; activations of a kernel that is not
+        kernels, or codes of another shape; inputs of a kernel that is not
         selected; ``near`` that is not above 0.
       TypeError: a kernel selected with another config than a ``TernaryConfig``;
         ``previous`` holds something else than a snapshot.
@@ -139,8 +139,8 @@ def trit_stats(
     Example:
       >>> import jax.numpy as jnp, bitnet_jax as bj
       >>> w = jnp.array([[0.9, -0.1], [-0.8, 0.2]])
-      >>> first = bj.trit_stats({"kernel": w})
-      >>> second = bj.trit_stats({"kernel": w.at[0, 1].set(-0.6)}, first)
+      >>> first = bj.analysis.trit_stats({"kernel": w})
+      >>> second = bj.analysis.trit_stats({"kernel": w.at[0, 1].set(-0.6)}, previous=first)
       >>> print(second)
       path    flip_rate   zeros  scale  scale_drift  near_threshold
       kernel     25.00%  25.00%  0.625       25.00%           0.00%
@@ -153,15 +153,15 @@ def trit_stats(
     last = previous.snapshot if isinstance(previous, TritStats) else previous
     if last is not None:
         check_previous(who, kernels, last)
-    given = dict(activations or {})
-    _require_watched_activations(who, sorted(set(given) - set(kernels)), list(kernels))
+    given = dict(inputs or {})
+    _require_watched_inputs(who, sorted(set(given) - set(kernels)), list(kernels))
     rows, snapshot = [], {}
     for where, (w, c, found) in kernels.items():
         snapshot[where], stats = measure(w, None if last is None else last[where], c, found, near)
         if not jnp.isfinite(stats["scale"]):
             _checks.raise_not_finite(who, where, int((~jnp.isfinite(w)).sum()))
         if where in given:
-            stats |= _inputs(given[where], activation_config)
+            stats |= _inputs(given[where], activations)
         rows.append(LayerTrits(where, **{k: float(v) for k, v in jax.device_get(stats).items()}))
     return TritStats(tuple(rows), snapshot)
 
@@ -174,7 +174,7 @@ def watched(
     axes: AxesOf | None,
 ) -> dict[str, tuple[jax.Array, TernaryConfig, kernel_axes.KernelAxes]]:
     """Path to kernel, config and axes of what is selected."""
-    kernels = {}
+    axes, kernels = axes_for(select, axes), {}
     for leaf, c in chosen_leaves(who, params, config, select)[0]:
         if c is not None:
             remedy = f"Leave {leaf.where} out of `select`: int8 codes do not flip."
@@ -264,10 +264,10 @@ def _require_snapshot_paths(who: str, strangers: Sequence[str], paths: Sequence[
         )
 
 
-def _require_watched_activations(who: str, strangers: Sequence[str], paths: Sequence[str]) -> None:
+def _require_watched_inputs(who: str, strangers: Sequence[str], paths: Sequence[str]) -> None:
     """Refuses the inputs of kernels that are not watched."""
     if strangers:
         raise ValueError(
-            f"{who}: `activations` has {', '.join(strangers)}, which is no selected kernel; those "
+            f"{who}: `inputs` has {', '.join(strangers)}, which is no selected kernel; those "
             f"are {', '.join(paths)}."
         )

@@ -3,7 +3,7 @@
 from bitnet_jax._layers.dot_general import TernaryDotGeneral
 from bitnet_jax.linen._bit_dense import BitConv, BitDense, BitDenseGeneral, BitEinsum
 from bitnet_jax.linen._interception import ternarize
-from bitnet_jax.linen._trace import explain, learn, pack
+from bitnet_jax.linen._trace import explain, kernels, pack
 
 __all__ = [
     "BitConv",
@@ -12,7 +12,7 @@ __all__ = [
     "BitEinsum",
     "TernaryDotGeneral",
     "explain",
-    "learn",
+    "kernels",
     "pack",
     "ternarize",
 ]

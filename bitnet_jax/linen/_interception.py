@@ -47,8 +47,8 @@ class Plan:
 
 def ternarize(
     model: nn.Module,
-    select: Select | None = None,
     *,
+    select: Select | None = None,
     weights: TernaryConfig = B158,
     activations: ActivationConfig | None = INT8,
     norm: bool = False,

@@ -25,6 +25,7 @@ from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._tree.leaves import Leaf, flatten
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import combine, pack_params
+from bitnet_jax._tree.select import Kernels, KernelUse
 from bitnet_jax.linen import _in_scope, _interception
 
 Path = tuple[str, ...]
@@ -81,11 +82,10 @@ def pack(
       True
     """
     examples = _examples(example_args, example_kwargs, method, calls)
-    learned = _learned("pack", model, params, examples, rngs, variables)
-    return pack_params(params, select=learned.select, axes=learned.axes)
+    return pack_params(params, select=_kernels("pack", model, params, examples, rngs, variables))
 
 
-def learn(
+def kernels(
     model: nn.Module,
     params: Any,
     *example_args: Any,
@@ -94,8 +94,8 @@ def learn(
     variables: Mapping[str, Any] | None = None,
     calls: Sequence[Callable[[Any], Any]] = (),
     **example_kwargs: Any,
-) -> coverage.Learned:
-    """The config and axes of every kernel that a model uses as quantised.
+) -> Kernels:
+    """The kernels that a model uses as quantised: a selector that brings their axes.
 
     Args:
       model: as for :func:`pack`.
@@ -108,8 +108,9 @@ def learn(
       **example_kwargs: as for :func:`pack`.
 
     Returns:
-      A :class:`Learned`, whose ``select`` and ``axes`` fit ``bj.sensitivity``,
-      ``bj.trit_stats``, ``bj.optim.watch_trits`` and ``bj.pack_params``.
+      What every ``select=`` takes, without ``axes=``: ``bj.pack_params``,
+      ``bj.analysis.sensitivity``, ``bj.analysis.trit_stats``, ``bj.optim.mugrokfast``,
+      ``bj.optim.watch_trits``. Printed, a table.
 
     Raises:
       ValueError: as :func:`pack`.
@@ -119,33 +120,35 @@ def learn(
       >>> model = bj.linen.BitConv(features=8, kernel_size=(3, 3))
       >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
       >>> params = model.init(jax.random.key(1), x)["params"]
-      >>> how = bj.linen.learn(model, params, x)
-      >>> how.axes(("kernel",), params["kernel"])
-      {'contracting_axes': (0, 1, 2), 'batch_axes': ()}
+      >>> kernels = bj.linen.kernels(model, params, x)
+      >>> packed, report = bj.pack_params(params, select=kernels)
+      >>> packed["kernel"]
+      PackedTernary(shape=(3, 3, 4, 8), scale=(1, 1, 1, 1), 76 bytes)
     """
     examples = _examples(example_args, example_kwargs, method, calls)
-    return _learned("learn", model, params, examples, rngs, variables)
+    return _kernels("kernels", model, params, examples, rngs, variables)
 
 
 def _examples(args: Any, kwargs: Any, method: Any, calls: Sequence[Any]) -> list[_Example]:
     return [_Example(method, args, kwargs), *(_Example(call, (), {}) for call in calls)]
 
 
-def _learned(
+def _kernels(
     who: str, model: Any, params: Any, examples: Sequence[_Example], rngs: Any, variables: Any
-) -> coverage.Learned:
+) -> Kernels:
     _checks.require_instance(who, "model", model, nn.Module, "Pass a linen module.")
     _checks.require_instance(who, "params", params, Mapping, "Pass the tree under 'params'.")
     seen = _watch(who, model, params, examples, rngs, variables or {})
-    kernels = {
-        path: (use.config, use.axes(who, path))
+    shapes = {leaf.path: tuple(leaf.value.shape) for leaf in flatten(who, "params", params)[0]}
+    uses = {
+        path: KernelUse(shapes[path], use.config, use.axes(who, path))
         for path, use in seen.uses.items()
         if use.config is not None
     }
-    if not kernels:
+    if not uses:
         _checks.raise_no_ternary_layer(who, type(model).__name__)
     _check_reached(who, params, seen)
-    return coverage.Learned(kernels)
+    return Kernels(uses)
 
 
 def explain(

@@ -2,7 +2,7 @@
 
 from bitnet_jax._layers.dot_general import TernaryDotGeneral
 from bitnet_jax.nnx._bit_linear import BitConv, BitEinsum, BitLinear, BitLinearGeneral, trainable
-from bitnet_jax.nnx._conversion import learn, pack, ternarize
+from bitnet_jax.nnx._conversion import explain, kernels, pack, ternarize
 
 __all__ = [
     "BitConv",
@@ -10,7 +10,8 @@ __all__ = [
     "BitLinear",
     "BitLinearGeneral",
     "TernaryDotGeneral",
-    "learn",
+    "explain",
+    "kernels",
     "pack",
     "ternarize",
     "trainable",

@@ -91,7 +91,7 @@ class BitLinear(_Ternary, nnx.Linear):
     from a packed one, with the same bits::
 
         packed, report = bj.nnx.pack(model)
-        nnx.update(model, packed)
+        y = packed(x)
 
     The bias stays float. To train what stayed float around packed kernels, use
     :func:`trainable` as the filter of ``nnx.grad`` and ``nnx.Optimizer``.
@@ -112,10 +112,8 @@ class BitLinear(_Ternary, nnx.Linear):
       >>> from flax import nnx
       >>> layer = bj.nnx.BitLinear(64, 16, rngs=nnx.Rngs(0))
       >>> x = jax.random.normal(jax.random.key(0), (8, 64))
-      >>> trained = layer(x)
       >>> packed, report = bj.nnx.pack(layer)
-      >>> nnx.update(layer, packed)
-      >>> bool((layer(x) == trained).all())
+      >>> bool((packed(x) == layer(x)).all())
       True
     """
 
@@ -168,7 +166,7 @@ class BitLinearGeneral(_Ternary, nnx.LinearGeneral):
       >>> out = bj.nnx.BitLinearGeneral((4, 16), 64, axis=(-2, -1), rngs=nnx.Rngs(0))
       >>> out(jax.random.normal(jax.random.key(0), (2, 7, 4, 16))).shape
       (2, 7, 64)
-      >>> bj.nnx.pack(out)[0]["kernel"].get_value()
+      >>> bj.nnx.pack(out)[0].kernel.get_value()
       PackedTernary(shape=(4, 16, 64), scale=(1, 1, 1), 1028 bytes)
     """
 
@@ -214,9 +212,8 @@ class BitConv(_Ternary, nnx.Conv):
       >>> from flax import nnx
       >>> layer = bj.nnx.BitConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
       >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
-      >>> trained = layer(x)
-      >>> nnx.update(layer, bj.nnx.pack(layer)[0])
-      >>> bool((layer(x) == trained).all())
+      >>> packed, report = bj.nnx.pack(layer)
+      >>> bool((packed(x) == layer(x)).all())
       True
     """
 
@@ -261,7 +258,7 @@ class BitEinsum(_Ternary, nnx.Einsum):
       >>> import jax, bitnet_jax as bj
       >>> from flax import nnx
       >>> experts = bj.nnx.BitEinsum("ebk,ekn->ebn", (4, 64, 32), rngs=nnx.Rngs(0))
-      >>> bj.nnx.pack(experts)[0]["kernel"].get_value()
+      >>> bj.nnx.pack(experts)[0].kernel.get_value()
       PackedTernary(shape=(4, 64, 32), scale=(4, 1, 1), 2064 bytes)
     """
 
@@ -360,8 +357,8 @@ def trainable(path: tuple[Any, ...], variable: Any) -> bool:
       >>> import bitnet_jax as bj
       >>> from flax import nnx
       >>> layer = bj.nnx.BitLinear(64, 16, rngs=nnx.Rngs(0))
-      >>> nnx.update(layer, bj.nnx.pack(layer)[0])
-      >>> list(nnx.state(layer, bj.nnx.trainable))
+      >>> packed, report = bj.nnx.pack(layer)
+      >>> list(nnx.state(packed, bj.nnx.trainable))
       ['bias']
     """
     del path

@@ -20,7 +20,7 @@ from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.ternary import B158, KernelConfig, TernaryConfig
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
-from bitnet_jax._tree.select import Path, Select, choose
+from bitnet_jax._tree.select import Kernels, KernelUse, Path, Select, choose
 from bitnet_jax.nnx import _bit_linear
 
 _TERNARY: dict[type, type] = {
@@ -46,8 +46,8 @@ class _Site(NamedTuple):
 
 def ternarize(
     model: nnx.Module,
-    select: Select | None = None,
     *,
+    select: Select | None = None,
     weights: TernaryConfig = B158,
     activations: ActivationConfig | None = INT8,
     norm: bool = False,
@@ -92,17 +92,15 @@ def ternarize(
     who = "ternarize"
     _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
     layer = layer_config(who, weights, activations, norm, backward_dtype)
-    sites = sorted(_sites(model), key=lambda site: site.path)
+    sites = _sorted_sites(model)
     leaves = [(site.path, site.variable.get_value()) for site in sites]
     chosen = choose(who, leaves, weights, select)
     decided = [_decide(who, s, c, select) for s, c in zip(sites, chosen, strict=True)]
     rows = []
     for site, (config, why) in zip(sites, decided, strict=True):
-        module, shape = site.module, tuple(site.variable.get_value().shape)
-        name = type(module).__name__
-        rows.append(coverage.Covered("/".join(site.path), name, shape, config, why))
+        rows.append(_covered(site, config, why))
         if config is not None:
-            _change(module, layer._replace(weights=config))
+            _change(site.module, layer._replace(weights=config))
     return coverage.Coverage(tuple(rows))
 
 
@@ -161,16 +159,18 @@ def _change(module: Any, config: LayerConfig) -> None:
 
 
 def pack(model: nnx.Module) -> tuple[Any, PackReport]:
-    """Packs every kernel that a model uses as ternary, by the axes of its layers.
+    """A model that runs from packed kernels, and the report of what packing did.
 
     Args:
       model: an NNX module with ternary layers; it is not changed.
 
     Returns:
-      The state of its ``nnx.Param`` with packed kernels, for ``nnx.update(model,
-      packed)`` and for ``bj.io.save``, and the report of :func:`bitnet_jax.pack_params`.
-      The model then runs from it, with the same bits. Stacked layers
-      (``nnx.vmap``, ``nnx.scan`` over axis 0) are packed slice by slice.
+      A copy of the model in which every kernel used as ternary is packed, by the
+      axes of its layer, and the report of :func:`bitnet_jax.pack_params`. The copy
+      answers with the same bits; all that is not packed it shares with the model
+      until one of them is updated. ``nnx.state(packed, nnx.Param)`` is the tree for
+      ``bj.io.save``. Stacked layers (``nnx.vmap``, ``nnx.scan`` over axis 0) are
+      packed slice by slice.
 
     Raises:
       ValueError: a model without ternary layers; a kernel of another shape than
@@ -181,28 +181,30 @@ def pack(model: nnx.Module) -> tuple[Any, PackReport]:
       >>> from flax import nnx
       >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
       >>> table = bj.nnx.ternarize(model)
-      >>> x = jax.random.normal(jax.random.key(0), (2, 7, 32))
-      >>> trained = model(x)
       >>> packed, report = bj.nnx.pack(model)
-      >>> nnx.update(model, packed)
-      >>> bool((model(x) == trained).all())
+      >>> packed.out.kernel.get_value()
+      PackedTernary(shape=(4, 8, 32), scale=(1, 1, 1), 260 bytes)
+      >>> x = jax.random.normal(jax.random.key(0), (2, 7, 32))
+      >>> bool((packed(x) == model(x)).all())
       True
     """
-    learned = _learned("pack", model)
-    state = nnx.state(model, nnx.Param)
-    return pack_params(state, select=learned.select, axes=learned.axes)
+    state, report = pack_params(nnx.state(model, nnx.Param), select=_kernels("pack", model))
+    packed = nnx.clone(model)
+    nnx.update(packed, state)
+    return packed, report
 
 
-def learn(model: nnx.Module) -> coverage.Learned:
-    """The config and axes of every kernel that a model uses as quantised.
+def kernels(model: nnx.Module) -> Kernels:
+    """The kernels that a model uses as quantised: a selector that brings their axes.
 
     Args:
       model: an NNX module with ternary layers.
 
     Returns:
-      A :class:`Learned`, whose ``select`` and ``axes`` fit ``bj.sensitivity``,
-      ``bj.trit_stats``, ``bj.optim.watch_trits`` and ``bj.pack_params``, for trees
-      of the model's ``nnx.Param``.
+      What every ``select=`` takes, without ``axes=``, for trees of the model's
+      ``nnx.Param``: ``bj.pack_params``, ``bj.analysis.sensitivity``,
+      ``bj.analysis.trit_stats``, ``bj.optim.mugrokfast``, ``bj.optim.watch_trits``.
+      Printed, a table.
 
     Raises:
       ValueError: as :func:`pack`.
@@ -210,28 +212,76 @@ def learn(model: nnx.Module) -> coverage.Learned:
     Example:
       >>> import bitnet_jax as bj
       >>> from flax import nnx
-      >>> how = bj.nnx.learn(bj.nnx.BitConv(4, 8, (3, 3), rngs=nnx.Rngs(0)))
-      >>> how.axes(("kernel",), None)
-      {'contracting_axes': (0, 1, 2), 'batch_axes': ()}
+      >>> model = bj.nnx.BitConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
+      >>> stats = bj.analysis.trit_stats(nnx.state(model, nnx.Param), select=bj.nnx.kernels(model))
+      >>> [row.path for row in stats.rows]
+      ['kernel']
     """
-    return _learned("learn", model)
+    return _kernels("kernels", model)
 
 
-def _learned(who: str, model: nnx.Module) -> coverage.Learned:
+def explain(model: nnx.Module) -> coverage.Coverage:
+    """Which kernels of a model are ternary, and why the others are not.
+
+    Args:
+      model: an NNX module with ternary layers, or after :func:`ternarize`.
+
+    Returns:
+      A table, one row for each parameter of rank 2 or more that is no bias or
+      scale, as ``bj.linen.explain`` returns it.
+
+    Raises:
+      TypeError: ``model`` is no NNX module.
+
+    Example:
+      >>> import bitnet_jax as bj
+      >>> from flax import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> body, head = bj.nnx.BitLinear(64, 32, rngs=rngs), nnx.Linear(32, 10, rngs=rngs)
+      >>> print(bj.nnx.explain(nnx.Sequential(body, head)))
+      path             layer      shape  kernel   why
+      layers/0/kernel  BitLinear  64x32  ternary  selected
+      layers/1/kernel  Linear     32x10  float    not selected
+    """
+    _checks.require_instance("explain", "model", model, nnx.Module, "Pass an NNX module.")
+    return coverage.Coverage(tuple(_row(site) for site in _sorted_sites(model)))
+
+
+def _row(site: _Site) -> coverage.Covered:
+    """What a kernel is at present."""
+    if _is_quantised(site):
+        config, why = site.module.weights, "selected"
+    else:
+        config, why = None, _why_not(site, B158) or "not selected"
+    return _covered(site, config, why)
+
+
+def _covered(site: _Site, config: KernelConfig | None, why: str) -> coverage.Covered:
+    shape = tuple(site.variable.get_value().shape)
+    return coverage.Covered("/".join(site.path), type(site.module).__name__, shape, config, why)
+
+
+def _sorted_sites(model: nnx.Module) -> list[_Site]:
+    return sorted(_sites(model), key=lambda site: site.path)
+
+
+def _is_quantised(site: _Site) -> bool:
+    return isinstance(site.module, (*_TERNARY.values(), _bit_linear.Int8Embed))
+
+
+def _kernels(who: str, model: nnx.Module) -> Kernels:
     _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
-    uses: dict[int, tuple[KernelConfig, dict[str, tuple[int, ...]]]] = {}
-    kernels = {}
-    for site in _sites(model):
-        if not isinstance(site.module, (*_TERNARY.values(), _bit_linear.Int8Embed)):
-            continue
-        where, key = "/".join(site.path), id(site.variable)
-        use = (site.module.weights, _axes(who, where, site))
-        kernels[site.path] = use
-        if uses.setdefault(key, use) != use:
+    uses: dict[Path, KernelUse] = {}
+    shared: dict[int, KernelUse] = {}
+    for site in filter(_is_quantised, _sites(model)):
+        where, value = "/".join(site.path), site.variable.get_value()
+        use = KernelUse(tuple(value.shape), site.module.weights, _axes(who, where, site))
+        uses[site.path] = use
+        if shared.setdefault(id(site.variable), use) != use:
             _checks.raise_used_two_ways(who, where, "in another way where it is shared")
-    if not kernels:
+    if not uses:
         _checks.raise_no_ternary_layer(who, type(model).__name__)
-    return coverage.Learned(kernels)
+    return Kernels(uses)
 
 
 def _axes(who: str, where: str, site: _Site) -> dict[str, tuple[int, ...]]:

@@ -20,8 +20,8 @@ from bitnet_jax import _checks
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.ternary import B158
 from bitnet_jax._tree.leaves import Leaf, flatten
-from bitnet_jax._tree.params import AxesOf, named_axes
-from bitnet_jax._tree.select import Select, decide, matched
+from bitnet_jax._tree.params import named_axes
+from bitnet_jax._tree.select import AxesOf, Select, axes_for, decide, matched
 from bitnet_jax.optim import _gradients
 from bitnet_jax.optim._gradients import require_hyperparameter, require_params
 from bitnet_jax.optim._grokfast_ema import grokfast_ema
@@ -120,7 +120,8 @@ def mugrokfast(
         by default those named ``kernel``, so that embeddings, scales and biases
         go to Adam. A head is a kernel too: ``select=bj.exclude("head")``.
       axes: as for :func:`bitnet_jax.pack_params`: what a kernel of another rank
-        than 2 contracts over. ``bj.linen.learn`` and ``bj.nnx.learn`` have both.
+        than 2 contracts over. A ``select`` from ``bj.linen.kernels`` or
+        ``bj.nnx.kernels`` brings them.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; its ``update`` needs ``params``.
@@ -237,6 +238,7 @@ def muon_dimensions(
     ]
     if len(there) == len(leaves):  # optax asks again with the leaves of Adam masked
         matched(who, [leaf.path for leaf in there], bool(routed), select)
+    axes = axes_for(select, axes)
     found = {leaf.path: _dimensions(who, leaf, axes) for leaf in routed}
     return jax.tree.unflatten(treedef, [found.get(leaf.path) for leaf in leaves])
 

@@ -11,8 +11,7 @@ import optax
 
 from bitnet_jax import _checks
 from bitnet_jax._quantize.ternary import B158, TernaryConfig
-from bitnet_jax._tree.params import AxesOf
-from bitnet_jax._tree.select import Select
+from bitnet_jax._tree.select import AxesOf, Select
 from bitnet_jax.analysis._trit_stats import check_previous, measure, watched
 from bitnet_jax.optim._gradients import require_params, require_step_count
 

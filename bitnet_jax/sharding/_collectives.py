@@ -54,7 +54,7 @@ class Traffic:
     Example:
       >>> import jax, bitnet_jax as bj
       >>> compiled = jax.jit(lambda x: x + 1).lower(jax.numpy.ones(3)).compile()
-      >>> print(bj.traffic(compiled))
+      >>> print(bj.sharding.traffic(compiled))
       no collectives
     """
 
@@ -106,7 +106,7 @@ def traffic(compiled: jax.stages.Compiled) -> Traffic:
       >>> w = jax.random.normal(jax.random.key(0), (64, 16))
       >>> packed = jax.device_put(bj.pack(w), NamedSharding(mesh, P()))
       >>> compiled = jax.jit(bj.matmul).lower(jax.numpy.ones((2, 64)), packed).compile()
-      >>> bj.traffic(compiled).nbytes
+      >>> bj.sharding.traffic(compiled).nbytes
       0
     """
     kinds = (jax.stages.Compiled,)

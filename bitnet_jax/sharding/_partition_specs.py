@@ -57,7 +57,7 @@ def partition_specs(params: Any, rules: Rules | SpecOf | None = None, *, mesh: A
       >>> from jax.sharding import PartitionSpec as P
       >>> params = {"up": {"kernel": jax.random.normal(jax.random.key(0), (64, 16))}}
       >>> packed, _ = bj.pack_params(params, bj.PHASE4)
-      >>> specs = bj.partition_specs(packed, [("up/kernel", P(None, "model"))])
+      >>> specs = bj.sharding.partition_specs(packed, [("up/kernel", P(None, "model"))])
       >>> specs["up"]["kernel"].codes, specs["up"]["kernel"].scale
       (P(None, 'model'), P(None, 'model'))
     """

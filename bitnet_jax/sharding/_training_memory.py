@@ -35,8 +35,8 @@ from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.int8 import Int8Config
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
-from bitnet_jax._tree.params import AxesOf, axes_of_leaf, chosen_leaves
-from bitnet_jax._tree.select import Path, Select
+from bitnet_jax._tree.params import axes_of_leaf, chosen_leaves
+from bitnet_jax._tree.select import AxesOf, Path, Select, axes_for
 from bitnet_jax.sharding import _partition_specs
 
 Tokens = int | Callable[[Path, Any], int]
@@ -154,8 +154,8 @@ def training_memory(
       >>> mesh = AbstractMesh((8,), ("data",))
       >>> rules = [("kernel", P("data", None))]
       >>> how = {"mesh": mesh, "optimizer": optax.adamw(1e-3), "tokens": 4096}
-      >>> with bj.gather_codes("data"):
-      ...     print(bj.training_memory(params, rules, **how))
+      >>> with bj.sharding.gather_codes("data"):
+      ...     print(bj.sharding.training_memory(params, rules, **how))
       on one of 8 devices                         bytes
       parameters                                22.5 MB
       gradients                                 22.5 MB
@@ -186,6 +186,7 @@ def training_memory(
         _checks.require_positive(who, "tokens", tokens)
     mesh = mesh.abstract_mesh
     chosen, treedef = chosen_leaves(who, params, config, select)
+    axes = axes_for(select, axes)
     specs = flatten(who, "specs", _partition_specs.partition_specs(params, rules, mesh=mesh))[0]
     shards, kernels, served = [], [], {16: 0, 8: 0, 2: 0}
     for (leaf, c), spec in zip(chosen, specs, strict=True):
