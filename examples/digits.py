@@ -192,7 +192,7 @@ def summary(results: dict[str, list[Result]]) -> str:
         return f"{values.mean():.2f} %{spread}"
 
     def shares(report: Any) -> str:
-        counts = np.array([[x.minus, x.zero, x.plus] for x in report.layers]).sum(0)
+        counts = np.array([[x.minus, x.zero, x.plus] for x in report.rows]).sum(0)
         return " / ".join(f"{share:.1f}" for share in 100 * counts / counts.sum()) + " %"
 
     def times(name: str, batch: int) -> str:

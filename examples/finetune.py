@@ -179,7 +179,7 @@ def scores(apply: Any, params: Any, held_out: tuple[jax.Array, jax.Array]) -> ja
 @functools.cache
 def networks(task: Task) -> dict[str, nn.Module]:
     """The float model, and the ternary one of the same parameters, by kind of training."""
-    ternary = bj.linen.ternarize(task.model, task.select)
+    ternary = bj.linen.ternarize(task.model, select=task.select)
     return {"float": task.model, "ternary": ternary, "fine-tuned": ternary}
 
 

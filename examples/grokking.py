@@ -189,10 +189,10 @@ class Result:
 def trainer(way: Way, setting: Setting, ternary: bool) -> tuple[Any, Any]:
     """What starts a run from a key, and what takes ``EVERY`` steps of it; compiled once."""
     model = setting.model()
-    quantised = bj.linen.ternarize(model, bj.exclude("head"))
+    quantised = bj.linen.ternarize(model, select=bj.exclude("head"))
     tokens = jnp.zeros((1, 4), jnp.int32)
     abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    tx = optimizer(way, bj.linen.learn(quantised, abstract, tokens).axes)
+    tx = optimizer(way, bj.linen.kernels(quantised, abstract, tokens).axes)
     apply = (quantised if ternary else model).apply
 
     def loss_of(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -139,7 +139,7 @@ def quantise_model(seed: int) -> dict[str, Any]:
     ternary = [quantize(w, QUANTISER) for w in kernels(params)]
     back = kernels(bj.unpack_params(packed))
     return {
-        "layers": len(report.layers),
+        "layers": len(report.rows),
         "weights": size(kernels(params)),
         "positive_scales": sum(int((t.scale > 0).sum()) for t in ternary),
         "differing": sum(differing(t.dequantize(), w) for t, w in zip(ternary, back, strict=True)),
@@ -170,12 +170,12 @@ def gradients(seed: int) -> dict[str, Any]:
     net, params, x, key = build(64, 2, 4, seed)
     labels = jax.random.randint(key, (4,), 0, 10)
     loss, grads = loss_and_gradients(net, params, x, labels)
-    flow = bj.gradient_flow(grads)
+    flow = bj.analysis.gradient_flow(grads)
     return {
         "loss": float(loss),
-        "tensors": len(flow.leaves),
+        "tensors": len(flow.rows),
         "reached": len(flow.paths("ok")),  # neither zero, nor NaN or Inf, nor exploding
-        "norms": [leaf.norm for leaf in flow.leaves],
+        "norms": [leaf.norm for leaf in flow.rows],
     }
 
 
@@ -184,7 +184,7 @@ def sparsity(seed: int) -> dict[str, Any]:
     _, params, _, _ = build(128, 4, 1, seed)
     _, report = bj.pack_params(params, QUANTISER)
     minus, zero, plus = (
-        sum(getattr(layer, sign) for layer in report.layers) for sign in ("minus", "zero", "plus")
+        sum(getattr(layer, sign) for layer in report.rows) for sign in ("minus", "zero", "plus")
     )
     weights = size(kernels(params))
     return {"weights": weights, "zeros": zero / weights, "plus": plus / (minus + plus)}

@@ -89,7 +89,7 @@ def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     stack = contextlib.ExitStack()
     if mesh is not None:
         stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(bj.gather_codes("data"))
+        stack.enter_context(bj.sharding.gather_codes("data"))
     return stack
 
 
@@ -104,7 +104,7 @@ def initial(net: Net) -> Any:
 
 def shardings(mesh: Mesh, boxed: Any) -> Any:
     """Where each parameter goes, by its own annotation."""
-    specs = bj.partition_specs(boxed, mesh=mesh)
+    specs = bj.sharding.partition_specs(boxed, mesh=mesh)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
@@ -135,12 +135,12 @@ def serve(axes: str) -> list[Served]:
         ("contraction, x as well", P(None, "model"), P("model", None)),
         ("rows and contraction", P("data"), P("model", None)),
     ):
-        specs = bj.partition_specs(packed, [("kernel", spec)], mesh=mesh)
+        specs = bj.sharding.partition_specs(packed, [("kernel", spec)], mesh=mesh)
         places = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
         kernel = jax.device_put(packed, places)["kernel"]
         sharded = jax.device_put(x, NamedSharding(mesh, x_spec))
         program = jax.jit(bj.matmul).lower(sharded, kernel).compile()
-        told = bj.traffic(program)
+        told = bj.sharding.traffic(program)
         what = [f"{c.kind} {c.dtype}{list(c.shape)}" for c in told.collectives]
         differ = int((np.asarray(program(sharded, kernel)) != np.asarray(want)).sum())
         rows.append(Served(way, ", ".join(what) or "none", told.nbytes, differ))
@@ -175,7 +175,10 @@ def gathered(axes: str) -> list[Gathered]:
         ("float32, nn.Dense", False, False, "auto"),
         ("ternary, left to XLA", True, False, "auto"),
     ]
-    for name, ternary, codes, kind in [*ways, ("ternary, bj.gather_codes", True, True, axes)]:
+    for name, ternary, codes, kind in [
+        *ways,
+        ("ternary, bj.sharding.gather_codes", True, True, axes),
+    ]:
         mesh, net = make_mesh(kind, model=1), Net(WAYS["FSDP"], ternary)
         boxed = initial(net)
         places = shardings(mesh, boxed)
@@ -186,7 +189,7 @@ def gathered(axes: str) -> list[Gathered]:
         )
         step = jax.jit(jax.value_and_grad(functools.partial(loss_of, net)), **how)
         with on(mesh) if codes else jax.set_mesh(mesh):
-            told = bj.traffic(step.lower(*operands).compile()).of("all-gather").collectives
+            told = bj.sharding.traffic(step.lower(*operands).compile()).of("all-gather").collectives
         found = [c for c in told if (c.dtype, c.shape) in kernels]
         dtypes = " ".join(sorted({c.dtype for c in found}))
         rows.append(Gathered(name, dtypes, len(found), sum(c.nbytes for c in found)))

@@ -23,7 +23,6 @@ import importlib
 import io
 import pathlib
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import digits as multilayer
@@ -126,13 +125,13 @@ def orders(seed: int, size: int, epochs: int) -> jax.Array:
     return order[:, : size // BATCH * BATCH].reshape(epochs, -1, BATCH)
 
 
-def optimizer(task: Task, steps: int, how: Any = None) -> optax.GradientTransformation:
-    """AdamW with cosine decay; with ``how``, one that watches the codes of the ternary kernels."""
+def optimizer(task: Task, steps: int, kernels: Any = None) -> optax.GradientTransformation:
+    """AdamW with cosine decay; with ``kernels``, one that watches the codes of the ternary ones."""
     schedule = optax.cosine_decay_schedule(task.learning_rate, steps)
     tx = optax.adamw(schedule, weight_decay=1e-2)
-    if how is None:
+    if kernels is None:
         return tx
-    watch = bj.optim.watch_trits(every=20, select=how_ternary(how), axes=how.axes)
+    watch = bj.optim.watch_trits(every=20, select=kernels.ternary)
     return optax.chain(watch, tx)
 
 
@@ -140,16 +139,6 @@ def fresh(model: Any, task: Task, seed: int, tx: optax.GradientTransformation) -
     """A train state at step 0."""
     params = model.init(jax.random.key(seed), task.train[0][:1])["params"]
     return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-
-
-def how_ternary(how: Any) -> Callable[..., Any]:
-    """The selector of a model's ternary kernels, int8 ones left out."""
-
-    def select(path: Any, leaf: Any) -> Any:
-        config = how.select(path, leaf)
-        return config if isinstance(config, bj.TernaryConfig) else None
-
-    return select
 
 
 def train(state: TrainState, task: Task, plan: jax.Array, bar: tqdm, part: slice = slice(None)):
@@ -193,10 +182,11 @@ def run(
     x, _ = task.test
     plan = orders(seed, task.train[0].shape[0], epochs)
     steps = plan.shape[0] * plan.shape[1]
-    ternary = bj.linen.ternarize(model, first_and_last_at_eight_bits)  # the model is not edited
+    # The model is not edited.
+    ternary = bj.linen.ternarize(model, select=first_and_last_at_eight_bits)
     plain = optimizer(task, steps)
-    how = bj.linen.learn(ternary, fresh(ternary, task, seed, plain).params, x)
-    watching = optimizer(task, steps, how)
+    kernels = bj.linen.kernels(ternary, fresh(ternary, task, seed, plain).params, x)
+    watching = optimizer(task, steps, kernels)
 
     curves, states = {}, {}
     states["float"], curves["float"], _ = train(fresh(model, task, seed, plain), task, plan, bar)
@@ -237,8 +227,8 @@ def run(
             return loss_of(ternary.apply({"params": params}, some[0]), some[1])
 
         result.coverage = bj.linen.explain(ternary, x)
-        result.sensitivity = bj.sensitivity(loss, params["float"], how.select, axes=how.axes)
-        result.comparison = bj.compare(ternary, params["float"], untrained, [task.test])
+        result.sensitivity = bj.analysis.sensitivity(loss, params["float"], select=kernels)
+        result.comparison = bj.analysis.compare(ternary, params["float"], untrained, [task.test])
     return result
 
 
@@ -266,7 +256,7 @@ def run_nnx(task: Task, seed: int, epochs: int, bar: tqdm) -> Result:
     for kind in ("float32", "ternary"):
         model = models[kind] = NnxViT(rngs=nnx.Rngs(seed))
         if kind == "ternary":
-            coverage = bj.nnx.ternarize(model, first_and_last_at_eight_bits)
+            coverage = bj.nnx.ternarize(model, select=first_and_last_at_eight_bits)
         nnx_optimizer = nnx.Optimizer(model, optimizer(task, steps), wrt=bj.nnx.trainable)
         losses = []
         for i, batch in enumerate(plan.reshape(steps, -1)):
@@ -277,8 +267,7 @@ def run_nnx(task: Task, seed: int, epochs: int, bar: tqdm) -> Result:
         scores[kind] = 100.0 * float(jnp.mean(logits_of(model).argmax(-1) == y_test))
     trained = logits_of(models["ternary"])
     packed, report = bj.nnx.pack(models["ternary"])
-    nnx.update(models["ternary"], packed)
-    served = logits_of(models["ternary"])
+    served = logits_of(packed)
     scores["loaded"] = 100.0 * float(jnp.mean(served.argmax(-1) == y_test))
     differing = int((trained != served).sum())
     return Result(scores, curves, differing, trained.size, report, coverage=coverage)
@@ -354,7 +343,7 @@ def draw(results: dict[str, list[Result]], path: pathlib.Path) -> None:
         bars.invert_yaxis()
 
         if runs[0].sensitivity is not None:
-            layers = runs[0].sensitivity.layers[:10][::-1]
+            layers = runs[0].sensitivity.rows[:10][::-1]
             short = [row.path.removesuffix("/kernel") for row in layers]
             hurts.barh(short, [row.change for row in layers], color="#6b6b6b")
             hurts.set(title="change of loss, one kernel packed")

@@ -21,6 +21,7 @@ import pytest
 
 import bitnet_jax as bj
 from bitnet_jax._matmul import IMPLEMENTATIONS
+from bitnet_jax._packed.kernel import PreparedInt8, PreparedTernary
 
 INT8 = bj.ActivationConfig()
 ROWS = (1, 2, 5, 33)
@@ -186,7 +187,7 @@ def leaf_of(case, name, layout):
         return packed
     prepared = bj.prepare(packed, name)
     int8 = isinstance(packed, bj.PackedInt8)
-    assert isinstance(prepared, bj.PreparedInt8 if int8 else bj.PreparedTernary)
+    assert isinstance(prepared, PreparedInt8 if int8 else PreparedTernary)
     assert prepared.implementation == name
     return prepared
 

@@ -41,33 +41,18 @@ EXPORTS = [
     "PHASE4",
     "TWN",
     "ActivationConfig",
-    "Collective",
-    "Comparison",
-    "GradientFlow",
     "Int8Config",
-    "LayerReport",
-    "LayerSensitivity",
-    "LayerTrits",
-    "LeafGradient",
     "PackReport",
     "PackedInt8",
     "PackedTernary",
-    "PreparedInt8",
-    "PreparedTernary",
-    "Sensitivity",
     "Ternary",
     "TernaryConfig",
-    "Traffic",
-    "TrainingMemory",
-    "TritStats",
+    "analysis",
     "combine",
-    "compare",
     "exclude",
     "fake_quantize",
     "fake_quantize_activations",
     "fake_quantize_params",
-    "gather_codes",
-    "gradient_flow",
     "io",
     "linen",
     "lora",
@@ -78,16 +63,12 @@ EXPORTS = [
     "pack",
     "pack_params",
     "partition",
-    "partition_specs",
     "phase_in",
     "prepare",
     "quantize",
     "quantize_activations",
-    "sensitivity",
+    "sharding",
     "ternary_dot",
-    "traffic",
-    "training_memory",
-    "trit_stats",
     "unpack",
     "unpack_params",
 ]
@@ -161,7 +142,7 @@ def test_exports_are_frozen():
         "BitEinsum",
         "TernaryDotGeneral",
         "explain",
-        "learn",
+        "kernels",
         "pack",
         "ternarize",
     ]
@@ -171,17 +152,31 @@ def test_exports_are_frozen():
         "BitLinear",
         "BitLinearGeneral",
         "TernaryDotGeneral",
-        "learn",
+        "explain",
+        "kernels",
         "pack",
         "ternarize",
         "trainable",
+    ]
+    assert bj.analysis.__all__ == [
+        "Comparison",
+        "GradientFlow",
+        "LayerSensitivity",
+        "LayerTrits",
+        "LeafGradient",
+        "Sensitivity",
+        "TritStats",
+        "compare",
+        "gradient_flow",
+        "sensitivity",
+        "trit_stats",
     ]
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         bj.nope  # noqa: B018
 
 
 def public():
-    for module in (bj, bj.io, bj.linen, bj.lora, bj.nnx, bj.optim):
+    for module in (bj, bj.analysis, bj.io, bj.linen, bj.lora, bj.nnx, bj.optim, bj.sharding):
         for name in module.__all__:
             value = getattr(module, name)
             if inspect.isclass(value) or inspect.isfunction(value):
@@ -224,7 +219,8 @@ def test_doctests_are_there():
 
 def test_import_stays_light():
     code = (
-        "import sys, bitnet_jax; heavy = {'flax.nnx', 'matplotlib', 'sklearn', 'orbax', 'tqdm'};"
+        "import sys, bitnet_jax;"
+        "heavy = {'flax.nnx', 'optax', 'matplotlib', 'sklearn', 'orbax', 'tqdm'};"
         "found = heavy & set(sys.modules); assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

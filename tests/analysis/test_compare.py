@@ -58,7 +58,7 @@ def table_of(p, x):
 
 
 def looked_up(a, b, batches):
-    return bj.compare(None, {"logits": a}, {"logits": b}, batches, apply=table_of)
+    return bj.analysis.compare(None, {"logits": a}, {"logits": b}, batches, apply=table_of)
 
 
 def test_by_hand():
@@ -123,7 +123,7 @@ def test_linen_float_side_is_at_strength_zero():
     params = model.init(jax.random.key(0), x)["params"]
     packed, _ = bj.pack_params(params)
     batches = [(x[:8], labels[:8]), (x[8:], labels[8:])]
-    result = bj.compare(model, params, packed, batches)
+    result = bj.analysis.compare(model, params, packed, batches)
     w, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
     floats = np.asarray(x, np.float64) @ w + bias  # and no int8 activations
     served = model.apply({"params": packed}, x)
@@ -131,8 +131,8 @@ def test_linen_float_side_is_at_strength_zero():
     assert result.kl > 1e-4
     # Float params on the other side run ternary, and no strength around the call changes that.
     with bj.phase_in(0.0):
-        assert bj.compare(model, params, packed, batches) == result
-        assert bj.compare(model, params, params, batches) == result
+        assert bj.analysis.compare(model, params, packed, batches) == result
+        assert bj.analysis.compare(model, params, params, batches) == result
 
 
 def test_float_layers_compare_unpacked_params():
@@ -140,7 +140,7 @@ def test_float_layers_compare_unpacked_params():
     params = model.init(jax.random.key(0), x)["params"]
     hat = bj.unpack_params(bj.pack_params(params)[0])
     expected = comparison64(model.apply({"params": params}, x), model.apply({"params": hat}, x))
-    assert_close(bj.compare(model, params, hat, [x]), expected, 1e-4)
+    assert_close(bj.analysis.compare(model, params, hat, [x]), expected, 1e-4)
 
 
 def test_nnx_by_a_function_that_merges():
@@ -148,7 +148,9 @@ def test_nnx_by_a_function_that_merges():
     graphdef, params = nnx.split(model)
     packed, _ = bj.pack_params(params)
     x = normal(11, 8)
-    result = bj.compare(None, params, packed, [x], apply=lambda p, x: nnx.merge(graphdef, p)(x))
+    result = bj.analysis.compare(
+        None, params, packed, [x], apply=lambda p, x: nnx.merge(graphdef, p)(x)
+    )
     floats = np.asarray(x, np.float64) @ np.asarray(model.kernel[...], np.float64)
     assert_close(result, comparison64(floats, nnx.merge(graphdef, packed)(x)))
 
@@ -162,7 +164,7 @@ def test_each_side_is_traced_once_for_each_shape():
 
     p = {"logits": normal(12, 5)}
     batches = [np.arange(5), np.arange(5), np.arange(5), np.arange(2)]
-    bj.compare(None, p, p, batches, apply=apply)
+    bj.analysis.compare(None, p, p, batches, apply=apply)
     assert traced == [(5,), (5,), (2,), (2,)]
 
 
@@ -200,22 +202,22 @@ def test_models_that_are_refused():
     ):
         looked_up(a, a[:, :2], [X])
     with pytest.raises(ValueError, match="logits must be"):
-        bj.compare(None, p, p, [X], apply=lambda p, x: p["logits"].sum())
+        bj.analysis.compare(None, p, p, [X], apply=lambda p, x: p["logits"].sum())
     with pytest.raises(TypeError, match=r"got tuple for `float_params`\. Pass apply="):
-        bj.compare(None, p, p, [X], apply=lambda p, x: (p["logits"], x))
+        bj.analysis.compare(None, p, p, [X], apply=lambda p, x: (p["logits"], x))
     with pytest.raises(TypeError, match=r"`model` must have linen's apply.*got NoneType"):
-        bj.compare(None, p, p, [X])
+        bj.analysis.compare(None, p, p, [X])
     with pytest.raises(TypeError, match=r"got Linear\. Pass apply="):
-        bj.compare(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), p, p, [X])
+        bj.analysis.compare(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), p, p, [X])
     packed = bj.pack_params(KERNEL)[0]
     with pytest.raises(ValueError, match="float tree, and a/kernel is packed"):
-        bj.compare(nn.Dense(2), packed, packed, [X])
+        bj.analysis.compare(nn.Dense(2), packed, packed, [X])
     with pytest.raises(ValueError, match="`float_params` holds no arrays"):
-        bj.compare(nn.Dense(2), {}, packed, [X])
+        bj.analysis.compare(nn.Dense(2), {}, packed, [X])
 
 
 def test_comparison_table():
-    full = bj.Comparison(1000, 0.51234, 0.6, 0.98, 0.9712, 0.01234, 0.99, 3.14159)
+    full = bj.analysis.Comparison(1000, 0.51234, 0.6, 0.98, 0.9712, 0.01234, 0.99, 3.14159)
     assert str(full).split("\n") == [
         "over 1000 examples     float  packed",
         "loss                  0.5123  0.6000",
@@ -225,7 +227,7 @@ def test_comparison_table():
         "max logit difference            3.14",
     ]
     nan = math.nan
-    bare = bj.Comparison(7, nan, nan, nan, nan, 0.01234, 0.99, 3.14159)
+    bare = bj.analysis.Comparison(7, nan, nan, nan, nan, 0.01234, 0.99, 3.14159)
     assert len(str(bare).split("\n")) == 4
     assert "nan" not in str(bare)
     json.dumps(full.to_dict(), allow_nan=False)

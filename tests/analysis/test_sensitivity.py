@@ -42,7 +42,7 @@ def test_changes_are_those_of_the_definition(config, jit):
     params = {name: {"kernel": normal(12, 5, seed=i)} for i, name in enumerate("abcd")}
     targets = jax.tree.map(lambda w: w + jnp.float32(0.1), params)
     weights = {name: {"kernel": c} for name, c in zip("abcd", (1.0, 30.0, 0.01, 5.0), strict=True)}
-    found = survive.sensitivity(squares(targets, weights), params, config=config, jit=jit)
+    found = survive.sensitivity(squares(targets, weights), params, config, jit=jit)
 
     def term(name, w):
         target = np.asarray(targets[name]["kernel"], np.float64)
@@ -53,15 +53,15 @@ def test_changes_are_those_of_the_definition(config, jit):
     base = sum(before.values())
     np.testing.assert_allclose(found.base, base, 1e-5)
     np.testing.assert_allclose(found.all, sum(after.values()), 1e-5)
-    for layer in found.layers:
+    for layer in found.rows:
         name = layer.path[0]
         np.testing.assert_allclose(layer.loss, base - before[name] + after[name], 1e-5)
         assert layer.change == layer.loss - found.base
         assert (layer.shape, layer.config) == ((12, 5), config)
-    assert [layer.path[0] for layer in found.layers] == ["b", "d", "a", "c"]  # by weight
+    assert [layer.path[0] for layer in found.rows] == ["b", "d", "a", "c"]  # by weight
     _, report = bj.pack_params(params, config)
     saved = report.bytes_before - report.bytes_after
-    assert sum(layer.bytes_saved for layer in found.layers) == saved
+    assert sum(layer.bytes_saved for layer in found.rows) == saved
 
 
 def test_worst_layer_of_a_network_is_found():
@@ -80,13 +80,13 @@ def test_worst_layer_of_a_network_is_found():
     found = survive.sensitivity(
         lambda p: jnp.mean((Model().apply({"params": p}, x) - y) ** 2), params
     )
-    assert [layer.path for layer in found.layers] == ["fragile/kernel", "tough/kernel"]
-    assert found.base == found.layers[1].change == 0.0
+    assert [layer.path for layer in found.rows] == ["fragile/kernel", "tough/kernel"]
+    assert found.base == found.rows[1].change == 0.0
     exact = np.asarray(x, np.float64) @ np.asarray(params["tough"]["kernel"], np.float64)
     head = np.asarray(params["fragile"]["kernel"], np.float64)
     expected = ((exact @ (hat64(params["fragile"]["kernel"]) - head)) ** 2).mean()
-    np.testing.assert_allclose(found.layers[0].loss, expected, 1e-4)
-    np.testing.assert_allclose(found.all, found.layers[0].loss, 1e-6)
+    np.testing.assert_allclose(found.rows[0].loss, expected, 1e-4)
+    np.testing.assert_allclose(found.all, found.rows[0].loss, 1e-6)
 
 
 def test_improvements_come_last_and_nan_comes_first():
@@ -99,15 +99,15 @@ def test_improvements_come_last_and_nan_comes_first():
         return better + worse + jnp.where(same, 0.0, jnp.nan)
 
     found = survive.sensitivity(loss, params)
-    assert [layer.path[0] for layer in found.layers] == ["c", "b", "a"]
-    assert math.isnan(found.layers[0].change)
-    assert found.layers[1].change > 0 > found.layers[2].change
+    assert [layer.path[0] for layer in found.rows] == ["c", "b", "a"]
+    assert math.isnan(found.rows[0].change)
+    assert found.rows[1].change > 0 > found.rows[2].change
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert plain["layers"][0]["loss"] is None
+    assert plain["rows"][0]["loss"] is None
     assert plain["all"] is None
     assert plain["base"] == found.base
-    assert plain["layers"][1]["shape"] == [6, 4]
-    assert plain["layers"][1]["config"]["scale"] == "absmean"
+    assert plain["rows"][1]["shape"] == [6, 4]
+    assert plain["rows"][1]["config"]["scale"] == "absmean"
 
 
 def test_the_loss_is_traced_once_and_called_when_asked():
@@ -142,7 +142,7 @@ def test_boxes_stay_closed():
         return jnp.abs(p["a"]["kernel"].value).max()
 
     found = survive.sensitivity(loss, params)
-    assert [layer.path for layer in found.layers] == ["a/kernel"]
+    assert [layer.path for layer in found.rows] == ["a/kernel"]
     np.testing.assert_allclose(found.all, np.abs(hat64(box.value)).max(), 1e-6)
 
 
@@ -157,7 +157,7 @@ def test_nnx_state():
         return ((np.asarray(x, np.float64) @ first @ second) ** 2).mean()
 
     np.testing.assert_allclose(found.base, loss(*w), 1e-5)
-    by_path = {layer.path: layer.loss for layer in found.layers}
+    by_path = {layer.path: layer.loss for layer in found.rows}
     np.testing.assert_allclose(by_path["layers/0/kernel"], loss(hat64(w[0]), w[1]), 1e-5)
     np.testing.assert_allclose(by_path["layers/1/kernel"], loss(w[0], hat64(w[1])), 1e-5)
     np.testing.assert_allclose(found.all, loss(*map(hat64, w)), 1e-5)
@@ -178,8 +178,8 @@ def test_stacked_kernels_and_a_select_with_configs():
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     loss = squares(zeros, jax.tree.map(lambda _: 1.0, params))
-    found = survive.sensitivity(loss, params, select, config=bj.TWN, axes=axes)
-    by_name = {layer.path.split("/")[0]: layer for layer in found.layers}
+    found = survive.sensitivity(loss, params, bj.TWN, select=select, axes=axes)
+    by_name = {layer.path.split("/")[0]: layer for layer in found.rows}
     assert {name: layer.config for name, layer in by_name.items()} == {
         "experts": bj.TWN,
         "head": bj.PHASE4,
@@ -189,7 +189,7 @@ def test_stacked_kernels_and_a_select_with_configs():
     expected = (hat**2).sum() - (experts**2).sum()
     np.testing.assert_allclose(by_name["experts"].change, expected, 1e-4)
     with pytest.raises(ValueError, match="sensitivity: experts/kernel has shape"):
-        survive.sensitivity(loss, params, select)
+        survive.sensitivity(loss, params, select=select)
 
 
 def test_half_precision_kernels_keep_their_dtype():
@@ -200,7 +200,7 @@ def test_half_precision_kernels_keep_their_dtype():
         return jnp.abs(p["kernel"]).max()
 
     found = survive.sensitivity(loss, params)
-    assert found.layers[0].bytes_saved == 2 * 24 - (2 * 4 + 4)
+    assert found.rows[0].bytes_saved == 2 * 24 - (2 * 4 + 4)
     assert found.all == float(jnp.abs(bj.fake_quantize(params["kernel"])).max())
 
 
@@ -244,9 +244,9 @@ def test_trees_that_are_refused():
     with pytest.raises(ValueError, match="sensitivity: `params` holds no arrays"):
         survive.sensitivity(loss, {})
     with pytest.raises(ValueError, match="sensitivity: the pattern 'nope' matches nothing"):
-        survive.sensitivity(loss, KERNEL, bj.exclude("nope"))
+        survive.sensitivity(loss, KERNEL, select=bj.exclude("nope"))
     with pytest.raises(TypeError, match="sensitivity: a/kernel is packed already"):
-        survive.sensitivity(loss, bj.pack_params(KERNEL)[0], lambda path, leaf: True)
+        survive.sensitivity(loss, bj.pack_params(KERNEL)[0], select=lambda path, leaf: True)
     with pytest.raises(TypeError, match="`config` must be"):
         survive.sensitivity(loss, KERNEL, config="b158")
     with pytest.raises(ValueError, match=r"sensitivity: a/kernel: `granularity`=3 does not divide"):

@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bitnet_jax as bj
+from bitnet_jax.analysis import trit_stats
 
 CONFIGS = {
     "tensor": bj.B158,
@@ -46,11 +47,11 @@ def exact(w, config):
 def test_statistics_are_those_of_the_definition(name):
     config = CONFIGS[name]
     w, moved = kernel(), kernel() + 0.3 * kernel(1)
-    first = bj.trit_stats({"layer": {"kernel": w}}, config=config)
-    second = bj.trit_stats({"layer": {"kernel": moved}}, first, config=config, near=0.2)
+    first = trit_stats({"layer": {"kernel": w}}, config=config)
+    second = trit_stats({"layer": {"kernel": moved}}, previous=first, config=config, near=0.2)
     _, old_codes, old_scale = exact(w, config)
     r, codes, scale = exact(moved, config)
-    (row,) = second.layers
+    (row,) = second.rows
     assert row.path == "layer/kernel"
     assert row.flip_rate == pytest.approx((codes != old_codes).mean(), abs=1e-6)
     assert row.zeros == pytest.approx((codes == 0).mean(), abs=1e-6)
@@ -58,38 +59,40 @@ def test_statistics_are_those_of_the_definition(name):
     assert row.scale_drift == pytest.approx(scale.mean() / old_scale.mean() - 1, abs=1e-5)
     near = (np.abs(np.abs(r) - config.threshold) <= 0.2).mean()
     assert row.near_threshold == pytest.approx(near, abs=1e-6)
-    assert math.isnan(first.layers[0].flip_rate)
+    assert math.isnan(first.rows[0].flip_rate)
     assert sorted(first.to_dict()) == [
         "layer/kernel/near_threshold",
         "layer/kernel/scale",
         "layer/kernel/zeros",
     ]
-    again = bj.trit_stats({"layer": {"kernel": moved}}, first.snapshot, config=config, near=0.2)
+    again = trit_stats(
+        {"layer": {"kernel": moved}}, previous=first.snapshot, config=config, near=0.2
+    )
     assert again.to_dict() == second.to_dict()
 
 
 def test_every_kind_of_flip_counts_once():
     w = np.array([[1.0, 1.0, -1.0, -1.0, 0.0, 0.0, 1.0]] * 3, np.float32)
     moved = np.array([[0.0, -1.0, 0.0, 1.0, 1.0, -1.0, 1.0]] * 3, np.float32)
-    first = bj.trit_stats({"kernel": w})
-    assert bj.trit_stats({"kernel": moved}, first).layers[0].flip_rate == pytest.approx(6 / 7)
-    assert bj.trit_stats({"kernel": w}, first).layers[0].flip_rate == 0
+    first = trit_stats({"kernel": w})
+    assert trit_stats({"kernel": moved}, previous=first).rows[0].flip_rate == pytest.approx(6 / 7)
+    assert trit_stats({"kernel": w}, previous=first).rows[0].flip_rate == 0
 
 
 def test_activations_that_are_clipped_or_lost():
     x = np.zeros((2, 4), np.float32)
     x[0] = [1.0, -1.0, 0.5, 0.0]
     x[1] = [1.0, 1e-4, 1e-4, 0.25]
-    stats = bj.trit_stats({"kernel": kernel()}, activations={"kernel": jnp.asarray(x)})
-    assert stats.layers[0].clipped == pytest.approx(3 / 8)
-    assert stats.layers[0].zeroed == pytest.approx(2 / 8)
+    stats = trit_stats({"kernel": kernel()}, inputs={"kernel": jnp.asarray(x)})
+    assert stats.rows[0].clipped == pytest.approx(3 / 8)
+    assert stats.rows[0].zeroed == pytest.approx(2 / 8)
     assert "clipped" in str(stats)
 
 
 def test_table_leaves_out_what_is_not_there():
-    first = bj.trit_stats({"kernel": kernel()})
+    first = trit_stats({"kernel": kernel()})
     assert str(first).splitlines()[0].split() == ["path", "zeros", "scale", "near_threshold"]
-    header = str(bj.trit_stats({"kernel": kernel()}, first)).splitlines()[0].split()
+    header = str(trit_stats({"kernel": kernel()}, previous=first)).splitlines()[0].split()
     assert header == ["path", "flip_rate", "zeros", "scale", "scale_drift", "near_threshold"]
 
 
@@ -101,12 +104,12 @@ def test_stacked_and_boxed_and_nnx_kernels():
 
     boxed = nn.Partitioned(jnp.asarray(stack), (None, "model", None))
     for params in ({"kernel": stack}, {"kernel": boxed}):
-        stats = bj.trit_stats(params, axes=axes)
+        stats = trit_stats(params, axes=axes)
         zeros = np.mean([(exact(w, bj.B158)[1] == 0).mean() for w in stack])
-        assert stats.layers[0].zeros == pytest.approx(zeros, abs=1e-6)
+        assert stats.rows[0].zeros == pytest.approx(zeros, abs=1e-6)
     model = nnx.Linear(12, 7, rngs=nnx.Rngs(0))
     state = nnx.state(model, nnx.Param)
-    assert bj.trit_stats(state).layers[0].path == "kernel"
+    assert trit_stats(state).rows[0].path == "kernel"
 
 
 def params_of(seed=0):
@@ -121,7 +124,7 @@ def test_the_transform_sees_what_trit_stats_sees():
     tx = optax.chain(optax.clip(1.0), bj.optim.watch_trits(every=3), optax.adamw(0.05))
     params = params_of()
     state = jax.jit(tx.init)(params)
-    last = bj.trit_stats(params)
+    last = trit_stats(params)
 
     @jax.jit
     def step(params, state):
@@ -133,7 +136,7 @@ def test_the_transform_sees_what_trit_stats_sees():
         before = params
         params, state = step(params, state)
         if i % 3 == 0:
-            now = bj.trit_stats(before, last)
+            now = trit_stats(before, previous=last)
             read = bj.optim.read_trits(state)
             assert read.keys() == now.to_dict().keys()
             for name, value in now.to_dict().items():
@@ -177,12 +180,12 @@ def test_the_transform_sees_stacked_boxed_kernels():
         {"kernel": nn.Partitioned(w, (None, None, "model"))} for w in (stack, 2 - stack)
     )
     _, state = jax.jit(tx.update)(first, tx.init(first), second)
-    last = bj.trit_stats(first, config=bj.PHASE4, axes=axes)
-    now = bj.trit_stats(second, last, config=bj.PHASE4, axes=axes)
+    last = trit_stats(first, config=bj.PHASE4, axes=axes)
+    now = trit_stats(second, previous=last, config=bj.PHASE4, axes=axes)
     flips = np.mean(
         [(exact(w, bj.PHASE4)[1] != exact(2 - w, bj.PHASE4)[1]).mean() for w in np.asarray(stack)]
     )
-    assert now.layers[0].flip_rate == pytest.approx(flips, abs=1e-6)
+    assert now.rows[0].flip_rate == pytest.approx(flips, abs=1e-6)
     assert bj.optim.read_trits(state) == pytest.approx(now.to_dict(), rel=1e-6)
 
 
@@ -202,23 +205,23 @@ def test_nnx_optimizer():
 def test_what_is_refused():
     w = {"kernel": kernel()}
     with pytest.raises(ValueError, match=r"trit_stats: b/kernel .* `previous` has no codes of it"):
-        bj.trit_stats({"b": w}, bj.trit_stats({"a": w}))
+        trit_stats({"b": w}, previous=trit_stats({"a": w}))
     with pytest.raises(ValueError, match=r"`previous` has codes of shape \(3, 7\)"):
-        bj.trit_stats({"kernel": kernel(shape=(16, 7))}, bj.trit_stats(w))
+        trit_stats({"kernel": kernel(shape=(16, 7))}, previous=trit_stats(w))
     with pytest.raises(ValueError, match=r"`previous` has b/kernel, which is no selected kernel"):
-        bj.trit_stats({"a": w}, bj.trit_stats({"a": w, "b": w}))
+        trit_stats({"a": w}, previous=trit_stats({"a": w, "b": w}))
     for entry in (3, jnp.ones((12, 7)), bj.pack(jnp.asarray(w["kernel"]))):
         with pytest.raises(TypeError, match=r"`previous` must hold codes and scale for kernel"):
-            bj.trit_stats(w, {"kernel": entry})
+            trit_stats(w, previous={"kernel": entry})
     for near in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=r"trit_stats: `near` must be a finite number > 0"):
-            bj.trit_stats(w, near=near)
+            trit_stats(w, near=near)
     with pytest.raises(TypeError, match=r"trit_stats: `config` must be a TernaryConfig.*int8"):
-        bj.trit_stats(w, select=lambda path, leaf: bj.Int8Config())
-    with pytest.raises(ValueError, match=r"`activations` has x, .* those are kernel"):
-        bj.trit_stats(w, activations={"x": jnp.ones((2, 12))})
+        trit_stats(w, select=lambda path, leaf: bj.Int8Config())
+    with pytest.raises(ValueError, match=r"`inputs` has x, .* those are kernel"):
+        trit_stats(w, inputs={"x": jnp.ones((2, 12))})
     with pytest.raises(ValueError, match=r"trit_stats: `select` matches nothing"):
-        bj.trit_stats(w, select=lambda path, leaf: False)
+        trit_stats(w, select=lambda path, leaf: False)
     for every in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=r"watch_trits: `every` must be an integer >= 1"):
             bj.optim.watch_trits(every)

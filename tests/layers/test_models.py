@@ -82,7 +82,7 @@ MODELS = {
 def made(name):
     """A model that was made ternary, its parameters, packed ones and what packing did."""
     model, select, x = MODELS[name]
-    ternary = bj.linen.ternarize(model, select)
+    ternary = bj.linen.ternarize(model, select=select)
     params = ternary.init(jax.random.key(1), x)["params"]
     return ternary, params, *bj.linen.pack(ternary, params, x)
 
@@ -131,8 +131,8 @@ def test_every_layer_call_gives_the_bits_of_its_packed_kernel(name, monkeypatch)
                 assert_same_bits(one(x[i], kernel, bias[i]), y[i], where)
         called.add(where)
     # A table is met in its own way; test_int8.py holds it.
-    tables = {row.path for row in report.layers if row.path.endswith("embedding")}
-    assert called == {row.path for row in report.layers} - tables
+    tables = {row.path for row in report.rows if row.path.endswith("embedding")}
+    assert called == {row.path for row in report.rows} - tables
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -144,6 +144,8 @@ def test_whole_networks_agree(name):
     # Norms, softmax and gelu may be fused otherwise; no code flips on these inputs.
     np.testing.assert_allclose(served, trained, rtol=1e-4, atol=1e-5)
     grads = jax.jit(jax.grad(lambda p: jnp.square(apply(p)).sum()))(params)
-    assert bj.gradient_flow(grads).paths("nan") == ()
-    dead = [path for path in bj.gradient_flow(grads).paths("dead") if "key/bias" not in path]
+    assert bj.analysis.gradient_flow(grads).paths("nan") == ()
+    dead = [
+        path for path in bj.analysis.gradient_flow(grads).paths("dead") if "key/bias" not in path
+    ]
     assert dead == []  # softmax does not see a key's bias

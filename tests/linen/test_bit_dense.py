@@ -165,7 +165,7 @@ def test_a_net_trains_and_serves_the_same_bits():
         return state.apply_gradients(grads=grads), value, logits, grads
 
     _, first, _, grads = step(state)
-    assert bj.gradient_flow(grads).ok
+    assert bj.analysis.gradient_flow(grads).ok
     for _ in range(20):
         params = state.params
         state, value, logits, _ = step(state)
@@ -204,7 +204,7 @@ def test_scan_and_remat():
     for form in (params, packed, bj.prepare(packed)):
         assert_same_bits(jax.jit(Stack().apply)({"params": form}, x), wanted)
     grads = jax.grad(lambda p: Stack().apply({"params": p}, x).sum())(params)
-    assert bj.gradient_flow(grads).ok
+    assert bj.analysis.gradient_flow(grads).ok
 
 
 def test_vmap_of_a_module():
@@ -328,7 +328,7 @@ def test_a_float_net_drops_in_whole():
     chex.assert_trees_all_equal(theirs, ours)
     packed, report = bj.pack_params(theirs)
     paths = [f"params/BitDense_{i}/kernel" for i in range(3)]
-    assert [layer.path for layer in report.layers] == paths
+    assert [layer.path for layer in report.rows] == paths
     assert_same_bits(jax.jit(Net().apply)(packed, x), jax.jit(Net().apply)(theirs, x))
 
 
@@ -398,7 +398,7 @@ def test_a_schedule_of_strength_does_not_retrace_a_training_step():
     for strength in (0.0, 0.25, 0.5, 1.0):
         params, value, grads = step(params, jnp.float32(strength))
         assert np.isfinite(value)
-        assert bj.gradient_flow(grads).ok
+        assert bj.analysis.gradient_flow(grads).ok
 
 
 def test_norm_is_close_to_float64_and_keeps_its_bits_for_any_batch():

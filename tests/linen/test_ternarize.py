@@ -13,6 +13,7 @@ from flax.core import freeze
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
+from bitnet_jax._packed.kernel import is_packed
 
 X = jax.random.normal(jax.random.key(0), (2, 7, 16))
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
@@ -62,12 +63,12 @@ def init(model, x=X):
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_parameters_and_packed_serves_what_was_trained(kind):
     model = Model(kind)
-    ternary = bj.linen.ternarize(model, bj.exclude("head"))
+    ternary = bj.linen.ternarize(model, select=bj.exclude("head"))
     params = init(model)
     jax.tree.map(assert_same_bits, init(ternary), params)
     packed, report = bj.linen.pack(ternary, params, X)
     rows = bj.linen.explain(ternary, X).rows
-    assert {row.path for row in rows if row.config} == {row.path for row in report.layers}
+    assert {row.path for row in rows if row.config} == {row.path for row in report.rows}
     assert [row.path for row in rows if row.config is None] == ["head/kernel"]
     trained, served = (ternary.apply({"params": p}, X) for p in (params, packed))
     assert_same_bits(served, trained)  # eager: every operation on its own
@@ -120,17 +121,17 @@ def test_every_layer_is_what_its_bit_layer_is(name, weights):
     assert_same_bits(jax.jit(ternary.apply)({"params": packed}, x), y)
     assert_same_bits(bit_layer.apply({"params": packed}, x), y)
     grads = jax.grad(lambda p: jnp.square(ternary.apply({"params": p}, x)).sum())(params)
-    assert bj.gradient_flow(grads).ok
+    assert bj.analysis.gradient_flow(grads).ok
 
 
 def test_jitted_blocks_follow_their_own_path():
     model = Model("jit")
     params = init(model)
     plain = model.apply({"params": params}, X)
-    ternary = bj.linen.ternarize(model, bj.exclude("block_1", "head"))
+    ternary = bj.linen.ternarize(model, select=bj.exclude("block_1", "head"))
     rows = bj.linen.explain(ternary, X)
     assert all("block_1" in path or "head" in path for path in rows.left)
-    unjitted = bj.linen.ternarize(Model("plain"), bj.exclude("block_1", "head"))
+    unjitted = bj.linen.ternarize(Model("plain"), select=bj.exclude("block_1", "head"))
     y = ternary.apply({"params": params}, X)
     np.testing.assert_allclose(y, unjitted.apply({"params": params}, X), rtol=1e-4, atol=1e-5)
     assert_same_bits(model.apply({"params": params}, X), plain)  # the float model stays float
@@ -166,17 +167,17 @@ def test_int8_tables_and_heads(tmp_path):
         return INT8 if path[-1] == "embedding" else path[-1] == "kernel"
 
     ids = jnp.arange(8).reshape(2, 4)
-    ternary = bj.linen.ternarize(Table(), select)
+    ternary = bj.linen.ternarize(Table(), select=select)
     params = init(ternary, ids)
     packed, report = bj.linen.pack(ternary, params, ids)
-    assert [layer.kind for layer in report.layers] == ["ternary", "int8"]
+    assert [layer.kind for layer in report.rows] == ["ternary", "int8"]
     bj.io.save(tmp_path / "t.safetensors", packed)
     loaded = bj.io.load(tmp_path / "t.safetensors")
     y = ternary.apply({"params": params}, ids)
     assert_same_bits(ternary.apply({"params": loaded}, ids), y)
     assert np.abs(y - Table().apply({"params": params}, ids)).max() > 0
     grads = jax.grad(lambda p: jnp.square(ternary.apply({"params": p}, ids)).sum())(params)
-    assert bj.gradient_flow(grads).ok
+    assert bj.analysis.gradient_flow(grads).ok
 
 
 class Own(nn.Module):
@@ -239,7 +240,7 @@ def test_a_subclass_that_calls_dense_is_ternary():
 def test_errors_name_the_path_and_the_remedy():
     model = Model()
     params = init(model)
-    ternary = bj.linen.ternarize(model, bj.exclude("head"))
+    ternary = bj.linen.ternarize(model, select=bj.exclude("head"))
     packed, _ = bj.linen.pack(ternary, params, X)
     with pytest.raises(TypeError, match="ternarize: `model` must be a Module"):
         bj.linen.ternarize(Model)
@@ -248,14 +249,14 @@ def test_errors_name_the_path_and_the_remedy():
     with pytest.raises(ValueError, match="is bound to a parent or a scope"):
         bj.linen.ternarize(model.bind({"params": params}))
     with pytest.raises(TypeError, match="`select` must be a function"):
-        bj.linen.ternarize(model, "head")
+        bj.linen.ternarize(model, select="head")
     with pytest.raises(ValueError, match=r"the pattern 'haed' matches nothing. Near paths: head"):
-        init(bj.linen.ternarize(model, bj.exclude("haed")))
-    nothing = bj.linen.ternarize(model, lambda path, leaf: False)
+        init(bj.linen.ternarize(model, select=bj.exclude("haed")))
+    nothing = bj.linen.ternarize(model, select=lambda path, leaf: False)
     for call in (init, lambda m: m.apply({"params": params}, X)):
         with pytest.raises(ValueError, match="ternarize: `select` matches nothing"):
             call(nothing)
-    local = bj.linen.ternarize(nn.ConvLocal(3, (2, 2)), bj.only("*"))
+    local = bj.linen.ternarize(nn.ConvLocal(3, (2, 2)), select=bj.only("*"))
     with pytest.raises(NotImplementedError, match=r"kernel \(ConvLocal\) cannot be ternarised"):
         init(local, IMAGES)
     whole = bj.linen.pack(bj.linen.ternarize(model), params, X)[0]
@@ -321,8 +322,8 @@ def test_pack_refuses_what_it_cannot_learn():
 
 
 def test_classes_are_shared_and_pickle():
-    ternary = bj.linen.ternarize(Model("scan"), bj.exclude("head"))
-    again = bj.linen.ternarize(Model("scan"), bj.exclude("head"))
+    ternary = bj.linen.ternarize(Model("scan"), select=bj.exclude("head"))
+    again = bj.linen.ternarize(Model("scan"), select=bj.exclude("head"))
     assert type(again) is type(ternary)
     assert again == ternary
     assert isinstance(ternary, Model)
@@ -408,7 +409,7 @@ def test_nnx_in_place():
 
     plain = answer(model)
     table = bj.nnx.ternarize(
-        model, lambda path, _: INT8 if path[-1] == "embedding" else path[-1] == "kernel"
+        model, select=lambda path, _: INT8 if path[-1] == "embedding" else path[-1] == "kernel"
     )
     why = {row.path: row.why for row in table.rows if row.config is None}
     assert "LoRALinear has no ternary form" in why["odd/kernel"]
@@ -421,18 +422,23 @@ def test_nnx_in_place():
     graphdef, state = nnx.split(model)
     assert_same_bits(answer(nnx.merge(graphdef, state)), trained)
     grads = nnx.jit(nnx.grad(lambda m: jnp.square(m(ids)).sum()))(nnx.clone(model))
-    assert bj.gradient_flow(grads).paths("nan") == ()
+    assert bj.analysis.gradient_flow(grads).paths("nan") == ()
     packed, report = bj.nnx.pack(model)
-    nnx.update(model, packed)
+    assert_same_bits(answer(packed), trained)
     assert_same_bits(answer(model), trained)
+    assert model.attention.query.kernel is kept
+    assert not is_packed(kept.get_value())
     np.testing.assert_allclose(
-        nnx.jit(lambda m, i: m(i))(nnx.clone(model), ids), trained, rtol=1e-4, atol=1e-5
+        nnx.jit(lambda m, i: m(i))(nnx.clone(packed), ids), trained, rtol=1e-4, atol=1e-5
     )
-    kinds = {layer.path: layer.kind for layer in report.layers}
+    explained = {row.path: (row.config, row.why) for row in bj.nnx.explain(model).rows}
+    assert explained == {row.path: (row.config, row.why) for row in table.rows}
+    assert explained == {row.path: (row.config, row.why) for row in bj.nnx.explain(packed).rows}
+    kinds = {layer.path: layer.kind for layer in report.rows}
     assert kinds["embed/embedding"] == "int8"
     assert kinds["layers/kernel"] == kinds["conv/kernel"] == "ternary"
     with pytest.raises(TypeError, match="is packed already"):
-        bj.nnx.ternarize(model)
+        bj.nnx.ternarize(packed)
 
 
 def test_nnx_changes_nothing_when_it_raises():
@@ -443,7 +449,7 @@ def test_nnx_changes_nothing_when_it_raises():
         (lambda path, leaf: bj.B158 if path[-1] == "embedding" else "yes", TypeError),
     ):
         with pytest.raises(error, match="ternarize"):
-            bj.nnx.ternarize(model, select)
+            bj.nnx.ternarize(model, select=select)
         assert type(model.conv) is nnx.Conv
     with pytest.raises(ValueError, match="NnxNet uses no kernel as ternary"):
         bj.nnx.pack(model)

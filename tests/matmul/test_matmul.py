@@ -11,6 +11,7 @@ import pytest
 
 import bitnet_jax as bj
 from bitnet_jax._matmul import IMPLEMENTATIONS, api
+from bitnet_jax._packed.kernel import PreparedTernary
 
 every_run = pytest.mark.parametrize(("name", "layout"), suite.RUNS)
 # The native product's own layout: test_native.py, on every path of it.
@@ -195,7 +196,7 @@ def test_prepare_takes_a_tree_and_leaves_the_rest_alone():
     packed, bias = suite.CASES["dense"].pack(), jnp.ones(10)
     tree = {"a": {"kernel": packed, "bias": bias}, "b": [packed, None], "n": 3}
     done = bj.prepare(tree, "xla")
-    assert jax.tree.structure(done, is_leaf=lambda n: isinstance(n, bj.PreparedTernary)) == (
+    assert jax.tree.structure(done, is_leaf=lambda n: isinstance(n, PreparedTernary)) == (
         jax.tree.structure(tree, is_leaf=lambda n: isinstance(n, bj.PackedTernary))
     )
     assert done["a"]["bias"] is bias

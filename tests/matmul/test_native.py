@@ -22,6 +22,7 @@ from jax import export
 
 import bitnet_jax as bj
 from bitnet_jax._matmul import cpu, embedding_rows, native
+from bitnet_jax._packed.kernel import PreparedInt8
 
 PATHS = native.load().paths()
 needs_it = pytest.mark.skipif(not PATHS, reason="no C++ compiler built the native product")
@@ -163,7 +164,7 @@ def test_prepared_embeddings_are_looked_up_like_stored_ones():
         jax.random.normal(jax.random.key(0), (70, 18)), bj.Int8Config(), contracting_axes=-1
     )
     prepared = bj.prepare(table, "cpu")
-    assert isinstance(prepared, bj.PreparedInt8)
+    assert isinstance(prepared, PreparedInt8)
     index = jnp.array([[0, 15, 16], [63, 64, 69], [-1, -70, 3]])
     rows = jax.jit(embedding_rows)(prepared, index)
     oracles.assert_same_bits(rows, table.rows(index))

@@ -111,7 +111,7 @@ def test_a_net_trains_and_serves_the_same_bits():
         return value, grads
 
     first, grads = step(net, optimizer)
-    assert bj.gradient_flow(grads).ok
+    assert bj.analysis.gradient_flow(grads).ok
     for _ in range(20):
         value, _ = step(net, optimizer)
     assert value < 0.8 * first

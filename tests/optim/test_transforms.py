@@ -453,7 +453,7 @@ def attention_case(ternary, heads=4):
     model = nn.MultiHeadDotProductAttention(heads, qkv_features=32)
     if ternary:
         model = bj.linen.ternarize(
-            model, lambda path, _: bj.PHASE4 if path[-1] == "kernel" else None
+            model, select=lambda path, _: bj.PHASE4 if path[-1] == "kernel" else None
         )
     x = 20.0 * jax.random.normal(jax.random.key(0), (2, 9, 16))
     params = model.init(jax.random.key(1), x)["params"]

@@ -14,6 +14,7 @@ import pytest
 import bitnet_jax as bj
 from bitnet_jax._matmul import xla
 from bitnet_jax._packed import trits
+from bitnet_jax._packed.kernel import PreparedTernary
 
 INT8 = bj.ActivationConfig()
 KERNELS = {
@@ -215,7 +216,7 @@ def test_it_can_be_donated_and_put_on_a_device():
 def test_prepared_kernels_keep_the_codes_and_the_scale(shape, config, axes):
     packed = pack(gaussian(shape), config, **axes)
     prepared = bj.prepare(packed, "xla")
-    assert isinstance(prepared, bj.PreparedTernary)
+    assert isinstance(prepared, PreparedTernary)
     assert prepared.codes.dtype == jnp.uint8
     batch, contraction, outputs = packed.axes.split(packed.shape)
     assert (prepared.batch, prepared.contraction, prepared.outputs) == (batch, contraction, outputs)

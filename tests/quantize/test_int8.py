@@ -7,6 +7,7 @@ import pytest
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
+from bitnet_jax._packed.kernel import PreparedTernary
 
 INT8 = bj.Int8Config()
 W = jax.random.normal(jax.random.key(0), (24, 10)) * jnp.linspace(0.01, 3.0, 10)
@@ -140,7 +141,7 @@ def test_trees_mix_and_the_report_says_so(tmp_path):
     packed, report = bj.pack_params(params, select=select)
     assert isinstance(packed["head"]["kernel"], bj.PackedInt8)
     assert isinstance(packed["body"]["kernel"], bj.PackedTernary)
-    body, head = report.layers
+    body, head = report.rows
     assert (body.kind, head.kind) == ("ternary", "int8")
     codes = np.asarray(packed["head"]["kernel"].codes)
     assert (head.minus, head.zero, head.plus) == tuple(
@@ -176,7 +177,7 @@ def test_files(tmp_path):
 
 def test_prepare_names_what_cannot_be_laid_out():
     tree = {"head": bj.pack(W, INT8), "body": bj.pack(W)}
-    assert isinstance(bj.prepare(tree)["body"], bj.PreparedTernary)
+    assert isinstance(bj.prepare(tree)["body"], PreparedTernary)
     for run in (bj.prepare, lambda tree, name: bj.matmul(X, tree["head"], implementation=name)):
         with pytest.raises(NotImplementedError, match="'xla' unpacks two-bit codes"):
             run(tree, "xla")

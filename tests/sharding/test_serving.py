@@ -59,7 +59,7 @@ CONFIGS = {"tensor": bj.B158, "channel": bj.PHASE4, "groups": GROUPS, "int8": bj
 
 
 def placed(mesh, packed, spec):
-    specs = bj.partition_specs({"w": packed}, lambda *_: spec, mesh=mesh)["w"]
+    specs = bj.sharding.partition_specs({"w": packed}, lambda *_: spec, mesh=mesh)["w"]
     return jax.device_put(packed, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
 
 
@@ -96,7 +96,7 @@ def test_what_travels(kind, config, name):
         x_spec, spec = PLACES[place]
         packed = placed(mesh, bj.pack(gaussian(1, K, N), CONFIGS[config]), spec)
         operands = put(mesh, gaussian(0, M, K), x_spec), packed
-        found = bj.traffic(compiled(multiply, *operands)).collectives
+        found = bj.sharding.traffic(compiled(multiply, *operands)).collectives
         return sorted((c.kind, c.dtype, math.prod(c.shape)) for c in found)
 
     sums, gammas = ("all-reduce", "s32", M * N), ("all-reduce", "f32", M)
@@ -157,7 +157,9 @@ def test_a_convolution(kind):
     params = layer.init(jax.random.key(2), image)["params"]
     packed = bj.linen.pack(layer, params, image)[0]
     want = jax.jit(layer.apply)({"params": packed}, image)
-    specs = bj.partition_specs(packed, [("kernel", P(None, None, None, "model"))], mesh=mesh)
+    specs = bj.sharding.partition_specs(
+        packed, [("kernel", P(None, None, None, "model"))], mesh=mesh
+    )
     packed = jax.device_put(packed, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
     y = jax.jit(layer.apply)({"params": packed}, put(mesh, image, P("data")))
     oracles.assert_same_bits(y, want)
@@ -186,7 +188,7 @@ def test_prepared_kernels_serve_sharded_rows():
     fast = bj.prepare(bj.pack(gaussian(1, K, N)), "cpu")
     program = compiled(bj.matmul, put(mesh, x, P("data")), fast)
     oracles.assert_same_bits(program(put(mesh, x, P("data")), fast), bj.matmul(x, fast))
-    assert bj.traffic(program).nbytes == 0
+    assert bj.sharding.traffic(program).nbytes == 0
 
 
 @both_kinds
@@ -314,7 +316,7 @@ def net_and_params(way, **fields):
 
 
 def sharded_params(mesh, boxed):
-    specs = bj.partition_specs(boxed, mesh=mesh)
+    specs = bj.sharding.partition_specs(boxed, mesh=mesh)
     return jax.device_put(boxed, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
 
 
@@ -364,7 +366,7 @@ def trained_on_one_device():
 def test_a_training_run_stays_with_that_of_one_device(kind, way):
     net, boxed = net_and_params(way)
     mesh, want = mesh_of(kind), trained_on_one_device()
-    with jax.set_mesh(mesh), bj.gather_codes("data"):
+    with jax.set_mesh(mesh), bj.sharding.gather_codes("data"):
         params = sharded_params(mesh, boxed)
         got, after = trained(net, params, put(mesh, gaussian(6, 16, 32), P("data")))
     np.testing.assert_allclose(got, want, rtol=1e-3)
@@ -399,12 +401,14 @@ def test_fsdp_gathers_codes(kind, way, config):
     """Each kernel's codes once forward and once backward, but for the first layer's dx."""
     mesh = mesh_of(kind)
     net, boxed = net_and_params(way, config=config)
-    with jax.set_mesh(mesh), bj.gather_codes("data"):
+    with jax.set_mesh(mesh), bj.sharding.gather_codes("data"):
         params = sharded_params(mesh, boxed)
         places = jax.tree.map(lambda a: a.sharding, params)
         function, operands = step_of(net, params, put(mesh, gaussian(6, 16, 32), P("data")))
         how = {"out_shardings": (None, places)} if kind == "auto" else {}
-        gathers = bj.traffic(compiled(function, *operands, **how)).of("all-gather").collectives
+        gathers = (
+            bj.sharding.traffic(compiled(function, *operands, **how)).of("all-gather").collectives
+        )
     bits = {bj.B158: 2}.get(config, 8)
     kernels = [math.prod(boxed[f"layer_{i}"]["kernel"].value.shape) for i in range(3)]
     twice = kernels + kernels[1:]
@@ -427,7 +431,7 @@ def test_without_the_context_xla_gathers_int8_codes():
         return jnp.square(x).mean()
 
     x = put(mesh, gaussian(9, 512, 1024), P("data"))
-    gathers = bj.traffic(compiled(loss, ws, x)).of("all-gather").collectives
+    gathers = bj.sharding.traffic(compiled(loss, ws, x)).of("all-gather").collectives
     assert [(g.dtype, g.shape) for g in gathers if g.nbytes > 10_000] == [("s8", (1024, 1024))] * 3
 
 
@@ -438,8 +442,8 @@ def test_weight_only_gathers_codes_too():
     def product(x, w):
         return bj.ternary_dot(x, w, activations=None, kernel_spec=P("data", None))
 
-    with jax.set_mesh(mesh), bj.gather_codes("data"):
-        told = bj.traffic(compiled(product, x, w)).of("all-gather").collectives
+    with jax.set_mesh(mesh), bj.sharding.gather_codes("data"):
+        told = bj.sharding.traffic(compiled(product, x, w)).of("all-gather").collectives
         assert [(g.dtype, g.nbytes) for g in told] == [("u8", K * N // 4)]
         dw = jax.jit(jax.grad(lambda w: product(x, w).sum()))(w)
     np.testing.assert_allclose(dw, jnp.broadcast_to(x.sum(axis=0)[:, None], (K, N)), rtol=1e-4)
@@ -477,15 +481,15 @@ def test_nnx_metadata(logical):
     if logical:
         rules = (("embed", "data"), ("mlp", None))
         metadata = {"out_sharding": ("embed", "mlp"), "sharding_rules": rules}
-    with jax.set_mesh(mesh), bj.gather_codes("data"):
+    with jax.set_mesh(mesh), bj.sharding.gather_codes("data"):
         layer = nnx_product(metadata)
         x = put(mesh, gaussian(0, M, K), P("data"))
         graph, state = nnx.split(layer)
         program = compiled(lambda s, x: nnx.merge(graph, s)(x), state, x)
-        told = bj.traffic(program).of("all-gather").collectives
+        told = bj.sharding.traffic(program).of("all-gather").collectives
     assert [(g.dtype, g.nbytes) for g in told] == [("u8", K * N // 4)]
     packed, _ = bj.nnx.pack(layer)
-    specs = bj.partition_specs(packed)
+    specs = bj.sharding.partition_specs(nnx.state(packed, nnx.Param))
     assert specs["kernel"].get_value().codes == P("data", None)
     assert specs["bias"].get_value() == P(None)
 
@@ -498,12 +502,12 @@ def test_logical_names():
     boxed = layer.init(jax.random.key(0), x)["params"]
     packed, _ = bj.pack_params(boxed, bj.PHASE4)
     with pytest.raises(ValueError, match=r"logical axes \('embed', 'mlp'\) .* map to no mesh axes"):
-        bj.partition_specs(packed)
+        bj.sharding.partition_specs(packed)
     with nn.logical_axis_rules([("embed", None), ("mlp", "data")]):
-        specs = bj.partition_specs(packed, mesh=mesh)
+        specs = bj.sharding.partition_specs(packed, mesh=mesh)
         leaf = specs["kernel"].unbox()
         assert (leaf.codes, leaf.scale) == (P(None, "data"), P(None, "data"))
-        with jax.set_mesh(mesh), bj.gather_codes("data"):
+        with jax.set_mesh(mesh), bj.sharding.gather_codes("data"):
             program = compiled(layer.apply, {"params": boxed}, x)
     assert program({"params": boxed}, x).shape == (M, N)
 
@@ -515,10 +519,10 @@ def test_what_gather_codes_refuses():
     mesh, w, x = mesh_of("auto"), gaussian(1, K, N), gaussian(0, M, K)
     with (
         pytest.raises(TypeError, match="`axes` must be one or more names of mesh axes"),
-        bj.gather_codes(),
+        bj.sharding.gather_codes(),
     ):
         pass
-    with bj.gather_codes("data"):
+    with bj.sharding.gather_codes("data"):
         with pytest.raises(ValueError, match="does not know how this kernel lies on the mesh"):
             bj.ternary_dot(x, w)
         with pytest.raises(ValueError, match="needs a mesh, and there is none"):
@@ -529,11 +533,11 @@ def test_what_gather_codes_refuses():
             bj.ternary_dot(x, w, kernel_spec=P("data", None, None))
     with (
         jax.set_mesh(mesh),
-        bj.gather_codes("fsdp"),
+        bj.sharding.gather_codes("fsdp"),
         pytest.raises(ValueError, match=r"names the mesh axes \['fsdp'\], and the mesh has"),
     ):
         bj.ternary_dot(x, w, kernel_spec=P("data"))
-    with jax.set_mesh(mesh), bj.gather_codes("data"):
+    with jax.set_mesh(mesh), bj.sharding.gather_codes("data"):
         heads = gaussian(1, 8, 8, N)
         with pytest.raises(NotImplementedError, match="only the first may be sharded"):
             bj.ternary_dot(
@@ -559,26 +563,26 @@ TREE = {"up": {"kernel": jnp.ones((K, N)), "bias": jnp.zeros(N)}}
 )
 def test_what_partition_specs_refuses(rules, kind, match):
     with pytest.raises(kind, match=match):
-        bj.partition_specs(TREE, rules, mesh=mesh_of("auto"))
+        bj.sharding.partition_specs(TREE, rules, mesh=mesh_of("auto"))
 
 
 def test_shards_end_between_bytes():
     mesh = mesh_of("auto")
     tree = {"kernel": bj.pack(gaussian(1, 24, 6))}
     with pytest.raises(ValueError, match="length 24, which 'model' would cut into 4 equal shards"):
-        bj.partition_specs(tree, [("kernel", P("model", None))], mesh=mesh)
+        bj.sharding.partition_specs(tree, [("kernel", P("model", None))], mesh=mesh)
     with pytest.raises(ValueError, match="axis 1 of kernel has length 6"):
-        bj.partition_specs(tree, [("kernel", P(None, "model"))], mesh=mesh)
-    specs = bj.partition_specs(tree, [("kernel", P("data", None))], mesh=mesh)
+        bj.sharding.partition_specs(tree, [("kernel", P(None, "model"))], mesh=mesh)
+    specs = bj.sharding.partition_specs(tree, [("kernel", P("data", None))], mesh=mesh)
     assert specs["kernel"].codes == P("data", None)
     with pytest.raises(TypeError, match="prepared for"):
-        bj.partition_specs(bj.prepare(tree), [("kernel", P())])
+        bj.sharding.partition_specs(bj.prepare(tree), [("kernel", P())])
 
 
 def test_specs_keep_boxes_and_leave_the_rest_whole():
     _, boxed = net_and_params("tensor")
     packed, _ = bj.pack_params(boxed, GROUPS, select=bj.exclude("layer_2"))
-    specs = bj.partition_specs(packed, mesh=mesh_of("auto"))
+    specs = bj.sharding.partition_specs(packed, mesh=mesh_of("auto"))
     assert jax.tree.structure(specs) == jax.tree.structure(packed)
     leaf = specs["layer_1"]["kernel"].value
     assert leaf.codes == P("model", None)
@@ -596,7 +600,7 @@ def test_a_file_is_loaded_onto_a_mesh(kind, tmp_path):
     bj.io.save(tmp_path / "model", packed, dense=True)
 
     def places(tree):
-        specs = bj.partition_specs(tree, [("kernel", P("data", "model"))], mesh=mesh)
+        specs = bj.sharding.partition_specs(tree, [("kernel", P("data", "model"))], mesh=mesh)
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     loaded = bj.io.load(tmp_path / "model", sharding=places)
@@ -613,7 +617,7 @@ def test_traffic_counts_bytes():
     mesh = mesh_of("auto", (8,), ("data",))
     x = put(mesh, jnp.zeros((16, 4), jnp.bfloat16), P("data"))
     whole = NamedSharding(mesh, P())
-    told = bj.traffic(compiled(lambda x: x * 2, x, out_shardings=whole))
+    told = bj.sharding.traffic(compiled(lambda x: x * 2, x, out_shardings=whole))
     (gather,) = told.of("all-gather").collectives
     assert (gather.dtype, gather.shape, gather.nbytes) in [
         ("bf16", (16, 4), 128),
@@ -624,7 +628,7 @@ def test_traffic_counts_bytes():
     assert "all-gather" in str(told)
     assert "total" in str(told)
     with pytest.raises(TypeError, match="`compiled` must be"):
-        bj.traffic(x)
+        bj.sharding.traffic(x)
 
 
 def test_traffic_reads_tuples_and_asynchronous_starts():

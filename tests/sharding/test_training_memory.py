@@ -58,7 +58,7 @@ def on_one_device(tree):
 
 
 def codes_gathered(program):
-    gathers = bj.traffic(program).of("all-gather").collectives
+    gathers = bj.sharding.traffic(program).of("all-gather").collectives
     return sum(c.nbytes for c in gathers if c.dtype in ("u8", "s8"))
 
 
@@ -72,11 +72,11 @@ class Real:
         x = jax.random.normal(jax.random.key(1), (BATCH, FEATURES[0]))
         boxed = self.net.init(jax.random.key(0), x)["params"]
         with self.training():
-            specs = bj.partition_specs(boxed, mesh=self.mesh)
+            specs = bj.sharding.partition_specs(boxed, mesh=self.mesh)
             self.places = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
             self.params = jax.device_put(boxed, self.places)
             self.x = jax.device_put(x, NamedSharding(self.mesh, P("data")))
-            self.told = bj.training_memory(
+            self.told = bj.sharding.training_memory(
                 jax.eval_shape(lambda: boxed),
                 mesh=self.mesh,
                 optimizer=ADAMW,
@@ -87,7 +87,7 @@ class Real:
     def training(self):
         stack = contextlib.ExitStack()
         stack.enter_context(jax.set_mesh(self.mesh))
-        stack.enter_context(bj.gather_codes("data"))
+        stack.enter_context(bj.sharding.gather_codes("data"))
         return stack
 
     def apply(self, params, x):
@@ -134,7 +134,7 @@ def test_what_is_gathered(kind, case):
     kernels = [a * b // cut for a, b in itertools.pairwise(FEATURES)]
     assert told.gathered_weights == 2 * sum(kernels)
     assert told.largest_codes == max(kernels)
-    sums = bj.traffic(program).of("all-reduce").collectives
+    sums = bj.sharding.traffic(program).of("all-reduce").collectives
     assert told.largest_gradient == max(c.nbytes for c in sums)
 
 
@@ -149,7 +149,7 @@ MESH = AbstractMesh((8,), ("data",))
 
 def told(params, rules=lambda *_: None, **how):
     how = {"mesh": MESH, "optimizer": ADAMW, "tokens": 32} | how
-    return bj.training_memory(params, rules, **how)
+    return bj.sharding.training_memory(params, rules, **how)
 
 
 def test_serving_takes_what_packing_reports():
@@ -229,7 +229,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="axis 0 of kernel has length 60"):
         told({"kernel": jnp.ones((60, 16))}, [("kernel", P("data"))])
     with (
-        bj.gather_codes("fsdp"),
+        bj.sharding.gather_codes("fsdp"),
         pytest.raises(ValueError, match=r"names the mesh axes \['fsdp'\], and the mesh has"),
     ):
         told(params)
@@ -309,10 +309,10 @@ def test_what_a_sharding_sends(row):
 
     def sent(function, *operands, least, **how):
         program = jax.jit(function, **how).lower(*operands).compile()
-        found = bj.traffic(program).collectives
+        found = bj.sharding.traffic(program).collectives
         return ", ".join(sorted({f"{c.dtype} {c.kind}" for c in found if c.nbytes >= least}))
 
-    gather = bj.gather_codes("data") if "fsdp" in row else contextlib.nullcontext()
+    gather = bj.sharding.gather_codes("data") if "fsdp" in row else contextlib.nullcontext()
     with jax.set_mesh(mesh), gather:
         rows = sent(lambda w: bj.quantize(w, config).scale, w, least=0)
         assert rows == {"f32 rows": "f32 all-reduce, f32 collective-permute"}.get(scale_sends, "")
@@ -368,9 +368,9 @@ def test_what_a_plug_in_gathers(page, kind, told, dtypes):
     with (
         nn.logical_axis_rules([("embed", "data"), ("mlp", None)]),
         jax.set_mesh(mesh),
-        bj.gather_codes("data"),
+        bj.sharding.gather_codes("data"),
     ):
-        specs = bj.partition_specs(boxed, mesh=mesh)
+        specs = bj.sharding.partition_specs(boxed, mesh=mesh)
         params = jax.device_put(boxed, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
         operands = params, jax.device_put(x, NamedSharding(mesh, P("data")))
         if dtypes is None:
@@ -379,7 +379,7 @@ def test_what_a_plug_in_gathers(page, kind, told, dtypes):
             return
         program = jax.jit(run).lower(*operands).compile()
         y = program(*operands)[0]
-    gathers = bj.traffic(program).of("all-gather").collectives
+    gathers = bj.sharding.traffic(program).of("all-gather").collectives
     assert [c.dtype for c in gathers if c.nbytes >= 256 * 64 // 4] == dtypes
     assert (y == want).all()
 
@@ -397,7 +397,7 @@ def test_a_plug_in_under_nnx(page):
 
 
 def test_the_page_runs_and_its_step_gathers_two_bits(page):
-    gathers = bj.traffic(page["step"]).of("all-gather").collectives
+    gathers = bj.sharding.traffic(page["step"]).of("all-gather").collectives
     assert [(c.dtype, c.nbytes) for c in gathers if c.nbytes > 10_000] == [("u8", 512 * 1024 // 4)]
 
 

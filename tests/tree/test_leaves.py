@@ -14,6 +14,7 @@ from flax import nnx
 from flax.core import meta
 
 import bitnet_jax as bj
+from bitnet_jax._packed.kernel import PreparedTernary
 from bitnet_jax._tree import leaves as _boxes
 
 VALUE = np.arange(12.0, dtype=np.float32).reshape(4, 3)
@@ -77,7 +78,7 @@ def test_a_box_keeps_what_it_carries(name):
 def test_a_whole_round_in_a_box(name):
     params = {"layer": {"kernel": BOXES[name](jnp.asarray(VALUE)), "bias": jnp.zeros(3)}}
     packed, report = bj.pack_params(params)
-    assert [layer.path for layer in report.layers] == ["layer/kernel"]
+    assert [layer.path for layer in report.rows] == ["layer/kernel"]
     assert report.model_bytes_before == VALUE.nbytes + 12
     trainable, frozen = bj.partition(packed)
     assert trainable["layer"]["kernel"] is None
@@ -87,7 +88,7 @@ def test_a_whole_round_in_a_box(name):
         leaf = tree["layer"]["kernel"]
         assert type(leaf) is type(params["layer"]["kernel"])
         assert beside_the_value(leaf) == beside_the_value(params["layer"]["kernel"])
-    assert isinstance(_boxes.unbox(fast["layer"]["kernel"]), bj.PreparedTernary)
+    assert isinstance(_boxes.unbox(fast["layer"]["kernel"]), PreparedTernary)
     np.testing.assert_array_equal(
         _boxes.unbox(bj.unpack_params(packed)["layer"]["kernel"]),
         bj.quantize(jnp.asarray(VALUE)).dequantize(),

@@ -27,7 +27,7 @@ def test_numbers_are_counted_from_the_arrays(config, shape):
     w = normal(*shape)
     params = {"layer": {"kernel": w, "bias": jnp.zeros(shape[1])}, "steps": jnp.arange(3)}
     packed, report = bj.pack_params(params, config)
-    (layer,) = report.layers
+    (layer,) = report.rows
     codes = np.asarray(bj.quantize(w, config).codes)
     assert [layer.minus, layer.zero, layer.plus] == [(codes == c).sum() for c in (-1, 0, 1)]
     leaf = packed["layer"]["kernel"]
@@ -58,19 +58,19 @@ def test_numbers_are_counted_from_the_arrays(config, shape):
 )
 def test_error_of_gaussian_weights(config, error):
     _, report = bj.pack_params({"kernel": normal(512, 512)}, config)
-    assert abs(report.layers[0].error - error) < 0.005
+    assert abs(report.rows[0].error - error) < 0.005
 
 
 @pytest.mark.parametrize("magnitude", [1e30, 1e-30])
 def test_error_of_huge_and_tiny_weights_is_finite(magnitude):
     _, report = bj.pack_params({"kernel": normal(8, 8) * magnitude})
-    assert 0 < report.layers[0].error <= 1.0
+    assert 0 < report.rows[0].error <= 1.0
 
 
 def test_a_kernel_of_zeros_has_no_error_to_speak_of():
     _, report = bj.pack_params({"kernel": jnp.zeros((8, 8))})
-    assert math.isnan(report.layers[0].error)
-    assert report.to_dict()["layers"][0]["error"] is None
+    assert math.isnan(report.rows[0].error)
+    assert report.to_dict()["rows"][0]["error"] is None
 
 
 class MLP(nn.Module):
@@ -108,8 +108,8 @@ def test_table_and_dict():
         assert wanted in text
     assert len({line.rindex("x") for line in text.splitlines()[1:]}) == 1  # ratios line up
     plain = json.loads(json.dumps(report.to_dict()))
-    assert plain["layers"][1]["config"]["threshold"] == 0.5
-    assert plain["layers"][1]["shape"] == [16, 8]
+    assert plain["rows"][1]["config"]["threshold"] == 0.5
+    assert plain["rows"][1]["shape"] == [16, 8]
     sizes = {name: plain["model"][name] for name in plain["ternary"]}
     assert sizes == plain["ternary"]
     assert plain["model"]["ratio"] == report.model_ratio
@@ -141,8 +141,8 @@ def test_gradient_flow_names_every_state():
         "inf": jnp.array([jnp.inf]),
         "huge": jnp.array([3e38, 3e38]),
     }
-    flow = bj.gradient_flow(grads, exploding=100.0)
-    states = {leaf.path: leaf.state for leaf in flow.leaves}
+    flow = bj.analysis.gradient_flow(grads, exploding=100.0)
+    states = {leaf.path: leaf.state for leaf in flow.rows}
     assert states == {
         "ok": "ok",
         "half": "ok",
@@ -155,19 +155,19 @@ def test_gradient_flow_names_every_state():
     }
     assert not flow.ok
     assert flow.paths("nan") == ("inf", "nan")
-    norms = {leaf.path: leaf.norm for leaf in flow.leaves}
+    norms = {leaf.path: leaf.norm for leaf in flow.rows}
     assert norms["ok"] == pytest.approx(5.0)
     assert "exploding" in str(flow)
-    assert bj.gradient_flow({"a": jnp.ones(2)}).ok
+    assert bj.analysis.gradient_flow({"a": jnp.ones(2)}).ok
 
 
 def test_gradient_flow_reads_nnx_states_and_refuses_nothing():
     state = nnx.state(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), nnx.Param)
-    assert bj.gradient_flow(state).paths("dead") == ("bias",)
+    assert bj.analysis.gradient_flow(state).paths("dead") == ("bias",)
     with pytest.raises(ValueError, match="`grads` holds no arrays"):
-        bj.gradient_flow({})
+        bj.analysis.gradient_flow({})
     with pytest.raises(ValueError, match="`exploding` must be a finite number > 0"):
-        bj.gradient_flow({"a": jnp.ones(2)}, exploding=-1.0)
+        bj.analysis.gradient_flow({"a": jnp.ones(2)}, exploding=-1.0)
 
 
 def mixed():
@@ -188,12 +188,12 @@ def mixed():
 
 def test_totals_are_sums_of_the_arrays():
     params, packed, report = mixed()
-    assert [layer.path for layer in report.layers] == ["a/kernel", "b/kernel", "c/kernel"]
+    assert [layer.path for layer in report.rows] == ["a/kernel", "b/kernel", "c/kernel"]
     kernels = [params[name]["kernel"] for name in "abc"]
     # ceil(K / 4) bytes a column, and 4 bytes a scale.
     after = [8 * 7 + 4 * 7, 4 * 8 + 4, 9 * 5 + 4 * 15]
-    assert [layer.bytes_before for layer in report.layers] == [4 * 210, 2 * 128, 4 * 165]
-    assert [layer.bytes_after for layer in report.layers] == after
+    assert [layer.bytes_before for layer in report.rows] == [4 * 210, 2 * 128, 4 * 165]
+    assert [layer.bytes_after for layer in report.rows] == after
     assert report.bytes_before == sum(w.nbytes for w in kernels)
     assert report.bytes_after == sum(after)
     rest = 4 * 7 + 2 * 5 + 4 * 36
@@ -203,7 +203,7 @@ def test_totals_are_sums_of_the_arrays():
     assert report.model_bytes_after == sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
     assert report.ratio == report.bytes_before / report.bytes_after
     assert report.model_ratio == report.model_bytes_before / report.model_bytes_after
-    for layer, w in zip(report.layers, kernels, strict=True):
+    for layer, w in zip(report.rows, kernels, strict=True):
         leaf = packed[layer.path[0]]["kernel"]
         codes = np.asarray(leaf.int8_codes())
         counts = [(codes == code).sum() for code in (-1, 0, 1)]
@@ -238,7 +238,7 @@ def test_every_number_of_the_dict_is_plain_python():
 
     assert kinds(plain) <= {int, float, str}
     again = json.loads(json.dumps(plain, allow_nan=False))
-    for layer, row in zip(report.layers, again["layers"], strict=True):
+    for layer, row in zip(report.rows, again["rows"], strict=True):
         assert row.pop("shape") == list(layer.shape)
         assert row.pop("config")["granularity"] == layer.config.granularity
         assert row == {name: getattr(layer, name) for name in row}
@@ -261,7 +261,7 @@ def test_the_table_holds_the_numbers():
     rows, kernels, whole, dense = (
         [c.strip() for c in r if c.strip()] for r in (rows[0], kernels, whole, dense)
     )
-    layer = report.layers[0]
+    layer = report.rows[0]
     assert rows == [
         "a/kernel",
         "30x7",
@@ -274,7 +274,7 @@ def test_the_table_holds_the_numbers():
     ]
     assert kernels == ["ternary kernels", "1.8 kB", "225 B", f"{report.ratio:.2f}x"]
     assert whole == ["whole model", "1.9 kB", "407 B", f"{report.model_ratio:.2f}x"]
-    saved = sum(layer.bytes_after - layer.bytes_dense for layer in report.layers)
+    saved = sum(layer.bytes_after - layer.bytes_dense for layer in report.rows)
     assert report.model_bytes_dense == 407 - saved < 407
     ratio = f"{report.model_dense_ratio:.2f}x"
     assert dense == ["whole model, dense", "1.9 kB", f"{407 - saved} B", ratio]
@@ -283,7 +283,7 @@ def test_the_table_holds_the_numbers():
 
 def test_a_kernel_of_zeros_is_shown():
     _, report = bj.pack_params({"z": {"kernel": jnp.zeros((8, 8))}})
-    (layer,) = report.layers
+    (layer,) = report.rows
     assert (layer.minus, layer.zero, layer.plus) == (0, 64, 0)
     assert "nan" in str(report)
     assert json.dumps(report.to_dict(), allow_nan=False)
@@ -306,7 +306,7 @@ def test_labels_of_a_plot_do_not_overlap(layers):
         return [text.get_window_extent(renderer) for text in texts]
 
     labels = codes.get_yticklabels()
-    assert [text.get_text() for text in labels][::-1] == [layer.path for layer in report.layers]
+    assert [text.get_text() for text in labels][::-1] == [layer.path for layer in report.rows]
     names = sorted(boxes(labels), key=lambda box: box.y0)
     assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(names))
     assert all(box.x1 <= codes.get_window_extent(renderer).x0 for box in names)
@@ -323,15 +323,15 @@ def test_a_plot_draws_the_numbers():
     widths = {c.get_label(): [bar.get_width() for bar in c][::-1] for c in codes.containers}
     assert list(widths) == ["-1", "0", "+1"]
     for label, name in (("-1", "minus"), ("0", "zero"), ("+1", "plus")):
-        shares = [100 * getattr(x, name) / (x.minus + x.zero + x.plus) for x in report.layers]
+        shares = [100 * getattr(x, name) / (x.minus + x.zero + x.plus) for x in report.rows]
         np.testing.assert_allclose(widths[label], shares)
     errors = [bar.get_width() for bar in error.patches][::-1]
-    np.testing.assert_allclose(errors, [layer.error for layer in report.layers])
+    np.testing.assert_allclose(errors, [layer.error for layer in report.rows])
     widths = {c.get_label(): [bar.get_width() for bar in c][::-1] for c in size.containers}
-    assert widths["float"] == [layer.bytes_before for layer in report.layers]
-    assert widths["packed"] == [layer.bytes_after for layer in report.layers]
+    assert widths["float"] == [layer.bytes_before for layer in report.rows]
+    assert widths["packed"] == [layer.bytes_after for layer in report.rows]
     ratios = [text.get_text().strip() for text in size.texts][::-1]
-    assert ratios == [f"{layer.ratio:.1f}x" for layer in report.layers]
+    assert ratios == [f"{layer.ratio:.1f}x" for layer in report.rows]
 
 
 @pytest.mark.parametrize(("ending", "starts"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
@@ -350,7 +350,7 @@ def test_norms_and_largest_agree_with_float64():
         "scalar": np.array(-2.5),
     }
     grads = {name: g.astype(np.float32) for name, g in grads.items()}
-    for leaf in bj.gradient_flow(jax.tree.map(jnp.asarray, grads), exploding=1e38).leaves:
+    for leaf in bj.analysis.gradient_flow(jax.tree.map(jnp.asarray, grads), exploding=1e38).rows:
         exact = np.asarray(grads[leaf.path], np.float64)
         np.testing.assert_allclose(leaf.norm, np.sqrt((exact**2).sum()), rtol=1e-5)
         assert leaf.largest == np.float32(abs(exact).max())
@@ -360,21 +360,23 @@ def test_norms_and_largest_agree_with_float64():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_gradients_are_summed_in_float32(dtype):
     # In the gradient's own dtype this sum stops at 256 (bfloat16) or overflows (float16).
-    (leaf,) = bj.gradient_flow({"a": jnp.full(10_000, 16.0, dtype)}, exploding=1e4).leaves
+    (leaf,) = bj.analysis.gradient_flow({"a": jnp.full(10_000, 16.0, dtype)}, exploding=1e4).rows
     assert leaf.norm == pytest.approx(1600.0)
     assert leaf.state == "ok"
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
-        assert bj.gradient_flow({"a": jnp.ones(3, dtype).at[1].set(bad)}).paths("nan") == ("a",)
+        assert bj.analysis.gradient_flow({"a": jnp.ones(3, dtype).at[1].set(bad)}).paths("nan") == (
+            "a",
+        )
 
 
 def test_exploding_is_above_the_bound_and_not_at_it():
     grads = {"a": jnp.array([3.0, 4.0])}
-    assert bj.gradient_flow(grads, exploding=5.0).ok
-    assert bj.gradient_flow(grads, exploding=4.99).paths("exploding") == ("a",)
-    assert bj.gradient_flow({"a": jnp.full(1, 1001.0)}).paths("exploding") == ("a",)
+    assert bj.analysis.gradient_flow(grads, exploding=5.0).ok
+    assert bj.analysis.gradient_flow(grads, exploding=4.99).paths("exploding") == ("a",)
+    assert bj.analysis.gradient_flow({"a": jnp.full(1, 1001.0)}).paths("exploding") == ("a",)
     for bad in (0.0, -1.0, math.nan, math.inf, "1", True):
         with pytest.raises(ValueError, match=r"^gradient_flow: `exploding` must be a finite"):
-            bj.gradient_flow(grads, exploding=bad)
+            bj.analysis.gradient_flow(grads, exploding=bad)
 
 
 def test_gradient_flow_of_a_partitioned_tree_names_the_frozen_leaves():
@@ -385,8 +387,8 @@ def test_gradient_flow_of_a_partitioned_tree_names_the_frozen_leaves():
         params = bj.combine(trainable, frozen)["layer"]
         return jnp.square(bj.matmul(jnp.ones((2, 16)), params["kernel"]) + params["bias"][None])
 
-    flow = bj.gradient_flow(jax.grad(lambda t: loss(t).sum())(trainable))
-    assert {leaf.path: leaf.state for leaf in flow.leaves} == {
+    flow = bj.analysis.gradient_flow(jax.grad(lambda t: loss(t).sum())(trainable))
+    assert {leaf.path: leaf.state for leaf in flow.rows} == {
         "layer/bias": "ok",
         "layer/kernel": "missing",
     }
@@ -401,14 +403,14 @@ def test_gradient_flow_takes_the_gradients_of_a_packed_tree():
         return jnp.square(y).sum()
 
     grads = jax.grad(loss, allow_int=True)(packed)  # what the guard lets pass
-    flow = bj.gradient_flow(grads)
+    flow = bj.analysis.gradient_flow(grads)
     assert flow.paths("ok") == ("layer/bias",)
     assert flow.paths("missing") == ("layer/kernel",)
 
 
 def test_gradient_flow_sees_imaginary_parts():
-    flow = bj.gradient_flow({"a": jnp.array([3j, 4 + 0j], jnp.complex64)})
-    (leaf,) = flow.leaves
+    flow = bj.analysis.gradient_flow({"a": jnp.array([3j, 4 + 0j], jnp.complex64)})
+    (leaf,) = flow.rows
     assert (leaf.state, leaf.norm, leaf.largest) == ("ok", 5.0, 4.0)
 
 
@@ -418,23 +420,23 @@ def test_gradient_flow_of_an_nnx_gradient():
     )
     grads = nnx.grad(lambda m: (m(normal(2, 4)) * jnp.array([[1.0, 3.0]])).sum())(model)
     assert type(grads) is nnx.State
-    assert bj.gradient_flow(grads).ok
+    assert bj.analysis.gradient_flow(grads).ok
     bias = grads["layers"][1]["bias"]
     bias.set_value(bias.get_value().at[0].set(jnp.inf))
-    flow = bj.gradient_flow(grads)
+    flow = bj.analysis.gradient_flow(grads)
     assert flow.paths("nan") == ("layers/1/bias",)
     assert not flow.ok
 
 
 def test_gradient_flow_of_complex_and_packed_leaves():
     grads = {"c": jnp.array([3.0 + 4.0j, 0.0j])}
-    (leaf,) = bj.gradient_flow(grads).leaves
+    (leaf,) = bj.analysis.gradient_flow(grads).rows
     assert (leaf.norm, leaf.state) == (5.0, "ok")
     params = {"kernel": bj.pack(jnp.ones((8, 4))), "bias": jnp.ones(4)}
 
     def loss(p):
         return bj.matmul(jnp.ones((2, 8)), p["kernel"]).sum() + p["bias"].sum()
 
-    flow = bj.gradient_flow(jax.grad(loss, allow_int=True)(params))
+    flow = bj.analysis.gradient_flow(jax.grad(loss, allow_int=True)(params))
     assert flow.paths("missing") == ("kernel",)
     assert flow.paths("ok") == ("bias",)

@@ -12,6 +12,7 @@ from flax import nnx
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
+from bitnet_jax._packed.kernel import PreparedTernary
 
 
 def array(*shape, seed=0, dtype=np.float32):
@@ -49,7 +50,7 @@ def test_selectors(select, wanted):
     packed, report = bj.pack_params(params, select=select)
     wanted = wanted or {"body/dense/kernel", "embed/embedding"}
     assert packed_paths(packed) == wanted
-    assert {layer.path for layer in report.layers} == wanted
+    assert {layer.path for layer in report.rows} == wanted
     chex.assert_trees_all_equal(params, tree())  # untouched
     faked = bj.fake_quantize_params(params, select=select)
     chex.assert_trees_all_equal(bj.unpack_params(packed), faked)
@@ -128,7 +129,7 @@ def test_learned_axes_come_from_the_caller():
     packed, report = bj.pack_params(params, axes=lambda path, _: axes[path[0]])
     assert packed["blocks"]["kernel"].scale.shape == (3, 1, 1)
     assert packed["out"]["kernel"].scale.shape == (1, 1, 1)
-    assert [layer.shape for layer in report.layers] == [(3, 8, 4), (2, 3, 5)]
+    assert [layer.shape for layer in report.rows] == [(3, 8, 4), (2, 3, 5)]
     for name, keywords in axes.items():
         w = params[name]["kernel"]
         hat = bj.quantize(w, **keywords).dequantize()
@@ -154,7 +155,7 @@ def test_frozen_dict_and_state():
     packed, report = bj.pack_params(state)
     assert isinstance(packed["kernel"], nnx.Param)
     assert isinstance(packed["kernel"].get_value(), bj.PackedTernary)
-    assert report.layers[0].path == "kernel"
+    assert report.rows[0].path == "kernel"
 
 
 def test_while_tracing_there_is_no_report():
@@ -218,7 +219,7 @@ def test_float_leaves_train_around_packed_kernels():
 def test_prepare_changes_packed_leaves_only():
     packed, _ = bj.pack_params(tree())
     fast = bj.prepare(packed)
-    assert isinstance(fast["head"]["kernel"], bj.PreparedTernary)
+    assert isinstance(fast["head"]["kernel"], PreparedTernary)
     assert fast["embed"]["embedding"] is packed["embed"]["embedding"]
     same = bj.prepare(packed, implementation="reference")
     assert isinstance(same["head"]["kernel"], bj.PackedTernary)
@@ -247,7 +248,7 @@ def test_unpacked_is_fake_quantized_to_the_bit_for_every_dtype_and_config():
         return CONFIGS[path[0]]
 
     packed, report = bj.pack_params(params, select=select)
-    assert [layer.config for layer in report.layers] == list(CONFIGS.values())
+    assert [layer.config for layer in report.rows] == list(CONFIGS.values())
     faked = bj.fake_quantize_params(params, select=select)
     jitted = jax.jit(lambda p: bj.fake_quantize_params(p, select=select))(params)
     back = bj.unpack_params(packed)
@@ -276,7 +277,7 @@ def test_a_convolution_and_a_stack_of_attention_kernels():
     assert out.codes.shape == (2, 3, 2, 4)
     assert out.scale.shape == (2, 1, 1, 4)
     # Padding is not counted as zeros, wherever in the kernel it lies.
-    for layer, leaf in zip(report.layers, (conv, out), strict=True):
+    for layer, leaf in zip(report.rows, (conv, out), strict=True):
         codes = np.asarray(leaf.int8_codes())
         assert layer.minus == (codes == -1).sum()
         assert layer.zero == (codes == 0).sum()
@@ -486,9 +487,9 @@ def test_prepare_keeps_containers_and_boxes():
         assert type(fast) is type(whole)
         kinds = [
             type(leaf)
-            for leaf in jax.tree.leaves(fast, is_leaf=lambda n: isinstance(n, bj.PreparedTernary))
+            for leaf in jax.tree.leaves(fast, is_leaf=lambda n: isinstance(n, PreparedTernary))
         ]
-        assert bj.PreparedTernary in kinds
+        assert PreparedTernary in kinds
         assert bj.PackedTernary not in kinds
     box = bj.prepare(CONTAINERS["Partitioned"](packed))["kernel"]
     assert box.names == ("in", "out")
