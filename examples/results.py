@@ -1,0 +1,152 @@
+"""Tables of results: written by examples and benchmarks as JSON, shown by README and guides.
+
+    python examples/results.py          rewrites the tables in the pages
+    python examples/results.py --check  exits with 1 where a page differs from the records
+
+An example called with ``--json examples/results/NAME.json`` keeps its tables there, with the
+processor, the versions, the date and the command. A page shows one between two marks,
+``<!-- table: NAME -->`` and ``<!-- end -->``. A file keeps one run for each version of jax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+RECORDS = pathlib.Path(__file__).parent / "results"
+ROOT = RECORDS.parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "examples" / "guides").glob("*.md")))
+MARK = re.compile(r"(<!-- table: ([\w.]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+
+
+class Table(NamedTuple):
+    """What a run prints: a title, names of columns, and rows of text."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        align = ("left", *("right",) * (len(self.header) - 1))
+        return tabulate(self.rows, self.header, disable_numparse=True, colalign=align)
+
+    def markdown(self) -> str:
+        """The same for a page."""
+        lines = [self.header, ("---",) * len(self.header), *self.rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def save(path: str | os.PathLike[str] | None, *tables: Table) -> None:
+    """Adds a run to a record, in place of an older one with the same jax; no path, no record."""
+    if path is None:
+        return
+    version = importlib.metadata.version
+    run = {
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "processor": processor(),
+        "python": platform.python_version(),
+        "jax": version("jax"),
+        "flax": version("flax"),
+        "tables": [table._asdict() for table in tables],
+    }
+    file = pathlib.Path(path)
+    runs = json.loads(file.read_text()) if file.exists() else []
+    runs = [run, *(old for old in runs if old["jax"] != run["jax"])]
+    file.write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
+
+
+def processor() -> str:
+    """The processor's own name, where the system tells it, and how many cores may be used."""
+    name = platform.processor() or platform.machine()
+    if (info := pathlib.Path("/proc/cpuinfo")).exists():
+        found = re.search(r"model name\s*: (.*)", info.read_text())
+        name = found[1] if found else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+# What the pages show.
+
+
+def runs(name: str) -> list[dict[str, Any]]:
+    """The runs of a record, newest jax first."""
+    return json.loads((RECORDS / f"{name}.json").read_text())
+
+
+def cell(run: dict[str, Any], title: str, row: str, column: str) -> str:
+    """One cell, by the start of a table's title, the row's first cell and the column's name."""
+    for table in run["tables"]:
+        for cells in table["rows"]:
+            if table["title"].startswith(title) and cells[0] == row:
+                return cells[table["header"].index(column)]
+    return ""
+
+
+def costs(short: bool) -> Table:
+    """Ratios of several benchmarks, as ``costs.json`` lists them; the short form for the README."""
+    listed = json.loads((RECORDS / "costs.json").read_text())
+    listed = [line for line in listed if line["short"] or not short]
+    versions = sorted({run["jax"] for line in listed for run in runs(line["record"])}, reverse=True)
+    versions = versions[:1] if short else versions
+    rows, before = [], ""
+    for line in listed:
+        by_version = {run["jax"]: run for run in runs(line["record"])}
+        where = (line["table"], line["row"], "ratio")
+        cells = [cell(by_version[v], *where) if v in by_version else "" for v in versions]
+        against = line["against"] if line["against"] != before else ""
+        before = line["against"]
+        rows.append([against, line["what"], *cells, *([] if short else [line["goal"]])])
+    names = ["ratio"] if short else [*(f"jax {v}" for v in versions), "aimed at"]
+    return Table("Costs", ["beside", "what", *names], rows)
+
+
+def provenance() -> Table:
+    """Where, when and with what every record was taken."""
+    keys = ("command", "processor", "python", "jax", "date")
+    names = sorted(path.stem for path in RECORDS.glob("*.json") if path.stem != "costs")
+    rows = [[f"`{run['command']}`", *(run[k] for k in keys[1:])] for n in names for run in runs(n)]
+    return Table("Taken", keys, rows)
+
+
+def table(name: str) -> Table:
+    """A table by the name in its mark: ``RECORD``, or ``RECORD.INDEX`` for a later one of it."""
+    if name in ("costs", "costs_short"):
+        return costs(short=name == "costs_short")
+    if name == "provenance":
+        return provenance()
+    record, _, index = name.partition(".")
+    return Table(**runs(record)[0]["tables"][int(index or 0)])
+
+
+def rendered(page: str) -> str:
+    """A page with its tables as the records have them."""
+    return MARK.sub(lambda found: f"{found[1]}{table(found[2]).markdown()}{found[3]}", page)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Renders every page, or says which ones differ."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args(argv).check
+    changed = [page for page in PAGES if rendered(page.read_text()) != page.read_text()]
+    for page in changed:
+        print(f"{'differs' if check else 'rewrote'}: {page.relative_to(ROOT)}")
+        if not check:
+            page.write_text(rendered(page.read_text()))
+    return 1 if check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
