@@ -25,9 +25,9 @@ import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
 from matplotlib.figure import Figure
+from results import Table, save
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tabulate import tabulate
 from tqdm import tqdm
 
 import bitnet_jax as bj
@@ -183,48 +183,56 @@ def run(name: str, seed: int, epochs: int, rounds: int, out: pathlib.Path, bar: 
     )
 
 
-def summary(results: dict[str, list[Result]]) -> str:
-    """One table: a column for each network."""
+def summary(results: dict[str, list[Result]]) -> tuple[Table, Table]:
+    """What it learns and what it weighs; codes and times. A column for each network."""
 
-    def points(name: str, field: str) -> str:
-        values = np.array([getattr(r, field) for r in results[name]])
-        spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
-        return f"{values.mean():.2f} %{spread}"
+    def points(field: str) -> Any:
+        def cell(runs: list[Result]) -> str:
+            values = np.array([getattr(r, field) for r in runs])
+            spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
+            return f"{values.mean():.2f} %{spread}"
 
-    def shares(report: Any) -> str:
-        counts = np.array([[x.minus, x.zero, x.plus] for x in report.rows]).sum(0)
+        return cell
+
+    def differing(runs: list[Result]) -> str:
+        return f"{sum(r.differing for r in runs):,} of {sum(r.logits for r in runs):,}"
+
+    def model_bytes(runs: list[Result]) -> str:
+        report = runs[0].report
+        before, after = report.model_bytes_before, report.model_bytes_after
+        return f"{before:,} to {after:,} B ({report.model_ratio:.2f}x)"
+
+    def shares(runs: list[Result]) -> str:
+        counts = np.array([[x.minus, x.zero, x.plus] for x in runs[0].report.rows]).sum(0)
         return " / ".join(f"{share:.1f}" for share in 100 * counts / counts.sum()) + " %"
 
-    def times(name: str, batch: int) -> str:
-        taken = np.array([r.milliseconds[batch] for r in results[name]])
-        dense, packed = np.median(taken, axis=0)
-        return f"{dense:.3f} / {packed:.3f} ms ({packed / dense:.2f})"
+    def times(batch: int) -> Any:
+        def cell(runs: list[Result]) -> str:
+            dense, packed = np.median([r.milliseconds[batch] for r in runs], axis=0)
+            return f"{dense:.3f} / {packed:.3f} ms ({packed / dense:.2f})"
 
-    rows: list[list[str]] = []
-    labels = {
-        "float32": "accuracy, float32",
-        "ternary": "accuracy, ternary (training forward)",
-        "packed": "accuracy, ternary (loaded, two bits)",
-        "untrained": "accuracy, float32 packed without training",
+        return cell
+
+    def table(title: str, cells: dict[str, Any]) -> Table:
+        rows = [[label, *map(cell, results.values())] for label, cell in cells.items()]
+        return Table(title, ["", *results], rows)
+
+    learned = {
+        "accuracy, float32": points("float32"),
+        "accuracy, ternary": points("ternary"),
+        "the same, loaded from the file and run from two bits": points("packed"),
+        "float32 packed without training": points("untrained"),
+        "logits that differ in any bit, training forward against loaded": differing,
+        "whole model, float32 to packed": model_bytes,
+        "the file, header included": lambda runs: f"{runs[0].file_bytes:,} B",
     }
-    for field, label in labels.items():
-        rows.append([label, *(points(name, field) for name in results)])
-    for label, cell in {
-        "logits that differ, training / loaded": lambda name: (
-            f"{sum(r.differing for r in results[name])} of {sum(r.logits for r in results[name])}"
-        ),
-        "whole model, float32 / packed": lambda name: (
-            f"{results[name][0].report.model_bytes_before:,} / "
-            f"{results[name][0].report.model_bytes_after:,} B "
-            f"({results[name][0].report.model_ratio:.2f}x)"
-        ),
-        "file": lambda name: f"{results[name][0].file_bytes:,} B",
-        "codes -1 / 0 / +1": lambda name: shares(results[name][0].report),
-        "batch of 1, dense / packed": lambda name: times(name, 1),
-        "batch of 256, dense / packed": lambda name: times(name, 256),
-    }.items():
-        rows.append([label, *(cell(name) for name in results)])
-    return tabulate(rows, headers=["", *results], disable_numparse=True)
+    rest = {
+        "codes -1 / 0 / +1": shares,
+        "batch of 1, dense / packed": times(1),
+        "batch of 256, dense / packed": times(256),
+    }
+    seeds = len(next(iter(results.values())))
+    return table(f"{seeds} seed(s)", learned), table("Codes and times", rest)
 
 
 def draw(results: dict[str, list[Result]], path: pathlib.Path) -> None:
@@ -269,18 +277,21 @@ def main(argv: list[str] | None = None) -> dict[str, list[Result]]:
     parser.add_argument("--epochs", type=int, default=60, help="epochs (default 60)")
     parser.add_argument("--quick", action="store_true", help="3 epochs, a smoke test")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder")
+    parser.add_argument("--json", help="where to record the tables")
     args = parser.parse_args(argv)
     epochs, rounds = (3, 5) if args.quick else (args.epochs, 100)
     args.out.mkdir(parents=True, exist_ok=True)
 
     results: dict[str, list[Result]] = {name: [] for name in NETS}
-    with tqdm(total=2 * epochs * args.seeds * len(NETS), unit="epoch") as bar:
+    with tqdm(total=2 * epochs * args.seeds * len(NETS), unit="epoch", disable=None) as bar:
         for name in NETS:
             for seed in range(args.seeds):
                 results[name].append(run(name, seed, epochs, rounds, args.out, bar))
 
     print(f"\n{args.seeds} seed(s), {epochs} epochs, {jax.devices()[0].platform}\n")
-    print(summary(results))
+    tables = summary(results)
+    print(*tables, sep="\n\n")
+    save(args.json, *tables)
     for name, runs in results.items():
         print(f"\n{name}, packed:\n{runs[0].report}")
         runs[0].report.plot(args.out / f"digits-{name}-weights.png")

@@ -1,7 +1,7 @@
 """From a trained float network to a ternary one: fine-tuning, beside the two alternatives.
 
     python examples/finetune.py             one seed of both tasks, about five minutes
-    python examples/finetune.py --seeds 3   the figures in the README
+    python examples/finetune.py --seeds 3   the figures in guides/results.md
     python examples/finetune.py --sweep     the learning rates that these figures use, found
     python examples/finetune.py --quick     a few steps, a smoke test
 
@@ -40,7 +40,7 @@ import optax
 from flax import linen as nn
 from matplotlib.figure import Figure
 from models.decoder import Decoder
-from tabulate import tabulate
+from results import Table, save
 from tqdm import tqdm
 
 import bitnet_jax as bj
@@ -263,7 +263,7 @@ def run(task: Task, rates: dict[str, float], seed: int, bar: tqdm, ways: Any) ->
     return results
 
 
-def summary(results: dict[str, list[dict[str, Result]]], tasks: Any) -> str:
+def summary(results: dict[str, list[dict[str, Result]]], tasks: Any) -> Table:
     """A row for each way: steps, held-out loss and accuracy of each task."""
 
     def cell(values: list[float], digits: int) -> str:
@@ -281,7 +281,7 @@ def summary(results: dict[str, list[dict[str, Result]]], tasks: Any) -> str:
             row.append(cell([r.accuracy for r in runs], 2))
         rows.append(row)
     heads = [h for t in tasks for h in (f"{t.name}: steps", "loss, nats", "accuracy, %")]
-    return tabulate(rows, headers=["", *heads], disable_numparse=True)
+    return Table(f"{len(results[tasks[0].name])} seed(s)", ["", *heads], rows)
 
 
 def draw(results: dict[str, list[dict[str, Result]]], tasks: Any, path: pathlib.Path) -> None:
@@ -302,7 +302,7 @@ def draw(results: dict[str, list[dict[str, Result]]], tasks: Any, path: pathlib.
     figure.savefig(path, dpi=110)
 
 
-def sweep(tasks: Any, bar: tqdm) -> str:
+def sweep(tasks: Any, bar: tqdm) -> Table:
     """Held-out loss of each kind of training at each rate of the grid; one seed."""
     rows = []
     for task in tasks:
@@ -314,8 +314,8 @@ def sweep(tasks: Any, bar: tqdm) -> str:
             row[rate] |= {TUNED.name: run(task, at_rate, 0, bar, (FLOAT, TUNED))[TUNED.name]}
         ways = (FLOAT, SCRATCH, TUNED)
         rows += [[task.name, w.name, *(f"{row[r][w.name].loss:.3f}" for r in GRID)] for w in ways]
-    headers = ["", "peak rate", *(f"{rate:g}" for rate in GRID)]
-    return tabulate(rows, headers=headers, disable_numparse=True)
+    header = ["", "peak rate", *(f"{rate:g}" for rate in GRID)]
+    return Table("Held-out loss, nats, by peak learning rate", header, rows)
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Result]]]:
@@ -325,6 +325,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Result]]]:
     parser.add_argument("--sweep", action="store_true", help="learning rates instead, one seed")
     parser.add_argument("--quick", action="store_true", help="a few steps, a smoke test")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder")
+    parser.add_argument("--json", help="where to record the tables")
     args = parser.parse_args(argv)
     tasks, ways = (DIGITS, BYTES), WAYS
     if args.quick:
@@ -336,18 +337,22 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Result]]]:
 
     if args.sweep:
         runs = len(GRID) * (FLOAT, SCRATCH, FLOAT, TUNED)
-        with tqdm(total=sum(t.steps_of(w) for t in tasks for w in runs), unit="step") as bar:
+        with tqdm(
+            total=sum(t.steps_of(w) for t in tasks for w in runs), unit="step", disable=None
+        ) as bar:
             table = sweep(tasks, bar)
-        print(f"\nheld-out loss, nats, by peak learning rate\n\n{table}")
+        print(f"\n{table.title}\n\n{table}")
         return {}
     total = args.seeds * sum(task.steps_of(way) for task in tasks for way in ways)
     results: dict[str, list[dict[str, Result]]] = {}
-    with tqdm(total=total, unit="step") as bar:
+    with tqdm(total=total, unit="step", disable=None) as bar:
         for task in tasks:
             seeds = range(args.seeds)
             runs = [run(task, RATES[task.name], seed, bar, ways) for seed in seeds]
             results[task.name] = runs
-    print(f"\n{args.seeds} seed(s)\n\n{summary(results, tasks)}")
+    table = summary(results, tasks)
+    print(f"\n{table.title}\n\n{table}")
+    save(args.json, table)
     draw(results, tasks, args.out / "finetune.png")
     print(f"\nwrote {args.out / 'finetune.png'}")
     return results

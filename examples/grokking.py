@@ -1,6 +1,6 @@
 """Where Grokfast helps and where it hurts: modular multiplication, float and ternary.
 
-    python examples/grokking.py            mod 59, three seeds: the table in the README
+    python examples/grokking.py            mod 59, three seeds: the table in guides/results.md
     python examples/grokking.py --paper    mod 97 and the published model, one seed, hours
     python examples/grokking.py --quick    two optimizers, few steps, a smoke test
 
@@ -34,7 +34,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from matplotlib.figure import Figure
-from tabulate import tabulate
+from results import Table, save
 from tqdm import tqdm
 
 import bitnet_jax as bj
@@ -132,7 +132,7 @@ WAYS = (
 )
 
 
-def optimizer(way: Way, axes: Any) -> optax.GradientTransformation:
+def optimizer(way: Way, kernels: Any) -> optax.GradientTransformation:
     """The filter, if any, before the optimizer; coupled decay between the two."""
     rate = RATES["muon" if way.rule == "muon" else "adam"]
     rate = optax.linear_schedule(0.0, rate, 10)
@@ -151,8 +151,7 @@ def optimizer(way: Way, axes: Any) -> optax.GradientTransformation:
                 lamb=0.0,
                 weight_decay=way.decay,
                 adam_learning_rate=RATES["adam"],
-                select=bj.exclude("head"),
-                axes=axes,
+                select=kernels,
             )
         ],
     }
@@ -192,7 +191,7 @@ def trainer(way: Way, setting: Setting, ternary: bool) -> tuple[Any, Any]:
     quantised = bj.linen.ternarize(model, select=bj.exclude("head"))
     tokens = jnp.zeros((1, 4), jnp.int32)
     abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    tx = optimizer(way, bj.linen.kernels(quantised, abstract, tokens).axes)
+    tx = optimizer(way, bj.linen.kernels(quantised, abstract, tokens))
     apply = (quantised if ternary else model).apply
 
     def loss_of(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -240,28 +239,31 @@ def learn(way: Way, setting: Setting, seed: int, ternary: bool, steps: int, bar:
     return Result(train, validation, ternary)
 
 
-def summary(results: dict[str, list[Result]], ways: Any, steps: int, paper: bool) -> str:
-    """Steps to 95 % validation, a row for each optimizer."""
+def summary(
+    results: dict[str, list[Result]], ways: Any, steps: int, paper: bool
+) -> tuple[Table, Table]:
+    """Steps to 95 % validation: medians, a row for each optimizer; and every run."""
 
-    def cell(runs: list[Result]) -> list[str]:
-        taken = [r.steps for r in runs]
-        shown = ", ".join(f"{t:,}" if t else f"> {steps:,}" for t in taken)
-        middle = float(np.median([t or np.inf for t in taken]))
-        best = max(r.validation.max() for r in runs)
-        return [shown, f"{middle:,.0f}" if np.isfinite(middle) else f"> {steps:,}", f"{best:.1f} %"]
+    def shown(taken: float) -> str:
+        return f"{taken:,.0f}" if np.isfinite(taken) else f"> {steps:,}"
 
-    rows = []
+    medians, each = [], []
     for way in ways:
+        row = [way.name]
         for ternary in (False, True):
             runs = [r for r in results[way.name] if r.ternary == ternary]
+            taken = [r.steps or np.inf for r in runs]
+            row.append(shown(float(np.median(taken))) if runs else "")
             if runs:
+                best = f"{max(r.validation.max() for r in runs):.1f} %"
                 kind = "ternary" if ternary else "float"
-                row = [way.kind, f"{way.decay:g}", kind, *cell(runs)]
-                if paper:
-                    row.append("" if ternary else f"{PUBLISHED.get(way.kind, ''):}")
-                rows.append(row)
-    header = ["optimizer", "weight decay", "kernels", "steps to 95 %", "median", "best"]
-    return tabulate(rows, headers=header + ["published"] * paper, disable_numparse=True)
+                each.append([way.name, kind, ", ".join(map(shown, taken)), best])
+        medians.append([*row, f"{PUBLISHED.get(way.kind, ''):}"] if paper else row)
+    header = ["optimizer (weight decay)", "float", "ternary", *["published"] * paper]
+    return (
+        Table("Steps to 95 %, median", header, medians),
+        Table("Every run", ["optimizer (weight decay)", "kernels", "steps to 95 %", "best"], each),
+    )
 
 
 def draw(results: dict[str, list[Result]], ways: Any, title: str, path: pathlib.Path) -> None:
@@ -298,6 +300,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Result]]:
     parser.add_argument("--only", nargs="*", metavar="NAME", help="some optimizers of the table")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder")
+    parser.add_argument("--json", help="where to record the tables")
     args = parser.parse_args(argv)
     setting = PAPER if args.paper else SMALL
     seeds = args.seeds or (1 if args.paper or args.quick else 3)
@@ -309,7 +312,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Result]]:
     args.out.mkdir(parents=True, exist_ok=True)
 
     results: dict[str, list[Result]] = {way.name: [] for way in ways}
-    with tqdm(total=2 * steps * seeds * len(ways), unit="step") as bar:
+    with tqdm(total=2 * steps * seeds * len(ways), unit="step", disable=None) as bar:
         for way in ways:
             for ternary in (False, True):
                 for seed in range(seeds):
@@ -319,7 +322,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[Result]]:
                     tqdm.write(f"{way.name}, ternary {ternary}, seed {seed}: {run.steps}")
     title = f"x * y mod {setting.p}, {setting.depth} layer(s), width {setting.width}"
     print(f"\n{title}, {seeds} seed(s), at most {steps:,} steps\n")
-    print(summary(results, ways, steps, args.paper))
+    tables = summary(results, ways, steps, args.paper)
+    print(*tables, sep="\n\n")
+    save(args.json, *tables)
     file = args.out / ("grokking-paper.png" if args.paper else "grokking.png")
     draw(results, ways, title, file)
     print(f"\nwrote {file}")

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from results import Table, save
 from tabulate import tabulate
 
 import bitnet_jax as bj
@@ -372,37 +373,46 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the three tables; returns 1 if a test fails, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    parser.add_argument("--json", help="where to record the tables")
     args = parser.parse_args(argv)
 
     rows, counts = checks(args.seed), byte_counts(args.seed)
-    print(f"The six sandbox tests, seed {args.seed}, {jax.devices()[0].platform}\n")
-    cells = [(c.test, c.what, c.expected, c.measured, "ok" if c.ok else "FAILED") for c in rows]
-    print_table(("test", "what it checks", "expected", "measured", "verdict"), cells)
-    print("\n± is one standard deviation; what is random is ok within four.")
-
-    print("\nNet(128, 3) in bytes; ratios are of the whole model\n")
-    cells = [
-        (
-            row.what,
-            *(f"{n:,}" if n else "" for n in (row.codes, row.scales, row.biases, row.header)),
-            f"{row.total:,}",
-            f"{counts[0].total / row.total:.2f}x",
-        )
-        for row in counts
-    ]
-    header = ("stored as", "weights", "scales", "biases", "header", "total", "ratio")
-    print_table(header, cells, colalign=("left", *("right",) * 6))
-
-    print("\nClaimed there, and never true\n")
-    print_table(("claim", "what is so"), claims(args.seed, counts), maxcolwidths=[None, 90])
+    tests = Table(
+        f"The six sandbox tests, seed {args.seed}",
+        ("test", "what it checks", "expected", "measured", "verdict"),
+        [(c.test, c.what, c.expected, c.measured, "ok" if c.ok else "FAILED") for c in rows],
+    )
+    stored = Table(
+        "Net(128, 3) in bytes; ratios are of the whole model",
+        ("stored as", "weights", "scales", "biases", "header", "total", "ratio"),
+        [
+            (
+                row.what,
+                *(f"{n:,}" if n else "" for n in (row.codes, row.scales, row.biases, row.header)),
+                f"{row.total:,}",
+                f"{counts[0].total / row.total:.2f}x",
+            )
+            for row in counts
+        ],
+    )
+    claimed = Table(
+        "Claimed there, and never true", ("claim", "what is so"), claims(args.seed, counts)
+    )
+    print_table(tests)
+    print("\n± is one standard deviation; what is random is ok within four.\n")
+    print_table(stored, colalign=("left", *("right",) * 6))
+    print()
+    print_table(claimed, maxcolwidths=[None, 90])
+    save(args.json, tests, stored, claimed)
 
     failed = [c.what for c in rows if not c.ok]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} checks hold.")
     return 1 if failed else 0
 
 
-def print_table(header: tuple[str, ...], rows: list[Any], **options: Any) -> None:
-    print(tabulate(rows, header, disable_numparse=True, **options))
+def print_table(table: Table, **options: Any) -> None:
+    print(f"{table.title}\n")
+    print(tabulate(table.rows, table.header, disable_numparse=True, **options))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tabulate import tabulate
+from results import Table, save
 
 import bitnet_jax as bj
 
@@ -140,7 +140,7 @@ def serve(axes: str) -> list[Served]:
         kernel = jax.device_put(packed, places)["kernel"]
         sharded = jax.device_put(x, NamedSharding(mesh, x_spec))
         program = jax.jit(bj.matmul).lower(sharded, kernel).compile()
-        told = bj.sharding.traffic(program)
+        told = bj.sharding.collectives(program)
         what = [f"{c.kind} {c.dtype}{list(c.shape)}" for c in told.collectives]
         differ = int((np.asarray(program(sharded, kernel)) != np.asarray(want)).sum())
         rows.append(Served(way, ", ".join(what) or "none", told.nbytes, differ))
@@ -189,7 +189,11 @@ def gathered(axes: str) -> list[Gathered]:
         )
         step = jax.jit(jax.value_and_grad(functools.partial(loss_of, net)), **how)
         with on(mesh) if codes else jax.set_mesh(mesh):
-            told = bj.sharding.traffic(step.lower(*operands).compile()).of("all-gather").collectives
+            told = (
+                bj.sharding.collectives(step.lower(*operands).compile())
+                .of("all-gather")
+                .collectives
+            )
         found = [c for c in told if (c.dtype, c.shape) in kernels]
         dtypes = " ".join(sorted({c.dtype for c in found}))
         rows.append(Gathered(name, dtypes, len(found), sum(c.nbytes for c in found)))
@@ -359,6 +363,7 @@ def main() -> int:
         "--quick", action="store_true", help="10 steps, one way of sharding, one process"
     )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--json", help="where to record the tables")
     parser.add_argument("--process", nargs=3, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.process:
@@ -367,25 +372,42 @@ def main() -> int:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     axes = arguments.axes
     shape = " x ".join(map(str, FEATURES[1:3]))
-    print(f"Serving: a packed kernel of {shape}, {BATCH} rows, 8 devices, {axes} axes\n")
-    served = serve(axes)
-    header = ["sharded", "collectives", "bytes on one device", "outputs that differ"]
-    print(tabulate(served, header, intfmt=","))
-    print("\nTraining: kernels gathered in one step, 8 devices, FSDP\n")
-    print(tabulate(gathered(axes), ["network", "dtype", "times", "bytes"], intfmt=","))
     steps, ways = (10, ["FSDP and tensor"]) if arguments.quick else (200, arguments.ways)
-    print(f"\nLosses: {steps} steps of AdamW, against one device\n")
+    served, compared, tables = serve(axes), [], []
+
+    def show(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        cells = [[f"{c:,}" if isinstance(c, int) else c for c in row] for row in rows]
+        tables.append(Table(title, header, cells))
+        print(f"\n{title}\n\n{tables[-1]}")
+
+    show(
+        f"Serving: a packed kernel of {shape}, {BATCH} rows, 8 devices, {axes} axes",
+        ["sharded", "collectives", "bytes on one device", "outputs that differ"],
+        served,
+    )
+    show(
+        "Training: kernels gathered in one step, 8 devices, FSDP",
+        ["network", "dtype", "times", "bytes"],
+        gathered(axes),
+    )
     header = ["sharded", "first step that differs", "first loss", "last loss", "largest gap"]
-    print(tabulate(losses(axes, steps, ways), [*header, "codes that differ at the end"]))
+    show(
+        f"Losses: {steps} steps of AdamW, against one device",
+        [*header, "codes that differ at the end"],
+        losses(axes, steps, ways),
+    )
     print(
         "\nThe first forward pass has the bits of one device; its loss is a float mean over rows,\n"
         "and gradients are float sums over them, which devices and processes add in another order."
     )
-    if arguments.quick:
-        return 1 if any(row.differ for row in served) else 0
-    print("\nBits: against one device (losses: against one process)\n")
-    compared = compare_bits(axes, ways)
-    print(tabulate(compared, ["sharded", "what", "8 devices", "2 processes of 4"]))
+    if not arguments.quick:
+        compared = compare_bits(axes, ways)
+        show(
+            "Bits: against one device (losses: against one process)",
+            ["sharded", "what", "8 devices", "2 processes of 4"],
+            compared,
+        )
+    save(arguments.json, *tables)
     differ = any(row.differ for row in served) or any("DIFFER" in row for row in compared)
     return 1 if differ else 0
 

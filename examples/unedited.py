@@ -1,7 +1,7 @@
 """Models that nobody edited, made ternary, trained, resumed, packed, shipped and compared.
 
     python examples/unedited.py              one seed, about two minutes
-    python examples/unedited.py --seeds 5    the figures in the README
+    python examples/unedited.py --seeds 5    the figures in guides/results.md
     python examples/unedited.py --quick      a few epochs, for a smoke test
 
 ``examples/models`` holds a vision transformer (linen and NNX), a convolutional
@@ -38,7 +38,7 @@ from models.convnet import ConvNet
 from models.decoder import Decoder
 from models.vit import ViT
 from models.vit_nnx import ViT as NnxViT
-from tabulate import tabulate
+from results import Table, save
 from tqdm import tqdm
 
 import bitnet_jax as bj
@@ -273,7 +273,7 @@ def run_nnx(task: Task, seed: int, epochs: int, bar: tqdm) -> Result:
     return Result(scores, curves, differing, trained.size, report, coverage=coverage)
 
 
-def summary(results: dict[str, list[Result]]) -> str:
+def summary(results: dict[str, list[Result]]) -> Table:
     """One table: a column for each model."""
 
     def points(name: str, kind: str) -> str:
@@ -285,25 +285,25 @@ def summary(results: dict[str, list[Result]]) -> str:
 
     labels = {
         "float32": "accuracy, float32",
-        "ternary": "accuracy, ternary (training forward)",
-        "loaded": "accuracy, ternary (packed, loaded)",
-        "untrained": "accuracy, float32 packed without training",
+        "ternary": "accuracy, ternary",
+        "loaded": "the same, loaded from the file",
+        "untrained": "float32 packed without training",
     }
     rows = [[label, *(points(name, kind) for name in results)] for kind, label in labels.items()]
     for label, cell in {
-        "logits that differ, training / packed": lambda runs: (
-            f"{sum(r.differing for r in runs)} of {sum(r.logits for r in runs)}"
+        "logits that differ, training forward against loaded": lambda runs: (
+            f"{sum(r.differing for r in runs):,} of {sum(r.logits for r in runs):,}"
         ),
-        "losses that differ, resumed in mid-ramp": lambda runs: (
+        "losses that differ, resumed by Orbax in mid-ramp": lambda runs: (
             f"{runs[0].resumed[0]} of {runs[0].resumed[1]}" if runs[0].resumed else ""
         ),
-        "whole model, float32 / packed": lambda runs: (
+        "whole model, float32 to packed": lambda runs: (
             f"{runs[0].report.model_bytes_before:,} / {runs[0].report.model_bytes_after:,} B "
             f"({runs[0].report.model_ratio:.2f}x)"
         ),
     }.items():
         rows.append([label, *(cell(runs) for runs in results.values())])
-    return tabulate(rows, headers=["", *results], disable_numparse=True)
+    return Table(f"{len(results['ViT'])} seed(s)", ["", *results], rows)
 
 
 def draw(results: dict[str, list[Result]], path: pathlib.Path) -> None:
@@ -359,6 +359,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Result]]:
     parser.add_argument("--epochs", type=int, default=40, help="epochs (default 40)")
     parser.add_argument("--quick", action="store_true", help="few epochs, a smoke test")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder")
+    parser.add_argument("--json", help="where to record the tables")
     args = parser.parse_args(argv)
     epochs = 3 if args.quick else args.epochs
     args.out.mkdir(parents=True, exist_ok=True)
@@ -367,7 +368,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Result]]:
     images = {"ViT": ViT(), "ConvNet": ConvNet()}
     results: dict[str, list[Result]] = {name: [] for name in (*images, "Decoder", "ViT (NNX)")}
     total = epochs * (2 * args.seeds * len(images) + 3 * 2 + 2) + 2 * epochs
-    with tqdm(total=total, unit="epoch") as bar:
+    with tqdm(total=total, unit="epoch", disable=None) as bar:
         for name, model in images.items():
             for seed in range(args.seeds):
                 bar.set_description(name)
@@ -384,7 +385,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[Result]]:
     print(f"\nWhat packing one kernel alone does to the float transformer:\n\n{vit.sensitivity}")
     print(f"\nThe float transformer, packed without training:\n\n{vit.comparison}")
     print(f"\n{args.seeds} seed(s), {epochs} epochs, {jax.devices()[0].platform}\n")
-    print(summary(results))
+    table = summary(results)
+    print(table)
+    save(args.json, table)
     draw(results, args.out / "unedited.png")
     print(f"\nwrote {args.out / 'unedited.png'}")
     return results

@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))  # examples import one another
 
 
 @functools.cache

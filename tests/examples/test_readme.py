@@ -3,36 +3,82 @@
 import json
 import pathlib
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 
 import jax
 import pytest
 from example_loader import EXAMPLES, load_example
 
+from bitnet_jax.__main__ import main
+
 ROOT = EXAMPLES.parent
-SLOW = ("meshes.md", "optimizers.md", "any_model.md")
-COMMANDS = re.compile(r"```bash\n(.*?)```", flags=re.DOTALL)
+FILES = (ROOT / "README.md", *sorted((EXAMPLES / "guides").glob("*.md")))
+SLOW = ()  # pages whose code takes more than ten seconds
 PAGES = [
-    pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in SLOW else [])
-    for page in (ROOT / "README.md", *sorted((EXAMPLES / "guides").glob("*.md")))
+    pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem in SLOW else [])
+    for file in FILES
 ]
-results = load_example("results")
+COMMAND = "python -m bitnet_jax "
+
+# optax's adamw raises under strict promotion; pages run as a user's session does.
+pytestmark = pytest.mark.standard_promotion
 
 
-@pytest.mark.standard_promotion  # optax's adamw raises under the strict one
-@pytest.mark.parametrize("page", PAGES)
-def test_code_runs(page, tmp_path, monkeypatch):
-    """Python blocks in order, in one namespace a page; after each, the commands that follow it."""
+@pytest.mark.parametrize("file", PAGES)
+def test_code_runs(file, tmp_path, monkeypatch, capsys):
+    """A page's Python blocks and our own commands, in order, in one namespace and folder."""
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for language, block in re.findall(r"```(python|bash)\n(.*?)```", page.read_text(), re.DOTALL):
-        if language == "python":
-            with jax.numpy_rank_promotion("allow"):
-                exec(compile(block, str(page), "exec"), names)
-            continue
-        for line in block.splitlines():
-            if line.startswith("python -m bitnet_jax"):
-                command = shlex.split(line, comments=True)[1:]
-                subprocess.run([sys.executable, *command], check=True, env={...})
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", file.read_text(), flags=re.DOTALL)
+    with jax.numpy_rank_promotion("allow"):
+        for language, block in blocks:
+            if language == "python":
+                exec(compile(block, str(file), "exec"), names)
+                continue
+            for line in filter(lambda line: line.startswith(COMMAND), block.splitlines()):
+                assert main(shlex.split(line.removeprefix(COMMAND), comments=True)) == 0, line
+    capsys.readouterr()  # what the page prints is for its reader
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_pages_are_short_and_start_with_code(file):
+    lines = file.read_text().splitlines()
+    assert len(lines) <= (140 if file.stem == "README" else 150)
+    if file.stem not in ("results", "architecture"):
+        assert lines.index("```python") < 25
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_links_lead_somewhere(file):
+    for link in re.findall(r"\]\(([^)#]+)", file.read_text()):
+        assert link.startswith("https://") or (file.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_tables_are_those_of_the_records(file):
+    """After ``python examples/results.py`` they are."""
+    assert load_example("results").rendered(file.read_text()) == file.read_text()
+
+
+def test_a_run_takes_the_place_of_one_with_the_same_jax(tmp_path):
+    results = load_example("results")
+    path = tmp_path / "record.json"
+    older = [{"jax": jax.__version__, "tables": []}, {"jax": "0.0.1", "tables": []}]
+    path.write_text(json.dumps(older))
+    results.save(path, results.Table("title", ["", "a"], [["row", "1"]]))
+    new, kept = json.loads(path.read_text())
+    assert new["jax"] == jax.__version__
+    assert new["tables"] == [{"title": "title", "header": ["", "a"], "rows": [["row", "1"]]}]
+    assert {"command", "date", "processor", "python", "flax"} <= new.keys()
+    assert kept == older[1]
+
+
+def test_quickstart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "quickstart.py"))
+    printed = capsys.readouterr().out
+    trained, loaded = map(float, re.findall(r"accuracy, \w+: +([\d.]+)%", printed))
+    assert trained == loaded > 90
+    assert "differ in any bit: 0 of 3,970" in printed
+    assert pathlib.Path("digits.bitnet.safetensors").stat().st_size < 5000
