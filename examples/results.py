@@ -39,7 +39,9 @@ class Table(NamedTuple):
     def __str__(self) -> str:
         from tabulate import tabulate
 
-        align = ("left", *("right",) * (len(self.header) - 1))
+        columns = zip(*self.rows, strict=True)
+        figures = [all(not cell or cell[0] in "<>-+0123456789" for cell in c) for c in columns]
+        align = ["right" if each else "left" for each in figures]
         return tabulate(self.rows, self.header, disable_numparse=True, colalign=align)
 
     def markdown(self) -> str:
@@ -94,10 +96,10 @@ def cell(run: dict[str, Any], title: str, row: str, column: str) -> str:
     return ""
 
 
-def costs(short: bool) -> Table:
-    """Ratios of several benchmarks, as ``costs.json`` lists them; the short form for the README."""
-    listed = json.loads((RECORDS / "costs.json").read_text())
-    listed = [line for line in listed if line["short"] or not short]
+def costs(part: str) -> Table:
+    """Ratios of benchmarks, as ``costs.json`` lists them: all, one record's, or a short form."""
+    listed, short = json.loads((RECORDS / "costs.json").read_text()), part == "short"
+    listed = [line for line in listed if part in ("", line["record"]) or (short and line["short"])]
     versions = sorted({run["jax"] for line in listed for run in runs(line["record"])}, reverse=True)
     versions = versions[:1] if short else versions
     rows, before = [], ""
@@ -121,13 +123,13 @@ def provenance() -> Table:
 
 
 def table(name: str) -> Table:
-    """A table by the name in its mark: ``RECORD``, or ``RECORD.INDEX`` for a later one of it."""
-    if name in ("costs", "costs_short"):
-        return costs(short=name == "costs_short")
-    if name == "provenance":
+    """A table by the name in its mark: a record's first, or ``RECORD.INDEX`` for a later one."""
+    record, _, part = name.partition(".")
+    if record == "costs":
+        return costs(part)
+    if record == "provenance":
         return provenance()
-    record, _, index = name.partition(".")
-    return Table(**runs(record)[0]["tables"][int(index or 0)])
+    return Table(**runs(record)[0]["tables"][int(part or 0)])
 
 
 def rendered(page: str) -> str:

@@ -59,7 +59,7 @@ def test_fine_tuning_mends_what_packing_broke(example, tmp_path):
     assert float32.loss < float32.curve[0]
     assert tuned.loss < untrained.loss - 0.1
     np.testing.assert_allclose(tuned.loss, tuned.curve[-1], rtol=1e-5)  # served as trained
-    table = example.summary({"digits": [run, run]}, [task])
+    table = str(example.summary({"digits": [run, run]}, [task]))
     assert "120" in table
     assert "±" in table
     example.draw({"digits": [run]}, [task], tmp_path / "curves.png")

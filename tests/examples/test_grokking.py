@@ -24,7 +24,7 @@ def test_small_runs_learn_the_training_half(tmp_path):
         run = example.learn(way, setting, 0, ternary, 200, tqdm(disable=True))
         assert run.train.max() > 50
         results[way.name] = [run]
-    table = example.summary(results, (muon, ma), 200, True)
+    table = "".join(map(str, example.summary(results, (muon, ma), 200, True)))
     assert "ternary" in table
     assert "float" in table
     example.draw(results, (muon, ma), "", tmp_path / "curves.png")

@@ -237,7 +237,7 @@ def test_refusals():
 
 # The page for big runs.
 
-PAGE = pathlib.Path(__file__).parents[2] / "examples" / "big_runs.md"
+PAGE = pathlib.Path(__file__).parents[1] / "examples" / "guides" / "big_runs.md"
 
 
 @pytest.fixture(scope="module")
