@@ -12,8 +12,8 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from damaged_files import contents, tree
 from io_files import assert_same, canonical, join, signed, split
-from test_io_damage import contents, tree
 
 import bitnet_jax.io
 

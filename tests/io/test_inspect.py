@@ -8,8 +8,8 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damaged_files import contents, with_leaves
 from io_files import canonical, gaussian, join, pack, signed, split
-from test_io_damage import contents, with_leaves
 
 import bitnet_jax as bj
 import bitnet_jax.io

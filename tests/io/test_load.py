@@ -1,4 +1,4 @@
-"""What load does with memory, mappings and devices; what it promises is in test_io_damage."""
+"""What load does with memory, mappings and devices; what it promises is in test_file_damage."""
 
 import os
 import subprocess

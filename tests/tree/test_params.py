@@ -1,30 +1,18 @@
-"""Whole trees: which leaves are taken, what they become, what is refused."""
+"""Trees are packed, unpacked and prepared: containers, boxes, dtypes, refusals."""
 
 import chex
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
 from oracles import assert_same_bits
+from trees import CONTAINERS, array, tree
 
 import bitnet_jax as bj
 from bitnet_jax._packed.kernel import PreparedTernary
-
-
-def array(*shape, seed=0, dtype=np.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def tree():
-    return {
-        "body": {"dense": {"kernel": array(16, 8), "bias": array(8, seed=1)}},
-        "embed": {"embedding": array(10, 16, seed=2)},
-        "head": {"kernel": array(8, 4, seed=3)},
-    }
 
 
 def packed_paths(packed):
@@ -191,29 +179,6 @@ def test_fake_quantize_params_passes_gradients_and_does_not_retrace():
         grads = gradients(params, jnp.float32(strength))
         np.testing.assert_array_equal(grads["head"]["kernel"], np.full((8, 4), 3, np.float32))
         np.testing.assert_array_equal(grads["body"]["dense"]["bias"], np.ones(8, np.float32))
-
-
-@pytest.mark.standard_promotion
-def test_float_leaves_train_around_packed_kernels():
-    packed, _ = bj.pack_params(tree())
-    trainable, frozen = bj.partition(packed)
-    assert trainable["head"]["kernel"] is None
-    assert frozen["embed"]["embedding"] is None
-    chex.assert_trees_all_equal(bj.combine(trainable, frozen), packed)
-    tx = optax.adamw(1e-2)
-    state = tx.init(trainable)
-
-    def loss(trainable):
-        params = bj.combine(trainable, frozen)
-        x = params["embed"]["embedding"]
-        y = bj.matmul(x, params["body"]["dense"]["kernel"]) + params["body"]["dense"]["bias"][None]
-        return jnp.square(bj.matmul(nn.relu(y), params["head"]["kernel"]) - 1.0).mean()
-
-    first = loss(trainable)
-    for _ in range(5):
-        updates, state = tx.update(jax.grad(loss)(trainable), state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
-    assert loss(trainable) < first
 
 
 def test_prepare_changes_packed_leaves_only():
@@ -402,81 +367,6 @@ def test_strength_ends_are_the_float_kernel_and_the_ternary_one():
     np.testing.assert_allclose(half, middle, rtol=1e-6)
     with pytest.raises(ValueError, match=r"`strength` must be from 0 to 1, got 1\.5"):
         bj.fake_quantize_params(params, strength=1.5)
-
-
-CONTAINERS = {
-    "dict": lambda packed: packed,
-    "FrozenDict": flax.core.freeze,
-    "list": lambda packed: [packed, (packed["head"],)],
-    "Partitioned": lambda packed: {
-        "kernel": nn.Partitioned(packed["head"]["kernel"], names=("in", "out")),
-        "bias": nn.Partitioned(packed["body"]["dense"]["bias"], names=("out",)),
-    },
-}
-
-
-@pytest.mark.parametrize("name", CONTAINERS)
-@pytest.mark.parametrize("prepare", [False, True])
-def test_partition_and_combine_are_inverse(name, prepare):
-    packed, _ = bj.pack_params(tree())
-    whole = CONTAINERS[name](bj.prepare(packed) if prepare else packed)
-    trainable, frozen = bj.partition(whole)
-    assert type(trainable) is type(frozen) is type(whole)
-    # No leaf is lost or doubled, and each is on the side it belongs to.
-    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(trainable))
-    sizes = [len(jax.tree.leaves(part)) for part in (trainable, frozen, whole)]
-    assert sizes[0] + sizes[1] == sizes[2]
-    assert min(sizes) > 0
-    again = bj.combine(trainable, frozen)
-    assert jax.tree.structure(again) == jax.tree.structure(whole)
-    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
-        assert ours is theirs
-    jitted = jax.jit(bj.combine)(trainable, frozen)
-    chex.assert_trees_all_equal(jitted, whole)
-
-
-def test_what_has_no_gradient_is_frozen():
-    params = {
-        "float": jnp.ones(2),
-        "half": jnp.ones(2, jnp.bfloat16),
-        "complex": jnp.ones(2, jnp.complex64),
-        "python": 1.0,
-        "int": jnp.ones(2, jnp.int32),
-        "bool": np.array(True),
-        "count": 3,
-        "key": jax.random.key(0),
-        "packed": bj.pack(array(8, 4)),
-    }
-    trainable, frozen = bj.partition(params)
-    trains = {name for name, leaf in trainable.items() if leaf is not None}
-    assert trains == {"float", "half", "complex", "python"}
-    assert {name for name, leaf in frozen.items() if leaf is not None} == set(params) - trains
-
-
-def test_partition_and_combine_refuse_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"^partition: `params` holds no arrays"):
-        bj.partition({})
-    trainable, frozen = bj.partition(bj.pack_params(tree())[0])
-    del frozen["head"]
-    with pytest.raises(ValueError, match="pytree"):
-        bj.combine(trainable, frozen)
-
-
-def test_grad_of_a_packed_tree_names_the_way_and_the_way_works():
-    packed, _ = bj.pack_params(tree())
-
-    def loss(params):
-        x = params["embed"]["embedding"]
-        return bj.matmul(x, params["body"]["dense"]["kernel"]).sum()
-
-    with pytest.raises(TypeError, match=r"^jax\.grad: .*bj\.partition\(params\)"):
-        jax.grad(loss)(packed)
-    trainable, frozen = bj.partition(packed)
-    grads = jax.grad(lambda t: loss(bj.combine(t, frozen)))(trainable)
-    assert jax.tree.structure(grads) == jax.tree.structure(trainable)
-    w_q = np.asarray(packed["body"]["dense"]["kernel"].dequantize(), np.float64)
-    wanted = np.ones((10, 8)) @ w_q.T
-    np.testing.assert_allclose(grads["embed"]["embedding"], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_prepare_keeps_containers_and_boxes():
