@@ -272,13 +272,18 @@ def _is_quantised(site: _Site) -> bool:
 def _kernels(who: str, model: nnx.Module) -> Kernels:
     _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
     uses: dict[Path, KernelUse] = {}
-    shared: dict[int, KernelUse] = {}
-    for site in filter(_is_quantised, _sites(model)):
-        where, value = "/".join(site.path), site.variable.get_value()
-        use = KernelUse(tuple(value.shape), site.module.weights, _axes(who, where, site))
-        uses[site.path] = use
-        if shared.setdefault(id(site.variable), use) != use:
-            _checks.raise_used_two_ways(who, where, "in another way where it is shared")
+    shared: dict[int, KernelUse | None] = {}  # by variable: one may stand in several layers
+    for site in _sites(model):
+        where, use = "/".join(site.path), None
+        if _is_quantised(site):
+            shape = tuple(site.variable.get_value().shape)
+            use = KernelUse(shape, site.module.weights, _axes(who, where, site))
+            uses[site.path] = use
+        first = shared.setdefault(id(site.variable), use)
+        if first != use:
+            one_float = first is None or use is None
+            how = "as ternary and as float" if one_float else "in another way"
+            _checks.raise_used_two_ways(who, where, f"{how} where it is shared")
     if not uses:
         _checks.raise_no_ternary_layer(who, type(model).__name__)
     return Kernels(uses)
