@@ -123,13 +123,14 @@ def provenance() -> Table:
 
 
 def table(name: str) -> Table:
-    """A table by the name in its mark: a record's first, or ``RECORD.INDEX`` for a later one."""
+    """By the name in a mark: a record's first table, or ``RECORD.Word``, by its title's start."""
     record, _, part = name.partition(".")
     if record == "costs":
         return costs(part)
     if record == "provenance":
         return provenance()
-    return Table(**runs(record)[0]["tables"][int(part or 0)])
+    tables = [Table(**kept) for kept in runs(record)[0]["tables"]]
+    return next(t for t in tables if t.title.startswith(part))
 
 
 def rendered(page: str) -> str:

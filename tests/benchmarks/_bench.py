@@ -7,15 +7,22 @@ a round, with their quartiles.
 
 from __future__ import annotations
 
+import argparse
 import os
+import pathlib
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tabulate import tabulate
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+import results
+
+printed: list[results.Table] = []
 
 
 class Timing(NamedTuple):
@@ -55,10 +62,20 @@ def in_turn(
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints one table; the first column holds names, the others figures."""
-    align = ("left", *("right",) * (len(header) - 1))
-    print(f"\n{title}\n")
-    print(tabulate(rows, headers=header, colalign=align, disable_numparse=True))
+    """Prints one table, and keeps it for :func:`record`."""
+    printed.append(results.Table(title, header, rows))
+    print(f"\n{title}\n\n{printed[-1]}")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, ``--json`` among them."""
+    parser.add_argument("--json", help="where to record the tables: examples/results/NAME.json")
+    return parser.parse_args()
+
+
+def record(args: argparse.Namespace) -> None:
+    """Keeps what was printed, where ``--json`` says so."""
+    results.save(args.json, *printed)
 
 
 def versus(timing: Timing, goal: float | None) -> list[str]:

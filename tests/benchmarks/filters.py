@@ -14,7 +14,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 import optax
-from _bench import HEADER, in_turn, machine, table, versus
+from _bench import HEADER, in_turn, machine, parse, record, table, versus
 
 import bitnet_jax as bj
 
@@ -48,7 +48,8 @@ def runner(tx: optax.GradientTransformation):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
-    rounds = parser.parse_args().rounds
+    args = parse(parser)
+    rounds = args.rounds
     machine()
     adamw = optax.adamw(1e-3)
     ema, ma = bj.optim.grokfast_ema, bj.optim.grokfast_ma
@@ -65,6 +66,8 @@ def main() -> None:
     table("one update", ("", *HEADER, "floor"), rows)
     ten, hundred = (timings[f"grokfast_ma({w}), adamw"].median for w in (10, 100))
     print(f"\ngrokfast_ma(100) takes {hundred / ten:.2f} of grokfast_ma(10) (goal: 0.90 to 1.10)")
+
+    record(args)
 
 
 if __name__ == "__main__":

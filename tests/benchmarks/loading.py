@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from _bench import HEADER, in_turn, machine, table, versus
+from _bench import HEADER, in_turn, machine, parse, record, table, versus
 
 import bitnet_jax as bj
 from bitnet_jax.io import _chunks, _safetensors, _shardings, _tensors
@@ -145,7 +145,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bytes", type=int, default=10**9, help="of the packed tree")
     parser.add_argument("--rounds", type=int, default=7)
-    parsed = parser.parse_args()
+    parsed = parse(parser)
     keep_memory()
     machine()
     tree = make_tree(parsed.bytes)
@@ -157,3 +157,4 @@ if __name__ == "__main__":
         loading_seconds(*names, parsed.rounds)
         parts_seconds(names[0], tree, parsed.rounds)
         saving_seconds(folder, tree, max(3, parsed.rounds // 2))
+    record(parsed)

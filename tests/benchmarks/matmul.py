@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _bench import HEADER, in_turn, machine, table, versus
+from _bench import HEADER, in_turn, machine, parse, record, table, versus
 
 import bitnet_jax as bj
 from bitnet_jax._matmul import cpu, limits, native
@@ -189,7 +189,35 @@ class Point(NamedTuple):
     ms: float
 
 
-def measure_shape(k: int, n: int, args: Any, most: Limits, points: list[Point]) -> None:
+# Median milliseconds of every product of a shape, by (name, rows): one entry a shape.
+Medians = dict[tuple[str, int], list[float]]
+
+
+def print_spans(medians: Medians, rows: list[int]) -> None:
+    """Ours over each of the others, lowest to highest of the shapes."""
+    over = {
+        "float32": "float32, XLA",
+        "torch bfloat16": "bfloat16, PyTorch",
+        "torch int8": "int8, PyTorch (oneDNN), quantising too",
+        "torch int8, bare": "int8, PyTorch, the bare product",
+    }
+
+    def span(name: str, m: int) -> str:
+        ratios = np.array(medians["cpu", m]) / np.array(medians[name, m])
+        return f"{ratios.min():.2f}-{ratios.max():.2f}"
+
+    lines = [
+        [shown, *(span(name, m) for m in rows)]
+        for name, shown in over.items()
+        if (name, rows[0]) in medians
+    ]
+    title = "Time of matmul over that of others, lowest to highest of the shapes"
+    table(title, ("over", *(f"M = {m}" for m in rows)), lines)
+
+
+def measure_shape(
+    k: int, n: int, args: Any, most: Limits, points: list[Point], medians: Medians
+) -> None:
     kernels = Kernels(k, n)
     codes_bytes = kernels.panels[0].codes.nbytes
     header = ("product", *HEADER, "GB/s", "of reading", "GOP/s", "of registers")
@@ -211,6 +239,8 @@ def measure_shape(k: int, n: int, args: Any, most: Limits, points: list[Point]) 
                     line += [f"{rate / 1e6:.1f}", f"{rate / most.bytes_per_ms:.0%}"]
                     line += [f"{done / 1e6:.0f}", f"{done / most.operations_per_ms:.0%}"]
                 lines.append(line + [""] * (len(header) - len(line)))
+                if not hot:
+                    medians.setdefault((name, m), []).append(t.median)
                 if name == "cpu" and not hot:
                     points.append(Point(f"{k}x{n}", m, codes_bytes, 2 * m * k * n, t.median))
             state = "one kernel, hot" if hot else f"{runs['cpu'][1]} kernels of ours"
@@ -341,7 +371,7 @@ def draw_roofline(points: list[Point], most: Limits, path: str) -> None:
     print(f"\nroofline: {path}")
 
 
-def parse() -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     names = [f"{k}x{n}" for k, n in SHAPES]
     parser.add_argument("--shapes", nargs="*", default=names, choices=names)
@@ -351,21 +381,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--path", help="an instruction set instead of the fastest")
     parser.add_argument("--plot", help="where to draw the roofline")
     parser.add_argument("--brief", action="store_true", help="the products alone")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> None:
-    args = parse()
+    args = arguments()
     if args.threads is not None:  # before XLA counts them
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if torch is not None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     machine()
     native.load().choose(args.path)
-    most, points = measure_limits(args.rounds), []
+    most, points, medians = measure_limits(args.rounds), [], {}
     for k, n in SHAPES:
         if f"{k}x{n}" in args.shapes:
-            measure_shape(k, n, args, most, points)
+            measure_shape(k, n, args, most, points, medians)
+    print_spans(medians, args.rows)
     if args.plot:
         draw_roofline(points, most, args.plot)
     if not args.brief:
@@ -373,6 +404,7 @@ def main() -> None:
         measure_head(args.rounds, most)
         measure_scan(args.rounds)
         print_memory()
+    record(args)
 
 
 if __name__ == "__main__":

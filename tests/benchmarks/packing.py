@@ -5,13 +5,14 @@ python tests/benchmarks/packing.py
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _bench import in_turn, machine, table
+from _bench import in_turn, machine, parse, record, table
 from flax import linen as nn
 
 import bitnet_jax as bj
@@ -78,7 +79,9 @@ def import_seconds() -> None:
 
 
 if __name__ == "__main__":
+    parsed = parse(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
     machine()
     packing_seconds()
     model_bytes()
     import_seconds()
+    record(parsed)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _bench import HEADER, in_turn, machine, table, versus
+from _bench import HEADER, in_turn, machine, parse, record, table, versus
 from flax import linen as nn
 
 import bitnet_jax as bj
@@ -148,7 +148,8 @@ def compiling(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    args = parse(parser)
+    rounds = args.rounds
     machine()
     x = jax.random.normal(jax.random.key(0), (8, 256, 512))
     steps("Training step, attention (d 512, sequence 256, batch 8)", Attention(), x, rounds)
@@ -157,6 +158,8 @@ def main() -> None:
     steps("Training step, convolution (3x3, 64 to 64, 32x32, batch 32)", Conv(), x, rounds)
     packed_convolution(x, rounds)
     compiling(max(3, rounds // 3))
+
+    record(args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from _bench import HEADER, in_turn, machine, table, versus
+from _bench import HEADER, in_turn, machine, parse, record, table, versus
 from flax import linen as nn
 
 import bitnet_jax as bj
@@ -74,7 +74,8 @@ def runner(params: Any, loss: Any):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=25)
-    rounds = parser.parse_args().rounds
+    args = parse(parser)
+    rounds = args.rounds
     machine()
     saved, runs = {}, {}
     for name, layer in layers().items():
@@ -91,6 +92,8 @@ def main() -> None:
         for name, n in saved.items()
     ]
     table("Saved residuals", ("layer", "bytes", "ratio", "goal"), rows)
+
+    record(args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 import optax
-from _bench import HEADER, in_turn, machine, table, versus
+from _bench import HEADER, in_turn, machine, parse, record, table, versus
 from flax import linen as nn
 
 import bitnet_jax as bj
@@ -47,14 +47,17 @@ def runner(tx: optax.GradientTransformation):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
+    args = parse(parser)
     machine()
-    rounds = parser.parse_args().rounds
+    rounds = args.rounds
     adamw = optax.adamw(1e-3)
     watch = optax.chain(bj.optim.watch_trits(EVERY), adamw)
     timings = in_turn({"adamw": runner(adamw), "with watch_trits": runner(watch)}, rounds, 1)
     goals = {"adamw": None, "with watch_trits": 1.03}
     rows = [[name, *versus(t, goals[name])] for name, t in timings.items()]
     table(f"{EVERY} training steps", ("", *HEADER), rows)
+
+    record(args)
 
 
 if __name__ == "__main__":
