@@ -9,7 +9,7 @@
 >>> def loss(adapters):
 ...     y = layer.apply({"params": bj.lora.attach(packed, adapters)}, x)
 ...     return jnp.square(y - 1.0).mean()
->>> grads = jax.grad(loss)(adapters)  # of the adapters alone
+>>> grads = jax.grad(loss)(adapters)  # with respect to the adapters alone
 >>> jax.tree.map(jnp.shape, grads.kernels)
 {'kernel': {'a': (64, 4), 'b': (4, 16)}}
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks, _display
 from bitnet_jax._packed import trits
@@ -52,7 +53,7 @@ class Adapters:
     Attributes:
       kernels: path (names joined by ``/``) to ``{"a": (*batch, K, rank), "b": (*batch,
         rank, N)}``.
-      alpha: the update is ``(alpha / rank) a b``.
+      alpha: the update of a kernel is ``(alpha / rank) * a @ b``.
     """
 
     kernels: dict[str, dict[str, jax.Array]]
@@ -60,35 +61,35 @@ class Adapters:
 
     @property
     def size(self) -> int:
-        """How many weights are trained."""
+        """How many weights the adapters have."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.kernels))
 
 
 def init(
-    packed: Any,
+    packed: PyTree,
     rank: int,
-    select: Select | None = None,
     *,
     key: jax.Array,
+    select: Select | None = None,
     alpha: float | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Adapters:
-    """Adapters that change nothing yet: ``a`` is normal / sqrt(K), ``b`` is zero.
+    """New adapters, whose update is zero: ``a`` is normal / sqrt(K), ``b`` is 0.
 
     Args:
       packed: a packed tree (or ``nnx.State``), from ``pack`` or ``bj.io.load``.
-      rank: of each update, 1 to the smaller side of the smallest kernel.
-      select: which packed kernels get one; by default all.
+      rank: of each update, from 1 to the smaller side of the smallest kernel.
       key: a random key.
-      alpha: the update's weight is alpha / rank; by default alpha is rank.
+      select: which packed kernels get an adapter; by default all.
+      alpha: the update is multiplied by alpha / rank; by default alpha is rank.
       dtype: of the adapters.
 
     Returns:
       :class:`Adapters`, for :func:`attach`.
 
     Raises:
-      ValueError: a rank that is no integer in range (the path is named), a tree
-        without packed kernels, a selector that matches nothing.
+      ValueError: a rank that is not an integer in range (the error names the path), a
+        tree without packed kernels, a selector that matches nothing.
       TypeError: a prepared kernel: pass the stored tree, prepare it afterwards.
 
     Example:
@@ -108,7 +109,7 @@ def init(
     matched(who, [leaf.path for leaf in leaves], any(decisions), select)
     chosen = [leaf for leaf, decision in zip(leaves, decisions, strict=True) if decision]
     for leaf in chosen:
-        _refuse_prepared(who, leaf)
+        _require_stored(who, leaf)
     sizes = [_canonical_shape(leaf.value) for leaf in chosen]
     for leaf, (_, k, n) in zip(chosen, sizes, strict=True):
         _require_rank(who, leaf.where, rank, min(k, n))
@@ -122,8 +123,8 @@ def init(
     return Adapters(kernels, float(rank if alpha is None else alpha))
 
 
-def attach(packed: Any, adapters: Adapters) -> Any:
-    """The packed tree with adapters at its kernels, for the same ``apply``.
+def attach(packed: PyTree, adapters: Adapters) -> PyTree:
+    """The packed tree with an adapter beside each adapted kernel, for the same ``apply``.
 
     Call it inside the loss, and differentiate with respect to the adapters. In
     NNX: ``nnx.merge(graphdef, bj.lora.attach(state, adapters))``.
@@ -136,9 +137,9 @@ def attach(packed: Any, adapters: Adapters) -> Any:
       The tree with ``Adapted`` leaves in place of the adapted kernels.
 
     Raises:
-      TypeError: ``adapters`` are none.
-      ValueError: a path that the tree has not, or that is not packed; an adapter
-        of another shape than its kernel.
+      TypeError: ``adapters`` is not an :class:`Adapters`.
+      ValueError: a path that the tree lacks, or that is not packed; an adapter whose
+        shape does not fit its kernel.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -152,12 +153,14 @@ def attach(packed: Any, adapters: Adapters) -> Any:
     """
     who = "lora.attach"
     leaves, treedef = _adapted_leaves(who, packed, adapters)
-    done = [leaf if a is None else rebox(leaf, a) for leaf, _, a in leaves]
+    done = [leaf.boxed if a is None else rebox(leaf.boxed, a) for leaf, a in leaves]
     return jax.tree.unflatten(treedef, done)
 
 
-def _adapted_leaves(who: str, packed: Any, adapters: Adapters):
-    """Every leaf as (boxed, leaf, its Adapted or None), and the structure; all checked."""
+def _adapted_leaves(
+    who: str, packed: PyTree, adapters: Adapters
+) -> tuple[list[tuple[Leaf, Adapted | None]], Any]:
+    """Every leaf with its Adapted or None, and the structure; raises if they do not fit."""
     remedy = "Make them with bj.lora.init(packed, rank, key=...)."
     _checks.require_instance(who, "adapters", adapters, Adapters, remedy)
     leaves, treedef = flatten(who, "packed", packed)
@@ -172,11 +175,12 @@ def _adapted_leaves(who: str, packed: Any, adapters: Adapters):
             wanted = (*batch, k, rank), (*batch, rank, n)
             _require_adapter_shapes(who, leaf.where, wanted, (pair["a"].shape, pair["b"].shape))
             adapted = Adapted(leaf.value, pair["a"], pair["b"], adapters.alpha / rank)
-        done.append((leaf.boxed, leaf, adapted))
+        done.append((leaf, adapted))
     return done, treedef
 
 
-def _refuse_prepared(who: str, leaf: Leaf) -> None:
+def _require_stored(who: str, leaf: Leaf) -> None:
+    """Raises on a prepared kernel."""
     if isinstance(leaf.value, Prepared):
         _checks.raise_prepared(who, leaf.where, leaf.value.implementation)
 
@@ -194,9 +198,9 @@ class MergedKernel:
     Attributes:
       path: names joined by ``/``.
       rank: of the update.
-      update: size of the update, ``|dW| / |W_q|`` (Frobenius).
-      error: what quantising again lost, ``|W_m - (W_q + dW)| / |W_q + dW|``.
-      changed: share of the codes that changed.
+      update: relative size of the update, ``|dW| / |W_q|`` (Frobenius norms).
+      error: relative error of the merged kernel, ``|W_m - (W_q + dW)| / |W_q + dW|``.
+      changed: share of the codes that changed, 0 to 1.
     """
 
     path: str
@@ -208,9 +212,17 @@ class MergedKernel:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What :func:`merge` did; ``print`` it. Rows are in ``kernels``."""
+    """What :func:`merge` did; ``str`` is a table.
 
-    kernels: tuple[MergedKernel, ...]
+    Attributes:
+      rows: one :class:`MergedKernel` for each adapted kernel.
+    """
+
+    rows: tuple[MergedKernel, ...]
+
+    def to_dict(self) -> dict[str, list[dict[str, Any]]]:
+        """``{"rows": [...]}`` as plain Python, each row a dict of its fields."""
+        return {"rows": [dataclasses.asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
         """A table, one row a kernel."""
@@ -222,26 +234,26 @@ class MergeReport:
                 f"{row.error:.3g}",
                 f"{100 * row.changed:.2f}%",
             )
-            for row in self.kernels
+            for row in self.rows
         ]
         return _display.table(("path", "rank", "update", "error", "codes changed"), rows)
 
 
-def merge(packed: Any, adapters: Adapters) -> tuple[Any, MergeReport]:
-    """Adapters merged into the codes: dequantise, add, quantise again.
+def merge(packed: PyTree, adapters: Adapters) -> tuple[PyTree, MergeReport]:
+    """Merges adapters into the codes: dequantise, add the update, quantise again.
 
-    A ternary kernel keeps its grid: the nearest codes, ``clip(round(w / s), -1, 1)``
-    with the scale ``s`` it had, then the scale that fits them best. Two bits hold
-    little of a small update: what moves no code is lost. The report says how much;
-    to keep all of it, keep the adapters and :func:`attach`.
+    A ternary kernel is quantised on its own grid: the nearest codes,
+    ``clip(round(w / s), -1, 1)`` with its scale ``s``, then the scale that fits them
+    best. A small update that changes no code is lost; the report says how much. To keep
+    all of it, keep the adapters and :func:`attach` them.
 
     Args:
       packed: the stored tree that the adapters were trained over.
       adapters: from training.
 
     Returns:
-      The packed tree, every kernel with the config and axes it had, so that the
-      same layers run it, and a :class:`MergeReport`.
+      The packed tree, every kernel with its config and axes, so that the same layers run
+      it, and a :class:`MergeReport`.
 
     Raises:
       TypeError: a prepared kernel.
@@ -252,7 +264,7 @@ def merge(packed: Any, adapters: Adapters) -> tuple[Any, MergeReport]:
       >>> packed = {"kernel": bj.pack(jax.random.normal(jax.random.key(0), (64, 16)))}
       >>> adapters = bj.lora.init(packed, 4, key=jax.random.key(1))
       >>> merged, report = bj.lora.merge(packed, adapters)
-      >>> report.kernels[0].update, report.kernels[0].changed
+      >>> report.rows[0].update, report.rows[0].changed
       (0.0, 0.0)
 
     References:
@@ -260,17 +272,17 @@ def merge(packed: Any, adapters: Adapters) -> tuple[Any, MergeReport]:
     """
     who = "lora.merge"
     leaves, treedef = _adapted_leaves(who, packed, adapters)
-    for _, leaf, adapted in leaves:
+    for leaf, adapted in leaves:
         if adapted is not None:
-            _refuse_prepared(who, leaf)
+            _require_stored(who, leaf)
             _require_finite_adapter(who, leaf.where, adapted.a, adapted.b)
     done, rows = [], []
-    for boxed, leaf, adapted in leaves:
+    for leaf, adapted in leaves:
         if adapted is None:
-            done.append(boxed)
+            done.append(leaf.boxed)
             continue
         kernel, measured = _merge(adapted)
-        done.append(rebox(boxed, kernel))
+        done.append(rebox(leaf.boxed, kernel))
         rows.append(MergedKernel(leaf.where, adapted.a.shape[-1], *map(float, measured)))
     return jax.tree.unflatten(treedef, done), MergeReport(tuple(rows))
 
@@ -300,15 +312,16 @@ def _merge(adapted: Adapted) -> tuple[Stored, tuple[jax.Array, ...]]:
 
 
 def _on_grid(base: PackedTernary, w: jax.Array) -> PackedTernary:
-    """The nearest codes on the kernel's own grid, and for them the best scale.
+    """The nearest codes on the kernel's own grid, and the scale that fits them best.
 
-    The config's own rule would not do: the mean of weights that are ternary
-    already is their scale times the share of nonzero ones, a third too small.
-    The scale that minimises ``|w - s codes|`` is ``<w, codes> / <codes, codes>``.
+    Quantising by the config would shrink the scale: the mean of ternary weights is their
+    scale times the share of nonzero ones, about two thirds. The scale that minimises
+    ``|w - s codes|`` is ``<w, codes> / <codes, codes>``.
     """
     w = kernel_axes.to_canonical(w, base.axes)
     old = base.canonical_scale()
     groups, shared = old.shape[-2], old.shape[-1] == 1
+    # (*batch, K, N) as (*batch, groups, K / groups, N): each group has scales of its own.
     w = w.reshape(*w.shape[:-2], groups, w.shape[-2] // groups, w.shape[-1])
     codes = jnp.clip(jnp.round(w / old[..., None, :]), -1.0, 1.0)
     over = (-2, -1) if shared else -2
@@ -330,8 +343,8 @@ def _on_grid(base: PackedTernary, w: jax.Array) -> PackedTernary:
     )
 
 
-def _require_rank(who: str, path: str, rank: Any, most: int) -> None:
-    """Refuses a rank that is none, or that no update of this kernel has."""
+def _require_rank(who: str, path: str, rank: object, most: int) -> None:
+    """Raises unless a rank is an integer from 1 to the smaller side of the kernel."""
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
         raise ValueError(
             f"{who}: `rank` must be an integer from 1 to {most}, the smaller side of {path}, got "
@@ -339,17 +352,19 @@ def _require_rank(who: str, path: str, rank: Any, most: int) -> None:
         )
 
 
-def _require_known_paths(who: str, strangers: Sequence[str], paths: Sequence[str]) -> None:
-    """Refuses adapters for kernels that a tree has not."""
-    if strangers:
+def _require_known_paths(who: str, unknown: Sequence[str], paths: Sequence[str]) -> None:
+    """Raises if adapters name kernels that a tree lacks."""
+    if unknown:
         raise ValueError(
-            f"{who}: `adapters` has {', '.join(strangers)}, which is no packed kernel of `packed`; "
+            f"{who}: `adapters` has {', '.join(unknown)}, which is no packed kernel of `packed`; "
             f"those are {', '.join(paths) or 'none'}. Pass the tree that they were made for."
         )
 
 
-def _require_adapter_shapes(who: str, path: str, wanted: Sequence[Any], got: Sequence[Any]) -> None:
-    """Refuses an adapter of another shape than its kernel."""
+def _require_adapter_shapes(
+    who: str, path: str, wanted: Sequence[tuple[int, ...]], got: Sequence[tuple[int, ...]]
+) -> None:
+    """Raises unless an adapter's shapes fit its kernel."""
     if [tuple(shape) for shape in wanted] != [tuple(shape) for shape in got]:
         raise ValueError(
             f"{who}: the adapter of {path} has a and b of shapes {tuple(got[0])} and "
@@ -358,8 +373,8 @@ def _require_adapter_shapes(who: str, path: str, wanted: Sequence[Any], got: Seq
         )
 
 
-def _require_finite_adapter(who: str, path: str, a: Any, b: Any) -> None:
-    """Refuses to merge an adapter with NaN or Inf; reads its values."""
+def _require_finite_adapter(who: str, path: str, a: jax.Array, b: jax.Array) -> None:
+    """Raises if an adapter has NaN or Inf; reads its values."""
     if not (bool(jnp.isfinite(a).all()) and bool(jnp.isfinite(b).all())):
         raise ValueError(
             f"{who}: the adapter of {path} has NaN or Inf. Restore one from before it diverged."

@@ -141,7 +141,7 @@ def serve(axes: str) -> list[Served]:
         sharded = jax.device_put(x, NamedSharding(mesh, x_spec))
         program = jax.jit(bj.matmul).lower(sharded, kernel).compile()
         told = bj.sharding.collectives(program)
-        what = [f"{c.kind} {c.dtype}{list(c.shape)}" for c in told.collectives]
+        what = [f"{c.kind} {c.dtype}{list(c.shape)}" for c in told.rows]
         differ = int((np.asarray(program(sharded, kernel)) != np.asarray(want)).sum())
         rows.append(Served(way, ", ".join(what) or "none", told.nbytes, differ))
     return rows
@@ -192,7 +192,7 @@ def gathered(axes: str) -> list[Gathered]:
             told = (
                 bj.sharding.collectives(step.lower(*operands).compile())
                 .of("all-gather")
-                .collectives
+                .rows
             )
         found = [c for c in told if (c.dtype, c.shape) in kernels]
         dtypes = " ".join(sorted({c.dtype for c in found}))

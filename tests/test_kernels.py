@@ -74,7 +74,7 @@ def test_every_select_takes_them_and_needs_no_axes(case):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     memory = bj.sharding.training_memory(
         params,
-        [("head/kernel", jax.P("data"))],
+        rules=[("head/kernel", jax.P("data"))],
         mesh=mesh,
         optimizer=optax.adamw(1e-3),
         tokens=1,

@@ -138,7 +138,7 @@ def test_scanned_layers():
     moved = model.apply({"params": bj.lora.attach(packed, nudged(adapters))}, X)
     assert np.abs(moved - plain).max() > 1e-3
     merged, report = bj.lora.merge(packed, nudged(adapters, 0.3))
-    assert report.kernels[0].changed > 0
+    assert report.rows[0].changed > 0
     assert model.apply({"params": merged}, X).shape == X.shape
 
 
@@ -147,7 +147,7 @@ def test_nnx_trains_adapters_over_a_packed_state():
     bj.nnx.ternarize(model)
     graphdef, state = nnx.split(bj.nnx.pack(model)[0])
     x = X[:, 0]
-    adapters = bj.lora.init(state, 2, bj.only("query", "value"), key=jax.random.key(1))
+    adapters = bj.lora.init(state, 2, select=bj.only("query", "value"), key=jax.random.key(1))
     assert sorted(adapters.kernels) == ["query/kernel", "value/kernel"]
 
     @jax.jit
@@ -175,7 +175,7 @@ def test_merge_finds_the_nearest_codes_and_their_best_scale(name):
     model, x, packed, adapters = made(name)
     adapters = nudged(adapters, 0.2)
     merged, report = bj.lora.merge(packed, adapters)
-    (row,) = report.kernels
+    (row,) = report.rows
     base, kernel = packed["kernel"], merged["kernel"]
     assert type(kernel) is type(base)
     assert (kernel.config, kernel.contracting_axes) == (base.config, base.contracting_axes)
@@ -205,7 +205,7 @@ def test_merging_nothing_changes_nothing(name):
     merged, report = bj.lora.merge(packed, adapters)
     assert_same_bits(merged["kernel"].codes, packed["kernel"].codes)
     np.testing.assert_allclose(merged["kernel"].scale, packed["kernel"].scale, rtol=1e-6)
-    assert report.kernels[0].changed == 0
+    assert report.rows[0].changed == 0
     assert str(report).splitlines()[0].split() == [
         "path",
         "rank",
@@ -238,7 +238,7 @@ def test_trees_and_adapters_that_are_refused():
     with pytest.raises(ValueError, match=r"lora.init: the tree holds no packed kernel"):
         bj.lora.init(bj.unpack_params(packed), 2, key=key)
     with pytest.raises(ValueError, match=r"lora.init: the pattern 'nope' matches nothing"):
-        bj.lora.init(packed, 2, bj.only("nope"), key=key)
+        bj.lora.init(packed, 2, select=bj.only("nope"), key=key)
     with pytest.raises(TypeError, match=r"lora.init: kernel is prepared for"):
         bj.lora.init(bj.prepare(packed), 2, key=key)
     with pytest.raises(ValueError, match="`alpha` must be a finite number > 0, got -1"):

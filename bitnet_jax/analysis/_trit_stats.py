@@ -198,13 +198,13 @@ def check_previous(who: str, kernels: Mapping[str, Any], last: Any) -> None:
     _require_snapshot_paths(who, sorted(set(last) - set(shapes)), list(shapes))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def measure(
     w: jax.Array,
     last: dict[str, jax.Array] | None,
     config: TernaryConfig,
     axes: kernel_axes.KernelAxes,
-    near: float,
+    near: jax.typing.ArrayLike,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """A kernel's snapshot, and its statistics as float32 scalars."""
     t, packed = pack_quantized(w, config, axes)
@@ -212,7 +212,7 @@ def measure(
     zero = trits.count(packed.codes)[0].astype(jnp.float32).sum()
     padding = trits.PER_BYTE * packed.codes.size - w.size
     r = ratio_canonical(kernel_axes.to_canonical(w, axes), config)
-    close = jnp.abs(jnp.abs(r) - np.float32(config.threshold)) <= np.float32(near)
+    close = jnp.abs(jnp.abs(r) - np.float32(config.threshold)) <= jnp.asarray(near, jnp.float32)
     scale = t.scale.mean()
     nan = jnp.float32(jnp.nan)
     stats = {

@@ -12,22 +12,33 @@ about ``1 + l * (1 - a) / (1 + a)``: a low-pass filter in front of the optimizer
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float32, Int32, PyTree
 
 from bitnet_jax import _checks
-from bitnet_jax.optim import _gradients
 from bitnet_jax.optim._gradients import (
+    amplify,
+    gradient_leaves,
+    require_same_leaves,
+    wide_dtype,
+)
+from bitnet_jax.optim._hyperparameters import (
+    DECAY,
+    NONNEGATIVE,
+    Scalar,
+    ScalarOrSchedule,
     require_flag,
     require_float_dtype,
-    require_hyperparameter,
-    require_start_step,
+    require_integer,
+    require_number_or_schedule,
+    value_at,
 )
 
-SEEDS = ("first", "zeros", "debiased")
+Init = Literal["first", "zeros", "debiased"]
 
 
 class GrokfastEmaState(NamedTuple):
@@ -35,29 +46,29 @@ class GrokfastEmaState(NamedTuple):
 
     Attributes:
       step: int32, steps taken.
-      weight: float32, the share of the average that gradients have made up so
-        far: 1 after the first with ``seed="first"``, else ``1 - alpha ** t``.
+      weight: float32, the sum of the weights that the average has given to gradients so
+        far: 1 after the first step with ``init="first"``, else ``1 - alpha ** t``.
       average: the moving average, a tree like the gradients.
     """
 
-    step: jax.Array
-    weight: jax.Array
-    average: Any
+    step: Int32[Array, ""]
+    weight: Float32[Array, ""]
+    average: PyTree
 
 
 def grokfast_ema(
-    alpha: _gradients.ScalarOrSchedule = 0.98,
-    lamb: _gradients.ScalarOrSchedule = 2.0,
+    alpha: ScalarOrSchedule = 0.98,
+    lamb: ScalarOrSchedule = 2.0,
     *,
-    seed: str = "first",
-    start_step: int = 0,
+    init: Init = "first",
+    start_step: Scalar = 0,
     track_while_waiting: bool = True,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    """Amplifies the slow part of the gradient, an exponential moving average of it.
+    """Adds an exponential moving average of the gradient, times ``lamb``, to the gradient.
 
-    ``g + lamb * e`` with ``e = alpha * e + (1 - alpha) * g``. It belongs in front
-    of the optimizer, and coupled weight decay (the paper's) between the two::
+    ``g + lamb * e`` with ``e = alpha * e + (1 - alpha) * g``. Chain it in front of the
+    optimizer; coupled weight decay, as in the paper, goes between the two::
 
         tx = optax.chain(
             bj.optim.grokfast_ema(),
@@ -65,30 +76,30 @@ def grokfast_ema(
             optax.adam(1e-3),
         )
 
-    It shortens the plateau before generalisation of weakly regularised Adam: 5,240
-    to 1,540 steps on the task of ``examples/grokking.py``. AdamW with a tuned
-    decoupled decay it slows down in float, 1,880 to 2,640, and speeds up in ternary,
-    5,060 to 1,520. With loss scaling, unscale first.
+    On the task of ``examples/grokking.py`` it shortens the plateau before
+    generalisation of weakly regularised Adam from 5,240 steps to 1,540. In front of AdamW
+    with a tuned decoupled decay, a float network takes longer (1,880 to 2,640 steps) and
+    a ternary one is faster (5,060 to 1,520). With loss scaling, unscale first.
 
     Args:
       alpha: decay of the average, in [0, 1); a number or a schedule of the step.
       lamb: weight of the average, >= 0; a number or a schedule of the step.
-      seed: what the average starts from. ``"first"``: the first gradient, as the
-        paper's code does. ``"zeros"``: 0, so the filter comes in slowly.
-        ``"debiased"``: 0, divided by ``1 - alpha ** t`` as Adam's moments are.
-      start_step: the first step that is filtered; those before pass unchanged.
-      track_while_waiting: whether the average takes in the gradients of the
-        steps before ``start_step``, or is seeded there.
-      accumulator_dtype: of the average; by default each gradient's own, and
-        float32 for narrower ones, in which small changes would be lost.
+      init: the average before the first step. ``"first"``: the first gradient, as in
+        the paper's code. ``"zeros"``: 0, so the filter sets in slowly.
+        ``"debiased"``: 0, and divided by ``1 - alpha ** t`` as Adam's moments are.
+      start_step: the first step that is filtered; earlier gradients pass unchanged.
+      track_while_waiting: whether gradients of the steps before ``start_step`` enter
+        the average. If not, it starts at ``start_step``.
+      accumulator_dtype: of the average. By default each gradient's dtype, at least
+        float32: a bfloat16 average would lose small changes.
 
     Returns:
       An ``optax.GradientTransformation``. Its state costs one copy of the
       parameters, sharded as they are.
 
     Raises:
-      ValueError: a number out of its range, an unknown seed. In ``update``:
-        updates of another tree than the state's, the paths named.
+      ValueError: a number out of its range, an unknown ``init``. In ``update``:
+        updates that differ from the state in paths or shapes; the error names them.
       TypeError: a leaf without a gradient (packed, integer).
 
     Example:
@@ -107,44 +118,46 @@ def grokfast_ema(
       (2024), arXiv:2405.20233, algorithm 2 and its code, ``gradfilter_ema``.
     """
     who = "grokfast_ema"
-    require_hyperparameter(who, "alpha", alpha, "The paper uses 0.98.", below=1.0)
-    require_hyperparameter(who, "lamb", lamb, "The paper uses 2.0.")
-    _checks.require_one_of(who, "seed", seed, SEEDS)
-    require_start_step(who, "start_step", start_step)
+    require_number_or_schedule(who, "alpha", alpha, DECAY, "The paper uses 0.98.")
+    require_number_or_schedule(who, "lamb", lamb, NONNEGATIVE, "The paper uses 2.0.")
+    _checks.require_one_of(who, "init", init, get_args(Init))
+    require_integer(who, "start_step", start_step, 0)
     require_flag(who, "track_while_waiting", track_while_waiting)
     require_float_dtype(who, "accumulator_dtype", accumulator_dtype)
     waits = not isinstance(start_step, int) or start_step > 0
 
-    def init(params: Any) -> GrokfastEmaState:
-        leaves, treedef = _gradients.gradients(who, "params", params)
-        zeros = [jnp.zeros_like(x, dtype=accumulator_dtype or _gradients.width(x)) for x in leaves]
+    def init_state(params: PyTree) -> GrokfastEmaState:
+        leaves, treedef = gradient_leaves(who, "params", params)
+        zeros = [jnp.zeros_like(x, dtype=accumulator_dtype or wide_dtype(x)) for x in leaves]
         step, weight = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
         return GrokfastEmaState(step, weight, treedef.unflatten(zeros))
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None
+    ) -> tuple[PyTree, GrokfastEmaState]:
         del params
-        grads, treedef = _gradients.gradients(who, "updates", updates)
-        _gradients.check_same(who, updates, state.average)
+        grads, treedef = gradient_leaves(who, "updates", updates)
+        require_same_leaves(who, updates, state.average)
         held, held_treedef = jax.tree.flatten(state.average)
         on = state.step >= start_step if waits else True
         tracks = True if track_while_waiting else on
-        a, lam = _gradients.at(alpha, state.step), _gradients.at(lamb, state.step)
-        if seed == "first":
-            a = jnp.where(state.weight == 0, jnp.float32(0), a)
-        weight = a * state.weight + (1 - a)
+        decay, lam = value_at(alpha, state.step), value_at(lamb, state.step)
+        if init == "first":
+            decay = jnp.where(state.weight == 0, jnp.float32(0), decay)
+        weight = decay * state.weight + (1 - decay)
         weight = weight if tracks is True else jnp.where(tracks, weight, state.weight)
 
         raised, kept = [], []
         for g, e in zip(grads, held, strict=True):
-            wide = _gradients.width(g)
-            decay, old = a.astype(wide), e.astype(wide)
-            new = decay * old + (1 - decay) * jnp.asarray(g).astype(wide)
+            wide = wide_dtype(g)
+            a, old = decay.astype(wide), e.astype(wide)
+            new = a * old + (1 - a) * jnp.asarray(g).astype(wide)
             new = new if tracks is True else jnp.where(tracks, new, old)
-            average = new / weight.astype(wide) if seed == "debiased" else new
-            raised.append(_gradients.amplify(g, average, lam, on))
+            average = new / weight.astype(wide) if init == "debiased" else new
+            raised.append(amplify(g, average, lam, on))
             kept.append(new.astype(e.dtype))
         step = jnp.asarray(optax.safe_increment(state.step))
         average = held_treedef.unflatten(kept)
         return treedef.unflatten(raised), GrokfastEmaState(step, weight, average)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init_state, update)

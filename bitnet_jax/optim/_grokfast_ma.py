@@ -5,37 +5,53 @@ With ``g`` the gradient of a step, ``W`` the window and ``l`` lamb::
     g <- g + l * mean(last W gradients)    "mean"
     g <- g + l * sum(last W gradients)     "sum"
 
-The window is a ring: gradient ``t`` goes to slot ``t mod W``, and a lap is W
-steps. Averaging the ring anew would cost W reads a step. A running sum costs two,
-but keeps for ever the rounding that a spike left in it, and a NaN. So there are
-two sums::
+The window is a ring buffer: gradient ``t`` goes to slot ``t mod W``, and a lap is W
+steps. Summing the whole ring would cost W reads a step. A running sum costs two reads,
+but it never loses a NaN or the rounding error of a spike. So there are two sums::
 
     total  <- total - old + new   old: what the slot held, of W steps ago
     fresh  <- fresh + new         0 at the start of a lap
 
 and at the start of a lap ``total`` is replaced by ``fresh``, which is then the sum of
-exactly the ring. What a gradient did to either is gone when the lap after its own
-ends, at most 2 W steps later; the error is that of at most 2 W additions, whatever
-the length of the run.
+exactly the ring. A gradient no longer affects either sum once the lap after its own
+has ended, at most 2 W steps later. The error is that of at most 2 W additions, however
+long the run is.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import core, lax
+from jaxtyping import Array, Int32, PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
-from bitnet_jax.optim import _gradients
-from bitnet_jax.optim._gradients import require_flag, require_float_dtype, require_hyperparameter
+from bitnet_jax.optim._gradients import (
+    Leaf,
+    amplify,
+    gradient_leaves,
+    require_same_leaves,
+    wide_dtype,
+)
+from bitnet_jax.optim._hyperparameters import (
+    NONNEGATIVE,
+    ScalarOrSchedule,
+    require_flag,
+    require_float_dtype,
+    require_integer,
+    require_number_or_schedule,
+    value_at,
+)
 
-FILTERS = ("mean", "sum")
+Filter = Literal["mean", "sum"]
 
 _logger = logging.getLogger(__name__)
 
@@ -46,19 +62,21 @@ class GrokfastMaState(NamedTuple):
     Attributes:
       step: int32, steps taken.
       window: the last gradients; each leaf (window_size, *shape). bfloat16 ones
-        are kept as their bits, uint16: XLA on CPU widens a bfloat16 ring as a whole.
-      total: their sum.
-      fresh: the sum of those of this lap.
+        are kept as their bits, uint16: XLA on CPU would widen the whole ring.
+      total: the sum of the window.
+      fresh: the sum of this lap's gradients.
     """
 
-    step: jax.Array
-    window: Any
-    total: Any
-    fresh: Any
+    step: Int32[Array, ""]
+    window: PyTree
+    total: PyTree
+    fresh: PyTree
 
 
-def grokfast_ma_bytes(params: Any, window_size: int = 100, *, buffer_dtype: Any = None) -> int:
-    """Bytes that the state of :func:`grokfast_ma` takes; nothing is allocated.
+def grokfast_ma_bytes(
+    params: PyTree, window_size: int = 100, *, buffer_dtype: jax.typing.DTypeLike | None = None
+) -> int:
+    """Bytes of the state of :func:`grokfast_ma`, from shapes alone.
 
     Args:
       params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
@@ -69,7 +87,7 @@ def grokfast_ma_bytes(params: Any, window_size: int = 100, *, buffer_dtype: Any 
       Bytes over all devices.
 
     Raises:
-      ValueError: a window below 1, a ``buffer_dtype`` without fractions.
+      ValueError: a window below 1, a ``buffer_dtype`` that is not floating point.
       TypeError: a leaf without a gradient.
 
     Example:
@@ -80,42 +98,41 @@ def grokfast_ma_bytes(params: Any, window_size: int = 100, *, buffer_dtype: Any 
       >>> f"{bj.optim.grokfast_ma_bytes(params, buffer_dtype=jnp.bfloat16) / 1e9:.2f} GB"
       '3.49 GB'
     """
-    grokfast_ma(window_size, buffer_dtype=buffer_dtype)  # refuses what it refuses
-    leaves, _ = _gradients.gradients("grokfast_ma", "params", params)
+    grokfast_ma(window_size, buffer_dtype=buffer_dtype)  # raises on bad arguments
+    leaves, _ = gradient_leaves("grokfast_ma", "params", params)
     return _state_bytes(leaves, window_size, buffer_dtype)
 
 
 def grokfast_ma(
     window_size: int = 100,
-    lamb: _gradients.ScalarOrSchedule = 5.0,
+    lamb: ScalarOrSchedule = 5.0,
     *,
-    filter_type: str = "mean",
+    filter_type: Filter = "mean",
     warmup: bool = True,
-    buffer_dtype: Any = None,
+    buffer_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    """Amplifies the slow part of the gradient, the average of a window of it.
+    """Adds the average of the last gradients, times ``lamb``, to the gradient.
 
-    ``g + lamb * mean(last window_size gradients)``. A step costs the same whatever
-    the window; the memory does not: ``window_size + 2`` copies of the parameters,
-    which :func:`grokfast_ma_bytes` tells beforehand and ``init`` logs. See
-    :func:`grokfast_ema` for where it belongs, where it helps and where it hurts.
+    ``g + lamb * mean(last window_size gradients)``. The time of a step does not depend
+    on the window. The memory does: the state holds ``window_size + 2`` copies of the
+    parameters. :func:`grokfast_ma_bytes` computes their size, and ``init`` logs it. See
+    :func:`grokfast_ema` for where to chain it, where it helps and where it hurts.
 
-    The window stays in place where its buffers are donated to the jitted step.
+    Donate the state to the jitted step, so that the window is updated in place.
     ``optax.MultiSteps`` and ``optax.apply_if_finite`` branch around their inner
-    transform, and XLA copies the whole window at every step there. A NaN gradient is in
-    the sum for two windows at most.
+    transform; there XLA copies the whole window at every step. A NaN gradient stays in
+    the sum for at most two windows.
 
     Args:
-      window_size: how many gradients are averaged; decides shapes, so it is
+      window_size: how many gradients are averaged. It decides shapes, so it must be
         static (``optax.inject_hyperparams``: ``static_args=("window_size",)``).
       lamb: weight of the average, >= 0; a number or a schedule of the step.
-      filter_type: ``"mean"``, or ``"sum"``, for which ``lamb`` should be
-        smaller by a factor of the window.
-      warmup: whether gradients pass unchanged until the window is full.
-        Without it the mean is over those that are there.
+      filter_type: ``"mean"``, or ``"sum"``. For a sum, divide ``lamb`` by the window.
+      warmup: whether gradients pass unchanged until the window is full. If not, the
+        mean is over the gradients seen so far.
       buffer_dtype: of the window; by default each gradient's own. With
-        ``jnp.bfloat16`` the average is of gradients rounded to it, and the sums
-        stay in float32.
+        ``jnp.bfloat16`` the gradients in the window are rounded to it; the sums stay in
+        float32.
 
     Returns:
       An ``optax.GradientTransformation``. Its state is sharded as the
@@ -123,7 +140,8 @@ def grokfast_ma(
 
     Raises:
       ValueError: a window below 1, a negative lamb, an unknown filter type. In
-        ``update``: updates of another tree than the state's, the paths named.
+        ``update``: updates that differ from the state in paths or shapes; the error
+        names them.
       TypeError: a leaf without a gradient (packed, integer), a traced window.
 
     Example:
@@ -143,39 +161,41 @@ def grokfast_ma(
     """
     who = "grokfast_ma"
     _require_window_size(who, window_size)
-    require_hyperparameter(who, "lamb", lamb, "The paper uses 5.0.")
-    _checks.require_one_of(who, "filter_type", filter_type, FILTERS)
+    require_number_or_schedule(who, "lamb", lamb, NONNEGATIVE, "The paper uses 5.0.")
+    _checks.require_one_of(who, "filter_type", filter_type, get_args(Filter))
     require_flag(who, "warmup", warmup)
     require_float_dtype(who, "buffer_dtype", buffer_dtype)
 
-    def init(params: Any) -> GrokfastMaState:
-        leaves, treedef = _gradients.gradients(who, "params", params)
-        size = _state_bytes(leaves, window_size, buffer_dtype)  # before any of it is allocated
+    def init(params: PyTree) -> GrokfastMaState:
+        leaves, treedef = gradient_leaves(who, "params", params)
+        size = _state_bytes(leaves, window_size, buffer_dtype)  # logged before it is allocated
         _logger.info("grokfast_ma: a window of %d gradients takes %.1f MB", window_size, size / 1e6)
         window = [_ring(x, window_size, buffer_dtype) for x in leaves]
         total, fresh = (
-            treedef.unflatten([jnp.zeros_like(x, dtype=_gradients.width(x)) for x in leaves])
+            treedef.unflatten([jnp.zeros_like(x, dtype=wide_dtype(x)) for x in leaves])
             for _ in range(2)
         )
         return GrokfastMaState(jnp.zeros((), jnp.int32), treedef.unflatten(window), total, fresh)
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None
+    ) -> tuple[PyTree, GrokfastMaState]:
         del params
-        grads, treedef = _gradients.gradients(who, "updates", updates)
-        _gradients.check_same(who, updates, state.total)
+        grads, treedef = gradient_leaves(who, "updates", updates)
+        require_same_leaves(who, updates, state.total)
         held = (jax.tree.leaves(tree) for tree in state[1:])
         held_treedef = jax.tree.structure(state.total)
         slot = state.step % window_size
         stored = jnp.minimum(state.step + 1, window_size)
         on = stored == window_size if warmup and window_size > 1 else True
-        lam = _gradients.at(lamb, state.step)
+        lam = value_at(lamb, state.step)
         if filter_type == "mean":
             lam = lam / stored.astype(lam.dtype)
 
         raised, kept = [], []
         for g, ring, total, fresh in zip(grads, *held, strict=True):
             ring, total, fresh = _push(ring, total, fresh, jnp.asarray(g), slot)
-            raised.append(_gradients.amplify(g, total, lam, on))
+            raised.append(amplify(g, total, lam, on))
             kept.append((ring, total, fresh))
         sums = [held_treedef.unflatten(part) for part in zip(*kept, strict=True)] or state[1:]
         step = jnp.asarray(optax.safe_increment(state.step))
@@ -187,20 +207,20 @@ def grokfast_ma(
 def _push(
     ring: jax.Array, total: jax.Array, fresh: jax.Array, g: jax.Array, slot: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The ring with a gradient at ``slot``, and the two sums."""
+    """The ring with gradient ``g`` written at ``slot``, and the updated sums."""
     new = _encoded(g, ring.dtype)
     old = _decoded(lax.dynamic_index_in_dim(ring, slot, 0, keepdims=False), total.dtype)
     value = _decoded(new, total.dtype)
     total = jnp.where(slot == 0, fresh, total) - old + value
-    # Each of these overwrites what the line before reads: their order is XLA's only
-    # if they depend on it, and where it is not, XLA copies. A copy of a ring is W reads.
+    # Each line overwrites a buffer that the line before it reads. XLA updates in place only
+    # if the data dependencies fix that order; else it copies the ring, which is W reads.
     after = _after(total, slot)
     fresh = jnp.where(after == 0, jnp.zeros((), fresh.dtype), fresh) + value
     return lax.dynamic_update_index_in_dim(ring, new, after, 0), total, fresh
 
 
 def _after(total: jax.Array, slot: jax.Array) -> jax.Array:
-    """``slot``, in a way that cannot be computed before ``total``."""
+    """``slot``, with a data dependency on ``total``."""
     # An axis that is sharded explicitly cannot be sliced to one value on jax 0.10.2.
     if total.size == 0 or any(jax.typeof(total).sharding.spec):
         return slot
@@ -208,13 +228,14 @@ def _after(total: jax.Array, slot: jax.Array) -> jax.Array:
     return slot + jnp.where(jnp.isnan(nothing), 0, nothing).astype(slot.dtype)
 
 
-def _encoded(g: jax.Array, stored: Any) -> jax.Array:
-    """A gradient as the ring keeps it: in its dtype, or bfloat16 as bits."""
+def _encoded(g: jax.Array, stored: np.dtype) -> jax.Array:
+    """A gradient in the dtype of the ring; uint16 holds the bits of a bfloat16."""
     if stored != jnp.uint16:
         return g.astype(stored)
     if g.dtype == jnp.bfloat16:
         return lax.bitcast_convert_type(g, jnp.uint16)
-    # Round to nearest even by hand: XLA on CPU calls a function for each value.
+    # Round float32 to bfloat16 by hand, to nearest even: add half of the dropped 16 bits,
+    # less one where the kept last bit is even. XLA on CPU calls a function for each value.
     bits = lax.bitcast_convert_type(g.astype(jnp.float32), jnp.uint32)
     even = (bits >> jnp.uint32(16)) & jnp.uint32(1)
     rounded = (bits + jnp.uint32(0x7FFF) + even) >> jnp.uint32(16)
@@ -222,42 +243,44 @@ def _encoded(g: jax.Array, stored: Any) -> jax.Array:
     return jnp.where(jnp.isnan(g), quiet, rounded).astype(jnp.uint16)
 
 
-def _decoded(stored: jax.Array, dtype: Any) -> jax.Array:
-    """What :func:`_encoded` keeps, as a number."""
+def _decoded(stored: jax.Array, dtype: np.dtype) -> jax.Array:
+    """The gradient that :func:`_encoded` stored."""
     if stored.dtype != jnp.uint16:
         return stored.astype(dtype)
+    # A bfloat16 is the upper half of a float32.
     bits = stored.astype(jnp.uint32) << jnp.uint32(16)
     return lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
 
 
-def _stored_dtype(leaf: Any, buffer_dtype: Any) -> Any:
+def _stored_dtype(leaf: Leaf, buffer_dtype: jax.typing.DTypeLike | None) -> np.dtype:
     dtype = jnp.dtype(buffer_dtype or jnp.result_type(leaf))
     return jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype
 
 
-def _ring(leaf: Any, window_size: int, buffer_dtype: Any) -> jax.Array:
-    # Broadcasting carries the leaf's sharding, eager and traced.
+def _ring(leaf: Leaf, window_size: int, buffer_dtype: jax.typing.DTypeLike | None) -> jax.Array:
+    # zeros_like and broadcast keep the leaf's sharding, eager and traced.
     zeros = jnp.zeros_like(leaf, dtype=_stored_dtype(leaf, buffer_dtype))
     return lax.broadcast(zeros, (window_size,))
 
 
-def _state_bytes(leaves: list[Any], window_size: int, buffer_dtype: Any) -> int:
+def _state_bytes(
+    leaves: Sequence[Leaf], window_size: int, buffer_dtype: jax.typing.DTypeLike | None
+) -> int:
     """Bytes of the step, and of the ring and the two sums of each leaf."""
     size = jnp.dtype(jnp.int32).itemsize
     for leaf in leaves:
-        wide = _gradients.width(leaf).itemsize
+        wide = wide_dtype(leaf).itemsize
         slot = _stored_dtype(leaf, buffer_dtype).itemsize
         size += math.prod(jnp.shape(leaf)) * (window_size * slot + 2 * wide)
     return size
 
 
-def _require_window_size(who: str, value: Any) -> None:
-    """Refuses a length of a window that is none, or that is only known at run time."""
+def _require_window_size(who: str, value: object) -> None:
+    """Raises unless a window is an integer >= 1 that is known while tracing."""
     if isinstance(value, core.Tracer) or hasattr(value, "dtype"):
         raise TypeError(
             f"{who}: `window_size` decides shapes and must be a Python int, got "
             f"{describe(value)}. With optax.inject_hyperparams, name it in "
             "static_args=('window_size',)."
         )
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{who}: `window_size` must be an integer >= 1, got {value!r}.")
+    require_integer(who, "window_size", value, 1)

@@ -1,33 +1,37 @@
-"""QK-clip: attention logits bounded by rescaling each head's query and key kernels.
+"""QK-clip: bounds attention logits by rescaling each head's query and key kernels.
 
-Where a head's largest logit ``S`` of a step is above ``tau``, with ``r = tau / S``, its query
-and its key projections (kernel and bias) are both multiplied by ``sqrt(r)``, and so
-its logits by ``r``. Heads below the bound keep their bits.
+Where the largest logit ``S`` of a head exceeds ``tau``, its query and key projections
+(kernel and bias) are both multiplied by ``sqrt(tau / S)``, so its logits are multiplied
+by ``tau / S``. Heads below the bound do not change.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float, Float32, PyTree
 
-from bitnet_jax import _checks
 from bitnet_jax._tree.leaves import flatten, rebox
 from bitnet_jax.optim._gradients import require_params
+from bitnet_jax.optim._hyperparameters import POSITIVE, Scalar, require_number
 
 
 def qk_clip(
-    params: Any, max_logits: Any, tau: float, *, names: tuple[str, str] = ("query", "key")
-) -> Any:
+    params: PyTree,
+    max_logits: PyTree,
+    tau: Scalar,
+    *,
+    names: tuple[str, str] = ("query", "key"),
+) -> PyTree:
     """The params with query and key kernels rescaled, so that no logit exceeds ``tau``.
 
     Ternary kernels with a scale per channel (``granularity="channel"``, ``bj.PHASE4``) keep
-    their codes, and their scales shrink. One scale per tensor (``bj.B158``) belongs to all
-    heads: rescaling one of them moves the codes of the others, and the bound holds
+    their codes, and their scales shrink. One scale per tensor (``bj.B158``) is shared by
+    all heads: rescaling one head changes the codes of the others, and the bound holds
     only roughly. A norm between projection and logit (qk-norm) undoes the rescaling.
 
     Args:
@@ -41,9 +45,9 @@ def qk_clip(
       names: of the query and the key projection in an attention.
 
     Returns:
-      A tree like ``params``. A head whose logit is NaN or Inf is left alone. Where
-      several query heads share a key head, the key takes the strictest square
-      root and each query the rest.
+      A tree like ``params``. A head whose logit is NaN or Inf does not change. Where
+      several query heads share a key head, the key is multiplied by the smallest of
+      their square roots, and each query by what its own logit still needs.
 
     Raises:
       ValueError: ``tau`` not above 0, a path without the two projections, heads
@@ -60,17 +64,18 @@ def qk_clip(
       Kimi K2: Open Agentic Intelligence (2025), arXiv:2507.20534, section 2.1.
     """
     who = "qk_clip"
-    _checks.require_positive(who, "tau", tau)
+    require_number(who, "tau", tau, POSITIVE)
     leaves, treedef = flatten(who, "params", params)
     limits, _ = flatten(who, "max_logits", max_logits)
     kernels = {leaf.path: leaf.value for leaf in leaves}
     factors: dict[tuple[str, ...], jax.Array] = {}
     for limit in limits:
+        # A key of max_logits may be a whole path, "block_0/attention".
         where = tuple(name for part in limit.path for name in part.split("/") if name)
         logits = jnp.asarray(limit.value, jnp.float32)
         sides = [kernels.get((*where, name, "kernel")) for name in names]
         _require_attention_kernels(who, "/".join(where), names, [k is not None for k in sides])
-        heads = _heads(who, "/".join(where), logits, *sides)
+        heads = _heads(who, "/".join(where), logits, *sides)  # pyright: ignore[reportArgumentType]
         for name, factor in zip(names, _factors(logits, heads, tau), strict=True):
             factors[*where, name] = factor
     done = [
@@ -83,14 +88,14 @@ def qk_clip(
 
 
 def clip_by_max_logits(
-    tau: float, *, names: tuple[str, str] = ("query", "key")
+    tau: Scalar, *, names: tuple[str, str] = ("query", "key")
 ) -> optax.GradientTransformationExtraArgs:
-    """:func:`qk_clip` of what the updates make of the params; the last of a chain.
+    """Applies :func:`qk_clip` to the updated params; chain it last.
 
-    ``update`` takes ``max_logits=``, as :func:`qk_clip` does, measured in the
-    forward pass before it, and passes updates after which those logits are bounded;
-    what the step itself adds to them is seen by the next one. A Flax model gives its
-    projections away unedited::
+    ``update`` takes ``max_logits=`` as :func:`qk_clip` does, measured in the forward pass
+    of the same step, and changes the updates so that those logits are bounded. What the
+    step itself adds to a logit is bounded in the next step. Flax returns the projections
+    of an unedited model::
 
         def is_projection(module, method):
             return module.name in ("query", "key") and method == "__call__"
@@ -126,18 +131,24 @@ def clip_by_max_logits(
       As :func:`qk_clip`.
     """
     who = "clip_by_max_logits"
-    _checks.require_positive(who, "tau", tau)
+    require_number(who, "tau", tau, POSITIVE)
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, max_logits: Any = None, **extra: Any
-    ) -> Any:
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        max_logits: PyTree = None,
+        **extra: object,
+    ) -> tuple[PyTree, PyTree]:
         del extra
         require_params(who, params)
         _require_max_logits(who, max_logits)
         moved = optax.apply_updates(params, updates)
         clipped = qk_clip(moved, max_logits, tau, names=names)
 
-        def step(u: Any, new: Any, bounded: Any, old: Any) -> Any:
+        def step(u: jax.Array, new: jax.Array, bounded: jax.Array, old: jax.Array) -> jax.Array:
+            # Where nothing was clipped the update keeps its bits.
             return jnp.where(bounded == new, u, (bounded - old).astype(u.dtype))
 
         return jax.tree.map(step, updates, moved, clipped, params), state
@@ -146,8 +157,12 @@ def clip_by_max_logits(
 
 
 def attention_max_logits(
-    query: jax.Array, key: jax.Array, *, mask: jax.Array | None = None, scale: float | None = None
-) -> jax.Array:
+    query: Float[Array, "*batch q heads depth"],
+    key: Float[Array, "*batch k shared depth"],
+    *,
+    mask: Bool[Array, "..."] | None = None,
+    scale: Scalar | None = None,
+) -> Float32[Array, " heads"]:
     """The largest absolute attention logit of each head, for :func:`qk_clip`.
 
     Args:
@@ -179,8 +194,9 @@ def attention_max_logits(
     return logits.max(axes)
 
 
-def _heads(who: str, where: str, logits: jax.Array, query: Any, key: Any) -> int:
-    """How many key heads there are; logits (*stacked, heads) name those of the query."""
+def _heads(who: str, where: str, logits: jax.Array, query: jax.Array, key: jax.Array) -> int:
+    """How many key heads there are; logits (*stacked, heads) tell the query's."""
+    # A kernel is (*stacked, in, heads, depth), or (*stacked, in, heads * depth).
     heads, stacked = logits.shape[-1], logits.ndim - 1
     widths = [math.prod(kernel.shape[stacked + 1 :]) for kernel in (query, key)]
     _require_heads_divide(who, f"{where} query", heads, widths[0])
@@ -190,25 +206,31 @@ def _heads(who: str, where: str, logits: jax.Array, query: Any, key: Any) -> int
     return widths[1] // depth
 
 
-def _factors(logits: jax.Array, key_heads: int, tau: float) -> tuple[jax.Array, jax.Array]:
+def _factors(
+    logits: Float32[Array, "*stacked heads"], key_heads: int, tau: Scalar
+) -> tuple[Float32[Array, "*stacked heads"], Float32[Array, "*stacked shared"]]:
     """What each query head and each key head is multiplied by."""
     over = jnp.isfinite(logits) & (logits > tau)
     ratio = jnp.where(over, tau / jnp.where(over, logits, 1.0), 1.0)
+    # (..., heads) as (..., key heads, query heads of each).
     shared = ratio.reshape(*ratio.shape[:-1], key_heads, -1)
     key = jnp.sqrt(shared.min(-1))
     return (shared / key[..., None]).reshape(ratio.shape), key
 
 
 def _scaled(kind: str, leaf: jax.Array, factor: jax.Array) -> jax.Array:
-    """A kernel (*stacked, in, heads, depth) or a bias without ``in``; the last two may be one."""
+    """A kernel (*stacked, in, heads, depth), or a bias without ``in``, times a factor a head.
+
+    Heads and depth may be one axis.
+    """
     lead = factor.ndim - 1 + (kind == "kernel")
     by_head = leaf.reshape(*leaf.shape[:lead], factor.shape[-1], -1)
     each = factor[..., None, :, None] if kind == "kernel" else factor[..., None]
     return (by_head.astype(jnp.float32) * each).astype(leaf.dtype).reshape(leaf.shape)
 
 
-def _require_max_logits(who: str, value: Any) -> None:
-    """Refuses an update that says nothing about the logits."""
+def _require_max_logits(who: str, value: PyTree) -> None:
+    """Raises where ``update`` was called without ``max_logits``."""
     if value is None:
         raise ValueError(
             f"{who}: `max_logits` is missing. Call tx.update(grads, state, params, max_logits="
@@ -219,7 +241,7 @@ def _require_max_logits(who: str, value: Any) -> None:
 def _require_attention_kernels(
     who: str, where: str, names: Sequence[str], found: Sequence[bool]
 ) -> None:
-    """Refuses a path of ``max_logits`` at which there is no attention."""
+    """Raises unless a path of ``max_logits`` has a query and a key kernel."""
     missing = [name for name, there in zip(names, found, strict=True) if not there]
     if missing:
         raise ValueError(
@@ -230,7 +252,7 @@ def _require_attention_kernels(
 
 
 def _require_heads_divide(who: str, what: str, parts: int, whole: int) -> None:
-    """Refuses heads that do not divide what they are the heads of."""
+    """Raises unless the number of heads divides the features, or key heads the heads."""
     if parts < 1 or whole % parts:
         raise ValueError(
             f"{who}: {what}: {parts} does not divide {whole}. `max_logits` must be (heads,) of the "

@@ -1,35 +1,46 @@
-"""Schedules of the b1.58 recipe, and the ramp that phases quantisation in."""
+"""Schedules of the b1.58 recipe, and the ramp that phases quantisation in.
+
+All are piecewise functions of the step, in float32. Lengths may be traced, so that
+``optax.inject_hyperparams`` can change them during a run.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bitnet_jax import _checks
-from bitnet_jax.optim._gradients import (
-    require_hyperparameter,
-    require_start_step,
-    require_step_count,
+from bitnet_jax.optim._hyperparameters import (
+    NONNEGATIVE,
+    SHARE,
+    Scalar,
+    concrete,
+    has_no_value,
+    require_integer,
+    require_number,
 )
 
-SHAPES = ("linear", "cosine")
+Shape = Literal["linear", "cosine"]
+
+Stage = Scalar | Sequence[Scalar]
+
+_WARMUP = 375  # steps, of the published recipe
 
 
 def two_stage_lr(
-    steps: int,
-    first: float | Sequence[float] = (1.5e-3, 8e-4),
-    second: float | Sequence[float] = (5e-4, 0.0),
+    steps: Scalar,
+    first: Stage = (1.5e-3, 8e-4),
+    second: Stage = (5e-4, 0.0),
     *,
-    warmup_steps: int = 375,
-    switch: float = 0.5,
-    shape: str = "linear",
+    warmup_steps: Scalar | None = None,
+    switch: Scalar = 0.5,
+    shape: Shape = "linear",
 ) -> optax.Schedule:
-    """The learning rate of b1.58: a high stage, then, from one step to the next, a low one.
+    """The learning-rate schedule of b1.58: a high stage, then an abrupt drop to a low one.
 
     Ternary codes move only when a latent weight crosses its threshold, which
     takes a large step; late in training they should settle, which takes a small
@@ -37,19 +48,21 @@ def two_stage_lr(
     ``first=1.5e-3`` to ``second=1e-3``.
 
     Args:
-      steps: of the whole run.
-      first: (start, end) of the first stage, or one number to hold.
-      second: the same of the second.
-      warmup_steps: from 0 to the start of the first stage, linearly; a part of it.
+      steps: how many steps the whole run has.
+      first: (start, end) of the first stage, or one number for a constant rate.
+      second: the same for the second stage.
+      warmup_steps: the first steps of the first stage, in which the rate rises linearly
+        from 0. By default 375, as published; in a run whose first stage is shorter
+        than 1875 steps, a fifth of that stage.
       switch: where the second stage starts, as a share of ``steps``.
-      shape: of the way from start to end, ``"linear"`` or ``"cosine"``.
+      shape: of the decay from start to end, ``"linear"`` or ``"cosine"``.
 
     Returns:
       A schedule, step to learning rate. After ``steps`` it holds the last value.
 
     Raises:
       ValueError: steps below 2, a switch outside (0, 1), a warm-up longer than the
-        first stage, a stage that is no number or pair of numbers >= 0.
+        first stage, a stage that is not one or two numbers >= 0.
 
     Example:
       >>> import bitnet_jax as bj
@@ -63,34 +76,40 @@ def two_stage_lr(
     """
     who = "two_stage_lr"
     middle = _switch_step(who, steps, switch)
-    _require_warmup_fits(who, "warmup_steps", warmup_steps, middle)
-    _checks.require_one_of(who, "shape", shape, SHAPES)
-    stages = []
-    for name, stage in (("first", first), ("second", second)):
-        stages.append(_stage_ends(who, name, stage))
-    (top, low), (high, end) = stages
-    parts = [
-        optax.linear_schedule(0.0, top, warmup_steps)
-        if warmup_steps
-        else optax.constant_schedule(0.0),
-        _between(top, low, middle - warmup_steps, shape),
-        _between(high, end, steps - middle, shape),
-    ]
-    return optax.join_schedules(parts, [warmup_steps, middle])
+    if warmup_steps is None:
+        warmup_steps = _default_warmup(middle)
+    else:
+        _require_warmup(who, warmup_steps, middle)
+    _checks.require_one_of(who, "shape", shape, get_args(Shape))
+    (top, low), (high, end) = _stage_ends(who, "first", first), _stage_ends(who, "second", second)
+    warm, switched, last = _float32(warmup_steps), _float32(middle), _float32(steps)
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        t = _float32(step)
+        rising = top * (t / jnp.maximum(warm, 1.0))
+        decaying = _decay(top, low, _share(t, warm, switched), shape)
+        late = _decay(high, end, _share(t, switched, last), shape)
+        return jnp.where(t < warm, rising, jnp.where(t < switched, decaying, late))
+
+    return schedule
 
 
 def two_stage_weight_decay(
-    steps: int, first: float = 0.1, second: float = 0.0, *, switch: float = 0.5
+    steps: Scalar,
+    first: Scalar = 0.1,
+    second: Scalar = 0.0,
+    *,
+    switch: Scalar = 0.5,
 ) -> optax.Schedule:
-    """The weight decay of b1.58: on, and from the second stage on off.
+    """The weight-decay schedule of b1.58: on in the first stage, off in the second.
 
-    Decay pulls latent weights to 0, where codes are undecided; the second stage
-    lets them settle. ``optax.adamw(weight_decay=...)`` takes it as it is.
+    Decay pulls latent weights towards 0, so their codes keep changing; without it they
+    settle in the second stage. Pass it to ``optax.adamw(weight_decay=...)``.
 
     Args:
-      steps: of the whole run.
+      steps: how many steps the whole run has.
       first: the decay of the first stage.
-      second: that of the second.
+      second: the decay of the second stage.
       switch: where the second stage starts, as a share of ``steps``.
 
     Returns:
@@ -109,23 +128,26 @@ def two_stage_weight_decay(
       As :func:`two_stage_lr`.
     """
     who = "two_stage_weight_decay"
-    middle = _switch_step(who, steps, switch)
-    require_hyperparameter(who, "first", first, "b1.58 uses 0.1.")
-    require_hyperparameter(who, "second", second, "b1.58 uses 0.")
-    held = [optax.constant_schedule(first), optax.constant_schedule(second)]
-    return optax.join_schedules(held, [middle])
+    switched = _float32(_switch_step(who, steps, switch))
+    require_number(who, "first", first, NONNEGATIVE, "b1.58 uses 0.1.")
+    require_number(who, "second", second, NONNEGATIVE, "b1.58 uses 0.")
+    before, after = _float32(first), _float32(second)
+    return lambda step: jnp.where(_float32(step) < switched, before, after)
 
 
-def strength_schedule(steps: int, *, start: int = 0, shape: str = "linear") -> optax.Schedule:
-    """The ramp that phases quantisation in: 0 (float) to exactly 1 (ternary).
+def strength_schedule(
+    steps: Scalar, *, start: Scalar = 0, shape: Shape = "linear"
+) -> optax.Schedule:
+    """A ramp that phases quantisation in: from 0 (float) to exactly 1 (ternary).
 
-    In a loss, for every layer in it: ``with bj.phase_in(strength(step)): ...``.
-    Fine-tuning from a float network wants it; training from scratch does not.
+    Use it in a loss: ``with bj.phase_in(strength(step)): ...`` applies to every layer
+    inside. It helps fine-tuning from a float network; training from scratch does not
+    need it.
 
     Args:
-      steps: from 0 to 1; about 1000 for a pretrained network.
-      start: the step at which it leaves 0.
-      shape: ``"linear"``, or ``"cosine"``, gentle at both ends.
+      steps: how many steps the ramp takes; about 1000 for a pretrained network.
+      start: the last step at which it is 0.
+      shape: ``"linear"``, or ``"cosine"``, which is flat at both ends.
 
     Returns:
       A schedule, step to a float32 scalar.
@@ -144,62 +166,73 @@ def strength_schedule(steps: int, *, start: int = 0, shape: str = "linear") -> o
       easy (Hugging Face, 2024), warm-up quantisation.
     """
     who = "strength_schedule"
-    require_step_count(who, "steps", steps)
-    require_start_step(who, "start", start)
-    _checks.require_one_of(who, "shape", shape, SHAPES)
+    require_integer(who, "steps", steps, 1)
+    require_integer(who, "start", start, 0)
+    _checks.require_one_of(who, "shape", shape, get_args(Shape))
+    begin, length = _float32(start), _float32(steps)
 
-    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        way = (jnp.asarray(count, jnp.float32) - jnp.float32(start)) / jnp.float32(steps)
-        way = jnp.clip(way, 0.0, 1.0)
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        share = jnp.clip((_float32(step) - begin) / length, 0.0, 1.0)
         if shape == "cosine":
-            # cos(pi) rounds; the end of a ramp has to be 1 to the bit.
-            bend = 0.5 - 0.5 * jnp.cos(jnp.float32(jnp.pi) * way)
-            way = jnp.where(way < 1.0, jnp.minimum(bend, 1.0), 1.0)
-        return way
+            # In float32 0.5 - 0.5 * cos(pi) need not be 1, and strength must be exactly 1
+            # at the end: only then the layers take the int8 path.
+            bend = 0.5 - 0.5 * jnp.cos(jnp.float32(jnp.pi) * share)
+            share = jnp.where(share < 1.0, jnp.minimum(bend, 1.0), 1.0)
+        return share
 
     return schedule
 
 
-def _switch_step(who: str, steps: int, switch: float) -> int:
-    _require_two_stages(who, steps, switch)
-    return min(max(1, round(steps * switch)), steps - 1)
+def _float32(value: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.asarray(value, jnp.float32)
 
 
-def _between(start: float, end: float, steps: int, shape: str) -> optax.Schedule:
-    """From one value to another; flat where there is no way to go."""
-    if start == end or steps < 1:
-        return optax.constant_schedule(start)
-    if shape == "linear" or start == 0.0:
-        return optax.linear_schedule(start, end, steps)
-    return optax.cosine_decay_schedule(start, steps, alpha=end / start)
+def _switch_step(who: str, steps: Scalar, switch: Scalar) -> Scalar:
+    """The first step of the second stage; either stage has at least one step."""
+    require_integer(who, "steps", steps, 2)
+    require_number(who, "switch", switch, SHARE)
+    total, share = concrete(steps), concrete(switch)
+    if has_no_value(total) or has_no_value(share):
+        middle = jnp.round(_float32(total) * _float32(share))
+        return jnp.clip(middle, 1.0, _float32(total) - 1.0)
+    return min(max(1, round(total * share)), total - 1)
 
 
-def _require_two_stages(who: str, steps: Any, switch: Any) -> None:
-    """Refuses a run that has no two stages."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 2:
-        raise ValueError(f"{who}: `steps` must be an integer >= 2, got {steps!r}.")
-    if isinstance(switch, bool) or not isinstance(switch, (int, float)) or not 0 < switch < 1:
+def _default_warmup(middle: Scalar) -> Scalar:
+    """The published warm-up; a fifth of the first stage where that is shorter."""
+    return jnp.minimum(_WARMUP, jnp.floor(_float32(middle) / 5.0))
+
+
+def _require_warmup(who: str, value: Scalar, middle: Scalar) -> None:
+    """Raises unless the warm-up is an integer >= 0 that fits into the first stage."""
+    require_integer(who, "warmup_steps", value, 0)
+    steps, longest = concrete(value), concrete(middle)
+    if not (has_no_value(steps) or has_no_value(longest)) and steps > longest:
         raise ValueError(
-            f"{who}: `switch` must be between 0 and 1, a share of the steps, got {switch!r}."
+            f"{who}: `warmup_steps` must be at most {longest:g}, the length of the first stage, "
+            f"got {steps!r}. Shorten it, raise `steps`, or leave it out."
         )
 
 
-def _stage_ends(who: str, name: str, value: Any) -> tuple[float, float]:
-    """Start and end of a stage; refuses what is neither a number nor a pair of them, >= 0."""
+def _stage_ends(who: str, name: str, value: Stage) -> tuple[jax.Array, jax.Array]:
+    """The learning rates at the start and the end of a stage, float32."""
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    numbers = [isinstance(v, (int, float)) and not isinstance(v, bool) for v in pair]
-    if len(pair) != 2 or not all(numbers) or not all(0.0 <= v < math.inf for v in pair):
+    if len(pair) != 2 or isinstance(value, str):
         raise ValueError(
-            f"{who}: `{name}` must be a learning rate >= 0, or a pair (start, end) of them, got "
+            f"{who}: `{name}` must be a learning rate, or a pair (start, end) of them, got "
             f"{value!r}."
         )
-    return float(pair[0]), float(pair[1])
+    for rate in pair:
+        require_number(who, name, rate, NONNEGATIVE, "Pass a learning rate, or (start, end).")
+    return _float32(pair[0]), _float32(pair[1])
 
 
-def _require_warmup_fits(who: str, name: str, value: Any, most: int) -> None:
-    """Refuses a number of steps that the first stage has no room for."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-        raise ValueError(
-            f"{who}: `{name}` must be an integer from 0 to {most}, the length of the first stage, "
-            f"got {value!r}. Shorten it, or raise `steps`."
-        )
+def _share(t: jax.Array, begin: jax.Array, end: jax.Array) -> jax.Array:
+    """How much of a stage has passed, 0 to 1; a stage without a step is at its start."""
+    return jnp.clip((t - begin) / jnp.maximum(end - begin, 1.0), 0.0, 1.0)
+
+
+def _decay(start: jax.Array, end: jax.Array, share: jax.Array, shape: Shape) -> jax.Array:
+    """The value between start and end; exactly ``end`` at a share of 1."""
+    left = 1.0 - share if shape == "linear" else 0.5 + 0.5 * jnp.cos(jnp.pi * share)
+    return (start - end) * left + end

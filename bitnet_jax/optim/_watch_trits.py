@@ -1,19 +1,23 @@
-"""A transform that changes nothing and watches the codes of the kernels it trains."""
+"""An optax transform that measures the ternary codes of the kernels during training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int32, PyTree
 
-from bitnet_jax import _checks
+from bitnet_jax._quantize.kernel_axes import KernelAxes
 from bitnet_jax._quantize.ternary import B158, TernaryConfig
 from bitnet_jax._tree.select import AxesOf, Select
-from bitnet_jax.analysis._trit_stats import check_previous, measure, watched
-from bitnet_jax.optim._gradients import require_params, require_step_count
+from bitnet_jax.analysis._trit_stats import Snapshot, check_previous, measure, watched
+from bitnet_jax.optim._gradients import require_params
+from bitnet_jax.optim._hyperparameters import POSITIVE, Scalar, require_integer, require_number
+
+Watched = dict[str, tuple[jax.Array, TernaryConfig, KernelAxes]]
 
 
 class WatchTritsState(NamedTuple):
@@ -25,40 +29,40 @@ class WatchTritsState(NamedTuple):
       stats: ``"path/name"`` to the last statistics, float32 scalars.
     """
 
-    step: jax.Array
-    snapshot: dict[str, dict[str, jax.Array]]
+    step: Int32[Array, ""]
+    snapshot: Snapshot
     stats: dict[str, jax.Array]
 
 
 def watch_trits(
-    every: int = 50,
+    every: Scalar = 50,
     *,
     config: TernaryConfig = B158,
     select: Select | None = None,
     axes: AxesOf | None = None,
-    near: float = 0.1,
+    near: Scalar = 0.1,
 ) -> optax.GradientTransformation:
-    """Keeps :func:`bitnet_jax.trit_stats` of the params up to date, every so many steps.
+    """Measures :func:`bitnet_jax.analysis.trit_stats` of the params every ``every`` steps.
 
-    Updates pass through unchanged. Every ``every`` steps the codes of the params,
-    as they are before that step's update, are compared with those of last time,
-    which the state holds at two bits a weight. Other steps compute nothing; where
-    params are donated, XLA may copy a kernel for the branch. Put it anywhere in an
-    ``optax.chain`` and read it with :func:`read_trits`.
+    Updates pass through unchanged. Every ``every`` steps the codes of the params, before
+    that step's update, are compared with the previous ones, which the state holds at two
+    bits a weight. Other steps compute nothing; where params are donated, XLA may copy a
+    kernel for the branch. Put it anywhere in an ``optax.chain`` and read the statistics
+    with :func:`read_trits`.
 
     Args:
-      every: steps between two looks.
-      config: as for :func:`bitnet_jax.pack_params`, ternary.
+      every: steps between two measurements.
+      config: as for :func:`bitnet_jax.pack_params`; a ``TernaryConfig``.
       select: as for :func:`bitnet_jax.pack_params`.
       axes: as for :func:`bitnet_jax.pack_params`.
-      near: how close to the threshold is near, in units of the statistic.
+      near: how close to the threshold counts as near, in units of mean ``|w|``.
 
     Returns:
       An ``optax.GradientTransformation`` whose ``update`` needs ``params``.
 
     Raises:
-      ValueError: ``every`` below 1. In ``init``: as ``pack_params``. In
-        ``update``: no ``params``, or others than it was initialised with.
+      ValueError: ``every`` below 1. In ``init``: as ``pack_params``. In ``update``:
+        no ``params``, or params with other kernels than in ``init``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, bitnet_jax as bj
@@ -72,28 +76,30 @@ def watch_trits(
       0.5
     """
     who = "watch_trits"
-    require_step_count(who, "every", every)
-    _checks.require_positive(who, "near", near)
+    require_integer(who, "every", every, 1)
+    require_number(who, "near", near, POSITIVE)
 
-    def look(kernels: Any, last: Any) -> Any:
+    def look(kernels: Watched, last: Snapshot) -> tuple[Snapshot, dict[str, jax.Array]]:
         snapshot, stats = {}, {}
         for where, (w, c, found) in kernels.items():
             snapshot[where], of_kernel = measure(w, last.get(where), c, found, near)
             stats |= {f"{where}/{name}": value for name, value in of_kernel.items()}
         return snapshot, stats
 
-    def init(params: Any) -> WatchTritsState:
+    def init(params: PyTree) -> WatchTritsState:
         kernels = watched(who, params, config, select, axes)
         return WatchTritsState(jnp.zeros((), jnp.int32), *look(kernels, {}))
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None
+    ) -> tuple[PyTree, WatchTritsState]:
         require_params(who, params)
         kernels = watched(who, params, config, select, axes)
         _require_same_kernels(who, sorted(kernels), sorted(state.snapshot))
         check_previous(who, kernels, state.snapshot)
         step = state.step + jnp.int32(1)
         snapshot, stats = jax.lax.cond(
-            step % jnp.int32(every) == 0,
+            step % jnp.asarray(every, jnp.int32) == 0,
             lambda old: look(kernels, old[0]),
             lambda old: old,
             (state.snapshot, state.stats),
@@ -103,20 +109,20 @@ def watch_trits(
     return optax.GradientTransformation(init, update)
 
 
-def read_trits(opt_state: Any) -> dict[str, float]:
-    """The last statistics that :func:`watch_trits` took, for a logger.
+def read_trits(opt_state: PyTree) -> dict[str, float]:
+    """The latest statistics of :func:`watch_trits`, for a logger.
 
     Args:
-      opt_state: the state of any optimizer with :func:`watch_trits` in it, chained
-        or wrapped.
+      opt_state: the state of an optimizer that contains :func:`watch_trits`, chained or
+        wrapped.
 
     Returns:
-      ``{"path/flip_rate": ..., "path/zeros": ..., ...}`` as Python floats. Before
-      the first look there is no flip rate and no drift, and they are left out;
-      kernels with NaN or Inf have a scale that is none.
+      ``{"path/flip_rate": ..., "path/zeros": ..., ...}`` as Python floats. Flip rate and
+      drift are left out before the first measurement. The scale of a kernel with NaN or
+      Inf is NaN or Inf.
 
     Raises:
-      ValueError: a state without :func:`watch_trits`, or with two.
+      ValueError: a state without :func:`watch_trits`, or with several.
 
     Example:
       >>> import jax.numpy as jnp, optax, bitnet_jax as bj
@@ -126,7 +132,7 @@ def read_trits(opt_state: Any) -> dict[str, float]:
       ['kernel/near_threshold', 'kernel/scale', 'kernel/zeros']
     """
 
-    def is_state(node: Any) -> bool:
+    def is_state(node: object) -> bool:
         return isinstance(node, WatchTritsState)
 
     found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(s)]
@@ -137,7 +143,7 @@ def read_trits(opt_state: Any) -> dict[str, float]:
 
 
 def _require_same_kernels(who: str, got: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuses params with other kernels than the state was made for."""
+    """Raises unless params have the kernels that the state was made for."""
     if list(got) != list(wanted):
         raise ValueError(
             f"{who}: `params` has the kernels {', '.join(got)}, and the state was made for "
@@ -146,7 +152,7 @@ def _require_same_kernels(who: str, got: Sequence[str], wanted: Sequence[str]) -
 
 
 def _require_one_watch(who: str, count: int) -> None:
-    """Refuses an optimizer state that holds no statistics, or several."""
+    """Raises unless an optimizer state holds statistics once."""
     if count != 1:
         raise ValueError(
             f"{who}: `opt_state` holds {count} states of watch_trits, and needs one. Put "

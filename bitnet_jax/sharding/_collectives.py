@@ -1,11 +1,12 @@
-"""What a compiled program sends between devices, read from its HLO.
+"""The collective operations of a compiled program and their bytes, read from its HLO.
 
-``jax.jit(f).lower(...).compile()`` has the partitioner's answer in it; this counts it.
-Nothing is run.
+``jax.jit(f).lower(...).compile()`` contains the collectives that XLA's partitioner put
+in. This counts them; nothing is run.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bitnet_jax import _checks
+from bitnet_jax import _checks, _display
 
 _KINDS = (
     "all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute"
@@ -44,60 +45,61 @@ class Collective(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
-    """The collectives of a program; printed, a table.
+class Collectives:
+    """The collectives of a program; ``str`` is a table.
 
     Attributes:
-      collectives: in the order of the program; what the compiler merged into one
-        operation has a row for each array.
+      rows: in the order of the program. Where the compiler merged several arrays into one
+        operation, each array has a row.
 
     Example:
       >>> import jax, bitnet_jax as bj
       >>> compiled = jax.jit(lambda x: x + 1).lower(jax.numpy.ones(3)).compile()
-      >>> print(bj.sharding.traffic(compiled))
+      >>> print(bj.sharding.collectives(compiled))
       no collectives
     """
 
-    collectives: tuple[Collective, ...]
+    rows: tuple[Collective, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all results, on one device."""
-        return sum(c.nbytes for c in self.collectives)
+        return sum(row.nbytes for row in self.rows)
 
-    def of(self, kind: str) -> Traffic:
-        """The collectives of one kind."""
-        return Traffic(tuple(c for c in self.collectives if c.kind == kind))
+    def of(self, kind: str) -> Collectives:
+        """The collectives of one kind, ``"all-gather"`` for example."""
+        return Collectives(tuple(row for row in self.rows if row.kind == kind))
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"rows": [...], "nbytes": ...}`` as plain Python, each row a dict of its fields."""
+        rows = [row._asdict() | {"shape": list(row.shape)} for row in self.rows]
+        return {"rows": rows, "nbytes": self.nbytes}
 
     def __str__(self) -> str:
-        if not self.collectives:
+        """A table, one line for equal collectives, the most bytes first."""
+        if not self.rows:
             return "no collectives"
-        counts: dict[tuple[str, str, tuple[int, ...]], int] = {}
-        for c in self.collectives:
-            key = c.kind, c.dtype, c.shape
-            counts[key] = counts.get(key, 0) + 1
-        sizes = {(c.kind, c.dtype, c.shape): c.nbytes for c in self.collectives}
-        rows = [
-            (kind, f"{dtype}[{','.join(map(str, shape))}]", n, n * sizes[kind, dtype, shape])
-            for (kind, dtype, shape), n in counts.items()
+        lines = [
+            (row.kind, f"{row.dtype}[{','.join(map(str, row.shape))}]", times, times * row.nbytes)
+            for row, times in collections.Counter(self.rows).items()
         ]
-        rows.sort(key=lambda row: -row[3])
-        lines = [f"{'collective':<20}{'result':<24}{'times':>6}{'bytes':>14}"]
-        lines += [f"{kind:<20}{what:<24}{n:>6}{size:>14,}" for kind, what, n, size in rows]
-        return "\n".join([*lines, f"{'total':<50}{self.nbytes:>14,}"])
+        lines.sort(key=lambda line: -line[-1])
+        lines.append(("total", "", len(self.rows), self.nbytes))
+        cells = [(kind, result, str(times), f"{size:,}") for kind, result, times, size in lines]
+        return _display.table(("collective", "result", "times", "bytes"), cells)
 
 
-def traffic(compiled: jax.stages.Compiled) -> Traffic:
+def collectives(compiled: jax.stages.Compiled) -> Collectives:
     """The collectives of a compiled program, and the bytes of their results on one device.
 
     Args:
-      compiled: of ``jax.jit(f).lower(...).compile()``.
+      compiled: the result of ``jax.jit(f).lower(...).compile()``.
 
     Returns:
-      A :class:`Traffic`. A collective in a loop's body is counted once.
+      A :class:`Collectives`. A collective in the body of a loop is counted once.
 
     Raises:
-      TypeError: anything else than a compiled program.
+      TypeError: ``compiled`` is not a compiled program.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -106,33 +108,34 @@ def traffic(compiled: jax.stages.Compiled) -> Traffic:
       >>> w = jax.random.normal(jax.random.key(0), (64, 16))
       >>> packed = jax.device_put(bj.pack(w), NamedSharding(mesh, P()))
       >>> compiled = jax.jit(bj.matmul).lower(jax.numpy.ones((2, 64)), packed).compile()
-      >>> bj.sharding.traffic(compiled).nbytes
+      >>> bj.sharding.collectives(compiled).nbytes
       0
     """
     kinds = (jax.stages.Compiled,)
     _checks.require_instance(
-        "traffic", "compiled", compiled, kinds, "Use jax.jit(f).lower(x).compile()."
+        "collectives", "compiled", compiled, kinds, "Use jax.jit(f).lower(x).compile()."
     )
-    return Traffic(tuple(collectives_in(compiled.as_text() or "")))
+    return Collectives(tuple(collectives_in(compiled.as_text() or "")))
 
 
 def collectives_in(hlo: str) -> list[Collective]:
-    """The collectives of a program's text."""
+    """The collectives in the text of an HLO program."""
     matches = (_LINE.search(line) for line in hlo.splitlines())
     return [c for match in matches if match is not None for c in _results(match)]
 
 
 def _results(match: re.Match[str]) -> list[Collective]:
-    """The arrays of one operation: of those of an asynchronous start, the later half."""
-    arrays: list[Any] = list(_ARRAY.finditer(match["result"]))
+    """The result arrays of one operation."""
+    arrays = list(_ARRAY.finditer(match["result"]))
     if match["start"] and match["kind"] != "all-reduce":
-        arrays = [a for a in arrays if (a["dtype"], a["shape"]) != ("u32", "")]  # its contexts
+        # An asynchronous start returns its operands, its results, and u32 context values.
+        arrays = [a for a in arrays if (a["dtype"], a["shape"]) != ("u32", "")]
         arrays = arrays[len(arrays) // 2 :]
     results = []
     for array in arrays:
         shape = tuple(int(n) for n in array["shape"].split(",") if n)
         bits = _BITS.search(array["dtype"])
-        width = int(bits[0]) if bits else 8  # pred
+        width = int(bits[0]) if bits else 8  # "pred" has no digits and takes a byte
         size = -(-math.prod(shape) * width // 8)
         results.append(Collective(match["kind"], array["dtype"], shape, size))
     return results

@@ -1,6 +1,6 @@
-"""Where the leaves of a tree go on a mesh: packed kernels lie as the kernels they stand for.
+"""Partition specs of a parameter tree: packed kernels take the specs of their float kernels.
 
-Nothing is sharded here. The specs are for JAX's own tools: ``jax.device_put``,
+Nothing is moved here. The specs are for JAX's own tools: ``jax.device_put``,
 ``in_shardings``, ``bj.io.load(sharding=)``, Orbax.
 """
 
@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._checks import describe
@@ -22,35 +23,39 @@ from bitnet_jax._tree.select import Path, match
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-SpecOf = Callable[[Path, Any], "PartitionSpec | None"]
+SpecOf = Callable[[Path, Any], PartitionSpec | None]
 
 
-def partition_specs(params: Any, rules: Rules | SpecOf | None = None, *, mesh: Any = None) -> Any:
-    """The ``PartitionSpec`` of every array in a tree, those inside packed kernels included.
+def partition_specs(
+    params: PyTree,
+    rules: Rules | SpecOf | None = None,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> PyTree:
+    """The ``PartitionSpec`` of every array in a tree, also of those inside packed kernels.
 
-    A packed kernel inherits the spec of the float kernel that it stands for: its codes
-    lie as the kernel does, four rows to a byte, and so does a scale along every axis
-    that it has; along the others it is whole. Leaves that nothing is said of are whole
-    on every device.
+    A packed kernel takes the spec of its float kernel. Its codes are sharded like the
+    kernel, four rows to a byte. Its scale is sharded along the axes that it has, and
+    replicated along the others. Leaves without a spec are replicated.
 
     Args:
       params: a tree of arrays or ``jax.ShapeDtypeStruct``, packed or not.
-      rules: None: the kernels' Flax metadata (``nn.with_partitioning``, logical names
-        under ``nn.logical_axis_rules``, nnx ``out_sharding``). Else pairs of a pattern,
-        as of :func:`exclude`, and the spec of the float leaf, the first that matches;
-        or a function of path and leaf that returns a spec or None.
-      mesh: what the specs are to be used with, to be checked against it; by default the
-        mesh around the call (``jax.set_mesh``), if there is one.
+      rules: None: Flax's partitioning metadata (``nn.with_partitioning``, logical names
+        under ``nn.logical_axis_rules``, nnx ``out_sharding``). Or pairs of a pattern, as
+        for :func:`exclude`, and the spec of the float leaf; the first match counts. Or a
+        function of path and leaf that returns a spec or None.
+      mesh: the mesh that the specs are checked against; by default that of
+        ``jax.set_mesh``, if there is one.
 
     Returns:
-      A tree of the structure of ``params``, boxes and packed nodes included, with a spec
+      A tree with the structure of ``params``, boxes and packed nodes included, and a spec
       in the place of every array.
 
     Raises:
-      ValueError: an empty tree; no metadata in it, or a pattern that matches nothing; a
-        spec of more axes than its leaf, of axes that the mesh has not, or that does not
-        divide it: a contraction is cut at multiples of four weights, one byte.
-      TypeError: a prepared kernel, or rules that are none.
+      ValueError: an empty tree; no metadata, or a pattern that matches nothing; a spec
+        with more axes than its leaf, with axes that the mesh lacks, or that does not
+        divide the leaf. A contraction is divided at multiples of four weights, one byte.
+      TypeError: a prepared kernel, or rules of another type.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -77,7 +82,7 @@ def partition_specs(params: Any, rules: Rules | SpecOf | None = None, *, mesh: A
 def _given(
     who: str, leaves: Sequence[Leaf], rules: Rules | SpecOf | None
 ) -> list[PartitionSpec | None]:
-    """The spec of each float leaf, by metadata or by rules."""
+    """The spec of each float leaf, from metadata or rules."""
     if rules is None:
         specs = [placement(leaf.boxed) for leaf in leaves]
         _require_some_sharding(who, any(spec is not None for spec in specs))
@@ -96,12 +101,15 @@ def _given(
     return specs
 
 
-def _of_leaf(who: str, leaf: Leaf, spec: PartitionSpec | None, mesh: Any) -> Any:
-    """The spec of one leaf: an array's own, or a packed kernel's two."""
+def _of_leaf(
+    who: str, leaf: Leaf, spec: PartitionSpec | None, mesh: Mesh | AbstractMesh | None
+) -> PartitionSpec | Stored:
+    """The spec of an array; for a packed kernel, the kernel with specs as its arrays."""
     value = leaf.value
     shape = tuple(value.shape)
     _require_spec_rank(who, leaf.where, spec, shape)
     entries = _mesh.padded(spec or (), len(shape))
+    # Shards of codes must begin at a whole byte: at a multiple of four weights.
     steps = [1] * len(shape)
     if isinstance(value, PackedTernary):
         steps[value.contracting_axes[-1]] = trits.PER_BYTE
@@ -117,7 +125,11 @@ def _of_leaf(who: str, leaf: Leaf, spec: PartitionSpec | None, mesh: Any) -> Any
 
 
 def _of_packed(packed: Stored, entries: _mesh.Spec, cuts: Sequence[int], *, known: bool) -> Stored:
-    """Specs in the place of codes and scale; groups are cut where that is known to be even."""
+    """A packed kernel with specs in the place of its codes and scale.
+
+    A scale's axis is as long as the kernel's (one scale per output), has one entry per
+    group, or is 1. Groups are sharded only where the mesh is known to divide them.
+    """
     scale = [
         entry if have == length or (known and have > 1 and have % cut == 0) else None
         for entry, have, length, cut in zip(
@@ -129,7 +141,7 @@ def _of_packed(packed: Stored, entries: _mesh.Spec, cuts: Sequence[int], *, know
 
 
 def _require_some_sharding(who: str, some: bool) -> None:
-    """Refuses a tree without a word about placement."""
+    """Raises if no leaf has partitioning metadata."""
     if not some:
         raise ValueError(
             f"{who}: `params` holds no partitioning metadata. Annotate kernels "
@@ -138,8 +150,8 @@ def _require_some_sharding(who: str, some: bool) -> None:
         )
 
 
-def _rule_pairs(who: str, rules: Any) -> list[tuple[str, PartitionSpec]]:
-    """Rules as pairs of a pattern and a spec, or an error."""
+def _rule_pairs(who: str, rules: object) -> list[tuple[str, PartitionSpec]]:
+    """Rules as pairs of a pattern and a spec; raises if they are not."""
     pairs = list(rules) if isinstance(rules, (list, tuple)) else []
     good = (
         isinstance(pair, (list, tuple))
@@ -157,19 +169,19 @@ def _rule_pairs(who: str, rules: Any) -> list[tuple[str, PartitionSpec]]:
     return pairs
 
 
-def _require_spec(who: str, where: str, spec: Any) -> None:
-    """Refuses a rule's answer that is no spec."""
+def _require_spec(who: str, where: str, spec: object) -> None:
+    """Raises unless a rule returned a spec or None."""
     if spec is not None and not isinstance(spec, PartitionSpec):
         raise TypeError(
             f"{who}: `rules` returned {describe(spec)} for {where}. Return a PartitionSpec, or "
-            "None for a leaf that is whole on every device."
+            "None for a leaf that is replicated."
         )
 
 
 def _require_spec_rank(
     who: str, where: str, spec: PartitionSpec | None, shape: Sequence[int]
 ) -> None:
-    """Refuses a spec of more axes than its leaf."""
+    """Raises if a spec has more entries than its leaf has axes."""
     if spec is not None and len(spec) > len(shape):
         raise ValueError(
             f"{who}: {where} has shape {tuple(shape)}, and its spec {len(spec)} entries: {spec}. "
@@ -178,7 +190,7 @@ def _require_spec_rank(
 
 
 def _require_axes_of_mesh(who: str, where: str, used: Sequence[str], has: Sequence[str]) -> None:
-    """Refuses a spec of axes that the mesh does not have, or that names one twice."""
+    """Raises if a spec names axes that the mesh lacks, or one axis twice."""
     missing = sorted({axis for axis in used if axis not in has})
     if missing:
         raise ValueError(
@@ -200,7 +212,7 @@ def _require_equal_shards(
     cuts: Sequence[int],
     steps: Sequence[int],
 ) -> None:
-    """Refuses shards of unequal size, or that end inside a byte."""
+    """Raises unless shards have equal sizes and begin at whole bytes."""
     for axis, (length, entry, cut, step) in enumerate(
         zip(shape, entries, cuts, steps, strict=True)
     ):

@@ -1,18 +1,18 @@
-"""What training a network takes on each device of a mesh, from shapes alone.
+"""Memory that training takes on each device of a mesh, computed from shapes alone.
 
-Counted, for a tree of parameters that is cut by ``PartitionSpec``\\ s::
+Counted, for a tree of parameters sharded by ``PartitionSpec``\\ s::
 
-    parameters, gradients       the shards
-    optimizer's state           what ``init`` makes of the shards
-    saved for the backward pass of each ternary contraction, x's codes (int8) and gammas
+    parameters, gradients       this device's shards
+    optimizer's state           what ``init`` allocates for the shards
+    saved for the backward pass of each ternary contraction: x's codes (int8) and gammas
                                 (float32, one a token), the kernel's codes (int8, the shard)
                                 and its scale
-    gathered                    the codes of each kernel that :func:`gather_codes` gathers,
-                                once in the forward pass and once in the backward one
+    gathered                    the codes of each kernel under :func:`gather_codes`, once in
+                                the forward pass and once in the backward pass
 
-Not counted: attention's scores, norms, activation functions, logits, float leaves that
-XLA gathers, and XLA's own temporaries. On top of what is held there are at least the
-largest kernel's gathered codes, and its gradient before that is summed over the devices.
+Not counted: attention scores, norms, activation functions, logits, float leaves that
+XLA gathers, and XLA's temporaries. The peak is higher than the memory held: at least by
+the largest kernel's gathered codes and by its gradient before the sum over devices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks, _display, _mesh
 from bitnet_jax._ops.gather import gather_of
@@ -46,22 +48,22 @@ _FLOAT32 = 4  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of training on one device, and of serving the whole model; printed, a table.
+    """Bytes of training on one device, and of serving the whole model; ``str`` is a table.
 
     Attributes:
       devices: how many devices the mesh has.
-      parameters: of the shards, float.
-      gradients: of the shards.
-      optimizer: of the optimizer's state.
-      saved: for the backward pass, by all ternary contractions.
+      parameters: the float shards.
+      gradients: the shards of the gradients.
+      optimizer: the optimizer's state.
+      saved: residuals of all ternary contractions, for the backward pass.
       largest_codes: the gathered codes of the largest kernel, int8.
-      largest_gradient: that kernel's gradient before it is summed, float32.
-      gathered: codes of all kernels, for a forward and a backward pass, as
-        :func:`traffic` counts them.
-      gathered_weights: how many weights these are the codes of.
+      largest_gradient: that kernel's gradient before the sum over devices, float32.
+      gathered: the gathered codes of all kernels, forward and backward pass together, as
+        :func:`collectives` counts them.
+      gathered_weights: the number of weights in ``gathered``.
       served_float16: the whole model in float16.
-      served_int8: its selected kernels at eight bits, packed; the rest as it is.
-      served_packed: its selected kernels as they are packed; the rest as it is.
+      served_int8: the selected kernels packed at eight bits; the other leaves unchanged.
+      served_packed: the selected kernels packed by their config; the others unchanged.
     """
 
     devices: int
@@ -79,12 +81,13 @@ class TrainingMemory:
 
     @property
     def held(self) -> int:
-        """Bytes held at the end of a forward pass, of what is counted."""
+        """Bytes held at the end of a forward pass: parameters, gradients, state, residuals."""
         return self.parameters + self.gradients + self.optimizer + self.saved
 
-    def __str__(self) -> str:
-        """The table: one device, what it gathers in a step, the model to serve."""
-        rows = [
+    @property
+    def rows(self) -> tuple[tuple[str, int], ...]:
+        """The lines of the table: a label and bytes."""
+        return (
             ("parameters", self.parameters),
             ("gradients", self.gradients),
             ("optimizer's state", self.optimizer),
@@ -98,45 +101,54 @@ class TrainingMemory:
             ("served, whole model: float16", self.served_float16),
             ("    int8", self.served_int8),
             ("    packed", self.served_packed),
-        ]
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """Every attribute and ``held``, as plain Python integers."""
+        return dataclasses.asdict(self) | {"held": self.held}
+
+    def __str__(self) -> str:
+        """A table: one device, what it gathers in a step, the model to serve."""
         header = (f"on one of {self.devices} devices", "bytes")
-        return _display.table(header, [(name, _display.size_text(n)) for name, n in rows])
+        return _display.table(header, [(name, _display.size_text(n)) for name, n in self.rows])
 
 
 def training_memory(
-    params: Any,
-    rules: _partition_specs.Rules | _partition_specs.SpecOf | None = None,
+    params: PyTree,
+    config: KernelConfig = B158,
     *,
     mesh: Mesh | AbstractMesh,
-    optimizer: Any,
+    optimizer: optax.GradientTransformation,
     tokens: Tokens,
-    config: KernelConfig = B158,
+    rules: _partition_specs.Rules | _partition_specs.SpecOf | None = None,
     select: Select | None = None,
     axes: AxesOf | None = None,
 ) -> TrainingMemory:
-    """The bytes that training takes on each device, and what serving will take.
+    """The bytes that training takes on each device, and the bytes of the model to serve.
 
     Computed from shapes: nothing is allocated, and no device is needed. A table for 70
-    billion parameters is made of ``jax.eval_shape(model.init, ...)`` and an
-    ``AbstractMesh`` in seconds. Quantisation is taken as complete (strength 1) and
-    activations as int8; the other paths save floats.
+    billion parameters takes seconds, from ``jax.eval_shape(model.init, ...)`` and an
+    ``AbstractMesh``. It assumes full quantisation (strength 1) and int8 activations; the
+    other paths save floats.
 
-    Call it inside :func:`gather_codes`, as training would be: without, nothing is gathered.
-    Gradients have the parameters' dtypes and placement, and so has the optimizer's state.
-    Each contraction saves its own codes of x: XLA may merge those of layers with the same
-    input. A convolution is taken to save each of its windows, which is more than it does.
-    A first layer whose input has no gradient gathers its codes once, not twice; blocks
-    under ``nn.remat`` gather a third time, and save one block at a time.
+    Call it inside :func:`gather_codes` if training will run inside it; else nothing is
+    gathered. Gradients and the optimizer's state have the parameters' dtypes and
+    shardings. Each contraction counts its own codes of x, although XLA may merge those of
+    layers with the same input. A convolution counts every window, which is more than it
+    saves. The first layer of a model gathers its codes once, not twice, if its input has
+    no gradient. Blocks under ``nn.remat`` gather a third time, and save one block at a
+    time.
 
     Args:
       params: a tree of float arrays or ``jax.ShapeDtypeStruct``, boxed or not.
-      rules: how it is cut; as of :func:`partition_specs`, by default its own metadata.
-      mesh: what the specs are of; a ``jax.sharding.AbstractMesh`` will do.
-      optimizer: an optax transformation.
-      tokens: how many rows of x on one device meet each kernel; or a function of path and
-        leaf (experts see some of the tokens; 0: it is looked up). By default a leaf named
-        ``embedding`` is looked up, which saves and gathers no codes.
       config: as for :func:`pack_params`.
+      mesh: the mesh of the specs; a ``jax.sharding.AbstractMesh`` is enough.
+      optimizer: an optax transformation.
+      tokens: how many rows of x each kernel is multiplied with on one device; or a
+        function of path and leaf, for experts that see some of the tokens. 0 means that
+        the leaf is looked up, which saves and gathers no codes; that is the default for
+        leaves named ``embedding``.
+      rules: the shardings, as for :func:`partition_specs`; by default Flax's metadata.
       select: as for :func:`pack_params`.
       axes: as for :func:`pack_params`.
 
@@ -155,7 +167,7 @@ def training_memory(
       >>> rules = [("kernel", P("data", None))]
       >>> how = {"mesh": mesh, "optimizer": optax.adamw(1e-3), "tokens": 4096}
       >>> with bj.sharding.gather_codes("data"):
-      ...     print(bj.sharding.training_memory(params, rules, **how))
+      ...     print(bj.sharding.training_memory(params, rules=rules, **how))
       on one of 8 devices                         bytes
       parameters                                22.5 MB
       gradients                                 22.5 MB
@@ -172,8 +184,6 @@ def training_memory(
           packed                                11.3 MB
     """
     who = "training_memory"
-    import optax  # whoever names an optimizer has it
-
     _checks.require_instance(
         who, "mesh", mesh, (Mesh, AbstractMesh), "Use jax.make_mesh((8,), ('data',))."
     )
@@ -224,7 +234,7 @@ def training_memory(
 
 
 class _Kernel(NamedTuple):
-    """Of one kernel on one device; what is gathered, for one pass."""
+    """One kernel on one device: saved bytes, and gathered bytes and weights of one pass."""
 
     saved: int
     gathered: int
@@ -234,7 +244,7 @@ class _Kernel(NamedTuple):
 def _kernel(
     who: str, packed: Stored, entries: _mesh.Spec, mesh: AbstractMesh, rows: int
 ) -> _Kernel:
-    """What one contraction saves and gathers, decided as the training op decides it."""
+    """What one contraction saves and gathers, by the same decisions as the training op."""
     batch, k, n = packed.axes.split(packed.shape)
     parts = packed.axes.split(entries)
     gather = gather_of(
@@ -246,11 +256,12 @@ def _kernel(
         given=True,
         two_bits=isinstance(packed, PackedTernary),
     )
+    # The op sees (*batch, K, N): contracting and output axes are merged, and their mesh axes.
     shape = (*batch, math.prod(k), math.prod(n))
     merged = [tuple(a for e in part for a in _mesh.names(e)) for part in parts[1:]]
     shards = (*parts[0], *merged)
     *slices, depth, outputs = _cut(shape, shards if gather is None else gather.whole, mesh)
-    # A scale is cut along the axes that it has, where that is even.
+    # A scale is sharded along its axes that the mesh divides.
     scale_entries = _mesh.fit(entries, packed.scale.shape, mesh)
     scale = math.prod(_cut(packed.scale.shape, scale_entries, mesh)) * _FLOAT32
     saved = rows * math.prod(slices) * (depth + _FLOAT32) + math.prod(_cut(shape, shards, mesh))
@@ -270,12 +281,12 @@ def _cut(shape: Sequence[int], entries: Iterable[_mesh.Entry], mesh: AbstractMes
 
 @functools.cache
 def _packed(w: jax.ShapeDtypeStruct, config: KernelConfig, axes: kernel_axes.KernelAxes) -> Stored:
-    """The shapes of a packed kernel; a network has few different ones."""
+    """The shapes of a packed kernel; cached, because a network has few different ones."""
     return jax.eval_shape(lambda w: pack_quantized(w, config, axes)[1], w)
 
 
 def _rows(who: str, leaf: Leaf, tokens: Tokens) -> int:
-    """How many rows of x meet one kernel."""
+    """How many rows of x one kernel is multiplied with on one device."""
     if not callable(tokens):
         return 0 if leaf.path[-1:] == ("embedding",) else tokens
     rows = tokens(leaf.path, leaf.value)
@@ -283,6 +294,6 @@ def _rows(who: str, leaf: Leaf, tokens: Tokens) -> int:
     return rows
 
 
-def _nbytes(leaf: Any) -> int:
-    """Bytes of a packed kernel or of an array, or of what stands for one."""
+def _nbytes(leaf: Stored | jax.ShapeDtypeStruct) -> int:
+    """Bytes of a packed kernel, an array or a ``jax.ShapeDtypeStruct``."""
     return leaf.nbytes if is_stored(leaf) else leaf.size * leaf.dtype.itemsize

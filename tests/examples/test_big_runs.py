@@ -88,7 +88,7 @@ def test_what_a_sharding_sends(row):
 
     def sent(function, *operands, least, **how):
         program = jax.jit(function, **how).lower(*operands).compile()
-        found = bj.sharding.traffic(program).collectives
+        found = bj.sharding.collectives(program).rows
         return ", ".join(sorted({f"{c.dtype} {c.kind}" for c in found if c.nbytes >= least}))
 
     gather = bj.sharding.gather_codes("data") if "fsdp" in row else contextlib.nullcontext()
@@ -158,7 +158,7 @@ def test_what_a_plug_in_gathers(page, kind, told, dtypes):
             return
         program = jax.jit(run).lower(*operands).compile()
         y = program(*operands)[0]
-    gathers = bj.sharding.traffic(program).of("all-gather").collectives
+    gathers = bj.sharding.collectives(program).of("all-gather").rows
     assert [c.dtype for c in gathers if c.nbytes >= 256 * 64 // 4] == dtypes
     assert (y == want).all()
 
@@ -176,7 +176,7 @@ def test_a_plug_in_under_nnx(page):
 
 
 def test_the_page_runs_and_its_step_gathers_two_bits(page):
-    gathers = bj.sharding.traffic(page["step"]).of("all-gather").collectives
+    gathers = bj.sharding.collectives(page["step"]).of("all-gather").rows
     assert [(c.dtype, c.nbytes) for c in gathers if c.nbytes > 10_000] == [("u8", 512 * 1024 // 4)]
 
 

@@ -53,11 +53,11 @@ def run(tx, grads, params=None):
 EMA = {
     "paper": {},
     "other": {"alpha": 0.9, "lamb": 0.3},
-    "zeros": {"seed": "zeros"},
-    "debiased": {"seed": "debiased"},
+    "zeros": {"init": "zeros"},
+    "debiased": {"init": "debiased"},
     "waits": {"start_step": 30},
     "seeded late": {"start_step": 30, "track_while_waiting": False},
-    "debiased late": {"seed": "debiased", "start_step": 30, "track_while_waiting": False},
+    "debiased late": {"init": "debiased", "start_step": 30, "track_while_waiting": False},
     "no decay": {"alpha": 0.0, "lamb": 1.0},
     "scheduled": {
         "alpha": lambda t: 0.5 + 0.4 * (t >= 50),
@@ -81,7 +81,7 @@ def test_ema_is_its_formula(name):
             [leaf(g).astype(np.float64) for g in grads],
             function("alpha", 0.98),
             function("lamb", 2.0),
-            options.get("seed", "first"),
+            options.get("init", "first"),
             options.get("start_step", 0),
             options.get("track_while_waiting", True),
         )

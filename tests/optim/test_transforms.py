@@ -111,7 +111,7 @@ def test_trees_that_differ_are_named(name):
         (lambda: bj.optim.grokfast_ema(-0.1), "`alpha`"),
         (lambda: bj.optim.grokfast_ema(lamb=-1.0), "`lamb` must be a finite number >= 0"),
         (lambda: bj.optim.grokfast_ema(lamb=float("nan")), "`lamb`"),
-        (lambda: bj.optim.grokfast_ema(seed="zero"), "Did you mean 'zeros'"),
+        (lambda: bj.optim.grokfast_ema(init="zero"), "Did you mean 'zeros'"),
         (lambda: bj.optim.grokfast_ema(start_step=-1), "`start_step`"),
         (lambda: bj.optim.grokfast_ema(accumulator_dtype=jnp.int8), "`accumulator_dtype`"),
         (lambda: bj.optim.grokfast_ma(0), "`window_size` must be an integer >= 1"),

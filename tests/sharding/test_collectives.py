@@ -13,8 +13,8 @@ def test_traffic_counts_bytes():
     mesh = mesh_of("auto", (8,), ("data",))
     x = put(mesh, jnp.zeros((16, 4), jnp.bfloat16), P("data"))
     whole = NamedSharding(mesh, P())
-    told = bj.sharding.traffic(compiled(lambda x: x * 2, x, out_shardings=whole))
-    (gather,) = told.of("all-gather").collectives
+    told = bj.sharding.collectives(compiled(lambda x: x * 2, x, out_shardings=whole))
+    (gather,) = told.of("all-gather").rows
     assert (gather.dtype, gather.shape, gather.nbytes) in [
         ("bf16", (16, 4), 128),
         ("u16", (16, 4), 128),
@@ -24,7 +24,7 @@ def test_traffic_counts_bytes():
     assert "all-gather" in str(told)
     assert "total" in str(told)
     with pytest.raises(TypeError, match="`compiled` must be"):
-        bj.sharding.traffic(x)
+        bj.sharding.collectives(x)
 
 
 def test_traffic_reads_tuples_and_asynchronous_starts():

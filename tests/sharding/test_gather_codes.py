@@ -44,7 +44,7 @@ def test_fsdp_gathers_codes(kind, way, config):
         function, operands = step_of(net, params, put(mesh, gaussian(6, 16, 32), P("data")))
         how = {"out_shardings": (None, places)} if kind == "auto" else {}
         gathers = (
-            bj.sharding.traffic(compiled(function, *operands, **how)).of("all-gather").collectives
+            bj.sharding.collectives(compiled(function, *operands, **how)).of("all-gather").rows
         )
     bits = {bj.B158: 2}.get(config, 8)
     kernels = [math.prod(boxed[f"layer_{i}"]["kernel"].value.shape) for i in range(3)]
@@ -68,7 +68,7 @@ def test_without_the_context_xla_gathers_int8_codes():
         return jnp.square(x).mean()
 
     x = put(mesh, gaussian(9, 512, 1024), P("data"))
-    gathers = bj.sharding.traffic(compiled(loss, ws, x)).of("all-gather").collectives
+    gathers = bj.sharding.collectives(compiled(loss, ws, x)).of("all-gather").rows
     assert [(g.dtype, g.shape) for g in gathers if g.nbytes > 10_000] == [("s8", (1024, 1024))] * 3
 
 
@@ -80,7 +80,7 @@ def test_weight_only_gathers_codes_too():
         return bj.ternary_dot(x, w, activations=None, kernel_spec=P("data", None))
 
     with jax.set_mesh(mesh), bj.sharding.gather_codes("data"):
-        told = bj.sharding.traffic(compiled(product, x, w)).of("all-gather").collectives
+        told = bj.sharding.collectives(compiled(product, x, w)).of("all-gather").rows
         assert [(g.dtype, g.nbytes) for g in told] == [("u8", K * N // 4)]
         dw = jax.jit(jax.grad(lambda w: product(x, w).sum()))(w)
     np.testing.assert_allclose(dw, jnp.broadcast_to(x.sum(axis=0)[:, None], (K, N)), rtol=1e-4)
@@ -123,7 +123,7 @@ def test_nnx_metadata(logical):
         x = put(mesh, gaussian(0, M, K), P("data"))
         graph, state = nnx.split(layer)
         program = compiled(lambda s, x: nnx.merge(graph, s)(x), state, x)
-        told = bj.sharding.traffic(program).of("all-gather").collectives
+        told = bj.sharding.collectives(program).of("all-gather").rows
     assert [(g.dtype, g.nbytes) for g in told] == [("u8", K * N // 4)]
     packed, _ = bj.nnx.pack(layer)
     specs = bj.sharding.partition_specs(packed)

@@ -69,7 +69,7 @@ def test_what_travels(kind, config, name):
         x_spec, spec = PLACES[place]
         packed = placed(mesh, bj.pack(gaussian(1, K, N), CONFIGS[config]), spec)
         operands = put(mesh, gaussian(0, M, K), x_spec), packed
-        found = bj.sharding.traffic(compiled(multiply, *operands)).collectives
+        found = bj.sharding.collectives(compiled(multiply, *operands)).rows
         return sorted((c.kind, c.dtype, math.prod(c.shape)) for c in found)
 
     sums, gammas = ("all-reduce", "s32", M * N), ("all-reduce", "f32", M)
@@ -161,7 +161,7 @@ def test_prepared_kernels_serve_sharded_rows():
     fast = bj.prepare(bj.pack(gaussian(1, K, N)), "cpu")
     program = compiled(bj.matmul, put(mesh, x, P("data")), fast)
     oracles.assert_same_bits(program(put(mesh, x, P("data")), fast), bj.matmul(x, fast))
-    assert bj.sharding.traffic(program).nbytes == 0
+    assert bj.sharding.collectives(program).nbytes == 0
 
 
 @both_kinds

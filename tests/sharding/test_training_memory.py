@@ -56,7 +56,7 @@ def on_one_device(tree):
 
 
 def codes_gathered(program):
-    gathers = bj.sharding.traffic(program).of("all-gather").collectives
+    gathers = bj.sharding.collectives(program).of("all-gather").rows
     return sum(c.nbytes for c in gathers if c.dtype in ("u8", "s8"))
 
 
@@ -132,7 +132,7 @@ def test_what_is_gathered(kind, case):
     kernels = [a * b // cut for a, b in itertools.pairwise(FEATURES)]
     assert told.gathered_weights == 2 * sum(kernels)
     assert told.largest_codes == max(kernels)
-    sums = bj.sharding.traffic(program).of("all-reduce").collectives
+    sums = bj.sharding.collectives(program).of("all-reduce").rows
     assert told.largest_gradient == max(c.nbytes for c in sums)
 
 
@@ -147,7 +147,7 @@ MESH = AbstractMesh((8,), ("data",))
 
 def told(params, rules=lambda *_: None, **how):
     how = {"mesh": MESH, "optimizer": ADAMW, "tokens": 32} | how
-    return bj.sharding.training_memory(params, rules, **how)
+    return bj.sharding.training_memory(params, rules=rules, **how)
 
 
 def test_serving_takes_what_packing_reports():
