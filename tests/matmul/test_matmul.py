@@ -172,7 +172,9 @@ def test_a_row_that_refuses_everything_is_passed_over_and_never_hidden(monkeypat
     def refuse(*args):
         raise NotImplementedError("matmul: implementation 'lame' is not for this machine.")
 
-    lame = IMPLEMENTATIONS["reference"]._replace(contract=refuse, unsupported_reason=lambda _: "lame")
+    lame = IMPLEMENTATIONS["reference"]._replace(
+        contract=refuse, unsupported_reason=lambda _: "lame"
+    )
     # The whole table, not its items: putting items back would change their order.
     monkeypatch.setattr(api, "IMPLEMENTATIONS", {"lame": lame, **IMPLEMENTATIONS})
     case = suite.CASES["dense"]
