@@ -25,6 +25,7 @@ import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from results import Table, save
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -246,8 +247,9 @@ def draw(results: dict[str, list[Result]], path: pathlib.Path) -> None:
             epochs = np.arange(1, stack.shape[1] + 1)
             curves.plot(epochs, stack.mean(0), color=colors[kind], label=kind)
             curves.fill_between(epochs, stack.min(0), stack.max(0), color=colors[kind], alpha=0.2)
-        low = min(80.0, *(r.curves[k][-1] for r in runs for k in r.curves)) - 2
+        low = min(80.0, *(c[2:].min(initial=80.0) for r in runs for c in r.curves.values())) - 2
         curves.set(title=f"{name}: test accuracy", xlabel="epoch", ylabel="%", ylim=(low, 100.5))
+        curves.xaxis.set_major_locator(MaxNLocator(integer=True))
         curves.legend(loc="lower right")
 
         fields = ("float32", "ternary", "packed", "untrained")

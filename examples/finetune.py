@@ -293,7 +293,8 @@ def draw(results: dict[str, list[dict[str, Result]]], tasks: Any, path: pathlib.
             curve = runs[way.name].curve
             x = EVERY * np.arange(1, 1 + len(curve))
             x += task.steps if way.kind == "fine-tuned" else 0
-            panel.plot(x, curve, color=way.color, lw=1.3, label=way.name)
+            point = "o" if len(curve) == 1 else ""
+            panel.plot(x, curve, color=way.color, lw=1.3, marker=point, label=way.name)
         panel.axhline(runs[UNTRAINED].loss, color="#c8553d", ls="--", lw=1, label=UNTRAINED)
         low, high = min(r.loss for r in runs.values()), runs[UNTRAINED].loss
         panel.set(title=f"{task.name}: held-out loss", xlabel="step", ylabel="nats")
