@@ -10,6 +10,7 @@ import jax
 import pytest
 from example_loader import EXAMPLES, load_example
 
+import bitnet_jax as bj
 from bitnet_jax.__main__ import main
 
 ROOT = EXAMPLES.parent
@@ -47,6 +48,14 @@ def test_pages_are_short_and_start_with_code(file):
     assert len(lines) <= (140 if file.stem == "README" else 160)
     if file.stem not in ("architecture", "results"):
         assert lines.index("```python") < 24  # counted from 0
+
+
+def test_every_public_name_is_shown():
+    shown = [file.read_text() for file in (*FILES, *EXAMPLES.rglob("*.py"))]
+    words = set(re.findall(r"\w+", "\n".join(shown)))
+    rooms = (bj, bj.analysis, bj.io, bj.linen, bj.lora, bj.nnx, bj.optim, bj.sharding)
+    missing = {room.__name__: sorted(set(room.__all__) - words) for room in rooms}
+    assert not any(missing.values()), missing
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
