@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +95,7 @@ def require_leaves(who: str, name: str, count: int) -> None:
 
 def raise_selector_matches_nothing(
     who: str, what: str, paths: Sequence[str], near_to: Sequence[str]
-) -> None:
+) -> NoReturn:
     """Reports a selector, or one pattern of it, that matched nothing."""
     near: list[str] = []
     for pattern in near_to:
@@ -116,21 +116,21 @@ def require_selector(who: str, value: Any) -> None:
         )
 
 
-def raise_already_packed(who: str, path: str) -> None:
+def raise_already_packed(who: str, path: str) -> NoReturn:
     """Refuses to quantise a leaf that is packed already."""
     raise TypeError(
         f"{who}: {path} is packed already. Pass float params, or bj.unpack_params(packed) first."
     )
 
 
-def raise_nothing_packed(who: str) -> None:
+def raise_nothing_packed(who: str) -> NoReturn:
     """Reports a tree without packed leaves where some were expected."""
     raise ValueError(
         f"{who}: the tree holds no packed kernel. Pass what bj.pack_params returned first."
     )
 
 
-def raise_not_finite(who: str, path: str, count: int) -> None:
+def raise_not_finite(who: str, path: str, count: int) -> NoReturn:
     """Reports weights that are not finite; ``count`` was read from the values."""
     raise ValueError(
         f"{who}: {path} has {count} NaN or Inf weights. Find the step that made them "
@@ -148,7 +148,7 @@ def require_unset(who: str, name: str, value: Any, default: Any) -> None:
         )
 
 
-def raise_no_ternary_layer(who: str, name: str) -> None:
+def raise_no_ternary_layer(who: str, name: str) -> NoReturn:
     """Reports a model without a single ternary layer."""
     raise ValueError(
         f"{who}: {name} uses no kernel as ternary. Pass bj.linen.ternarize(model) (nnx: call "
@@ -165,7 +165,7 @@ def require_param_shape(who: str, path: str, got: Sequence[int], wanted: Sequenc
         )
 
 
-def raise_used_two_ways(who: str, path: str, how: str) -> None:
+def raise_used_two_ways(who: str, path: str, how: str) -> NoReturn:
     """Reports a kernel that a model uses in two ways that no packed form serves."""
     raise ValueError(
         f"{who}: the kernel at {path} is used {how}. Give each use a kernel of its own, or leave "
@@ -227,7 +227,7 @@ def require_embedding_lookup(who: str, index: Any, shape: Sequence[int]) -> None
         raise TypeError(f"{who}: `index` must be of integers, got {describe(index)}.")
 
 
-def raise_prepared(who: str, path: str, implementation: str) -> None:
+def raise_prepared(who: str, path: str, implementation: str) -> NoReturn:
     """Refuses a prepared leaf where the stored layout is needed."""
     raise TypeError(
         f"{who}: {path} is prepared for implementation {implementation!r}, a layout that only "

@@ -1,7 +1,8 @@
-"""Models in files.
+"""Models in files: a parameter tree, packed kernels included, in one safetensors file.
 
-:func:`save` and :func:`load` keep a parameter tree, packed kernels included, in
-one safetensors file that is refused when one bit of it has changed.
+:func:`save` writes it and :func:`load` reads it back bit-identical; a file in which one
+bit has changed is refused. :func:`describe`, :func:`abstract` and :func:`check` do the
+same for checkpoints that another library writes, Orbax for example.
 
 >>> import os, tempfile, jax, bitnet_jax as bj
 >>> params = {"layer": {"kernel": jax.random.normal(jax.random.key(0), (64, 16))}}

@@ -1,10 +1,10 @@
-"""Files in chunks: read or written, hashed and checked a MiB at a time, on a few threads.
+"""Reads and writes files in chunks of a MiB, hashed and checked on a few threads.
 
-A chunk is read, hashed and checked by one thread, while it is in that core's
-cache. Beside the tree itself, neither direction holds more than one tensor and those chunks.
+One thread reads, hashes and checks a chunk while it is in that core's cache. Besides the
+tree, memory holds at most one tensor and the chunks in flight.
 
-A file is written aside, forced to the disk and moved into place: at any moment
-there is the old file or the new one.
+A file is written to a temporary name, flushed to the disk and renamed: at any moment
+there is either the old file or the new one.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from bitnet_jax.io import _dense, _safetensors
-from bitnet_jax.io._safetensors import Entry, FormatError, Header, damaged
+from bitnet_jax.io._safetensors import Entry, FormatError, Header, raise_damaged
 from bitnet_jax.io._tensors import Part
 
 _Result = TypeVar("_Result")
 
 _THREADS = min(8, os.cpu_count() or 1)
 
-_AHEAD = _THREADS + 2  # chunks that are done before they are asked for
+_AHEAD = _THREADS + 2  # chunks in flight
 
 
 def pool() -> ThreadPoolExecutor:
-    """The threads of one call."""
+    """A pool of threads for one call."""
     return ThreadPoolExecutor(_THREADS, "bitnet_jax.io")
 
 
 def in_order(
     threads: ThreadPoolExecutor, do: Callable[[slice], _Result], chunks: Sequence[slice]
 ) -> Iterator[_Result]:
-    """``map(do, chunks)``, a few results ahead on other threads."""
-    if len(chunks) < 2:  # not worth waking a thread
+    """``map(do, chunks)`` on several threads, with a few chunks in flight."""
+    if len(chunks) < 2:  # a thread would cost more than it saves
         yield from map(do, chunks)
         return
     waiting: collections.deque[Future[_Result]] = collections.deque()
@@ -63,14 +63,15 @@ def write(
     metadata: Mapping[str, str],
     content: Callable[[str], Callable[[slice], np.ndarray]],
 ) -> None:
-    """Writes a file with its digest: all of it, or nothing.
+    """Writes a file with its digest. On failure nothing changes on the disk.
 
     Args:
       path: of the file.
       tensors: as ``_safetensors.lay_out`` places them.
       metadata: all but the digest.
-      content: called with one name after the other; what it returns gives the bytes of a chunk.
+      content: from a tensor's name to a function from a chunk to its bytes.
     """
+    # The digest covers the data and is in the header, so the header is written twice.
     header = _safetensors.encode(tensors, metadata, "0" * 64)
     hashes: dict[str, list[bytes]] = {}
     with _replacing(path) as file, pool() as threads:
@@ -92,7 +93,7 @@ def _write_tensor(
 
     def prepare(chunk: slice) -> tuple[np.ndarray, bytes]:
         raw = content(chunk)
-        return raw, _safetensors.hash_chunk(raw)
+        return raw, _safetensors.hash_chunk(raw.data)
 
     hashes = []
     for raw, digest in in_order(threads, prepare, entry.chunks):
@@ -103,12 +104,12 @@ def _write_tensor(
 
 @contextlib.contextmanager
 def _replacing(path: str) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of ``path`` if nothing fails."""
-    target = os.path.realpath(path)  # through a link, as open() does
-    _check_target(path, target)
+    """A temporary file, renamed to ``path`` if the body does not raise."""
+    target = os.path.realpath(path)  # follows a link, as open() does
+    _require_file_target(path, target)
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".bitnet_jax-{secrets.token_hex(8)}.tmp")
-    # The mode of the file that is replaced, so that a private one stays private.
+    # Keeps the permissions of a file that is replaced.
     mode = stat.S_IMODE(os.stat(target).st_mode) if os.path.exists(target) else 0o666
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     descriptor = os.open(temporary, flags, mode)
@@ -125,7 +126,8 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
     _sync_folder(folder)
 
 
-def _check_target(path: str, target: str) -> None:
+def _require_file_target(path: str, target: str) -> None:
+    """Raises unless a file can be written at a path."""
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
         text = "save: there is no such directory. Make it first (os.makedirs)"
@@ -137,7 +139,7 @@ def _check_target(path: str, target: str) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    """Forces the new name to the disk, where a file system can do that for a directory."""
+    """Flushes the renaming to the disk, where the file system supports it for a directory."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -151,11 +153,11 @@ def _sync_folder(folder: str) -> None:
 
 
 class Source:
-    """An open file, its header read and checked.
+    """An open file whose header was read and checked.
 
     Attributes:
       size: bytes of the file.
-      header: what it says of itself.
+      header: its tensors, metadata and the offset of its data.
     """
 
     def __init__(self, file: io.BufferedReader, mapped: bool):
@@ -168,7 +170,7 @@ class Source:
             self._mapping = np.frombuffer(view, np.uint8)[self.header.start :]
 
     def map(self, name: str) -> np.ndarray | None:
-        """The bytes of a tensor as they lie in the mapped file; None if it is not mapped."""
+        """The bytes of a tensor in the mapped file; None if the file is not mapped."""
         entry = self.header.tensors[name]
         return None if self._mapping is None else self._mapping[entry.begin : entry.end]
 
@@ -179,7 +181,7 @@ class Source:
         while done < out.size:
             got = self._read_at(at + done, out[done:].data)
             if not got:
-                damaged(f"is truncated: it ended inside {name!r} while it was read")
+                raise_damaged(f"is truncated: it ended inside {name!r} while it was read")
             done += got
         return out
 
@@ -192,8 +194,8 @@ class Source:
 
 
 @contextlib.contextmanager
-def unbox(who: str, path: str, *, mapped: bool = False) -> Iterator[Source]:
-    """Opens a file to read; what refuses it names ``who`` and the file."""
+def open_source(who: str, path: str, *, mapped: bool = False) -> Iterator[Source]:
+    """Opens a file to read; errors inside the ``with`` name ``who`` and the file."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise OSError(errno.EINVAL, f"{who}: `path` is a device or a pipe. Name a file", path)
     try:
@@ -205,22 +207,22 @@ def unbox(who: str, path: str, *, mapped: bool = False) -> Iterator[Source]:
     except FormatError as error:
         raise FormatError(f"{who}: {path!r} {error}") from None
     except RecursionError:
-        raise FormatError(f"{who}: {path!r} has a header that nests too deep.") from None
+        raise FormatError(f"{who}: {path!r} has a header that is nested too deeply.") from None
 
 
 def read(
     source: Source, parts: Mapping[str, Part], make: Callable[[Part, np.ndarray], Any] | None
 ) -> dict[str, Any]:
-    """Reads every tensor once; refuses a file whose digest or whose content is wrong.
+    """Reads every tensor once; raises if the digest or the content of the file is wrong.
 
     Args:
       source: the file.
-      parts: what its tensors are, by name.
-      make: called with each array as soon as it is there, for what is returned of it. None
-        checks the file and keeps nothing.
+      parts: the arrays of its tensors, by name.
+      make: called with each array as soon as it is read, to place it on its devices. With
+        None the file is checked and nothing is kept.
 
     Returns:
-      What ``make`` returned, by name.
+      The results of ``make``, by name.
     """
     made: dict[str, Any] = {}
     faults: list[str] = []
@@ -241,17 +243,17 @@ def read(
     with pool() as threads:
         actual = _safetensors.digest(tensors, metadata, chunks_of)
     if metadata[_safetensors.DIGEST] != actual:
-        damaged(
+        raise_damaged(
             "was changed after it was written: the sha256 of its content is "
             f"{actual[:16]}..., and it was {metadata[_safetensors.DIGEST][:16]}..."
         )
-    if faults:  # of a file that was signed like this
-        damaged(f"holds a leaf that is none: {faults[0]}")
+    if faults:  # the digest is right: the file was written with this content
+        raise_damaged(f"contains an invalid leaf: {faults[0]}")
     return made
 
 
 def _destination(source: Source, part: Part) -> np.ndarray:
-    """Memory for the bytes of an array, where JAX on a CPU uses it as it is."""
+    """Memory for the bytes of an array, aligned so that JAX on a CPU uses it without a copy."""
     mapping = source.map(part.name)
     if mapping is not None and not part.dense:
         return mapping
@@ -263,7 +265,7 @@ def _destination(source: Source, part: Part) -> np.ndarray:
 def _read_chunk(
     source: Source, part: Part, out: np.ndarray | None, chunk: slice
 ) -> tuple[Any, int]:
-    """Reads a chunk into its place; returns what stands for it in the digest, and its faults."""
+    """Reads a chunk into its place; returns its hash, and how many of its bytes are invalid."""
     mapping = source.map(part.name)
     if mapping is not None:
         raw = mapping[chunk]
@@ -271,9 +273,11 @@ def _read_chunk(
         raw = source.read(part.name, chunk, np.empty(chunk.stop - chunk.start, np.uint8))
     else:
         raw = source.read(part.name, chunk, out[chunk])
-    hashed = raw if source.header.metadata["version"] == "1" else _safetensors.hash_chunk(raw)
+    is_old = source.header.metadata["version"] == "1"
+    hashed = raw.data if is_old else _safetensors.hash_chunk(raw.data)
     if not part.dense:
         return hashed, part.count_wrong(raw, chunk.start)
+    # Four stored bytes are five bytes of two-bit codes.
     at = _dense.packed_slice(chunk, part.nbytes)
     codes = np.empty(at.stop - at.start, np.uint8) if out is None else out[at]
     wrong = _dense.decode(raw, codes)

@@ -1,9 +1,9 @@
-"""Five trits to a byte: two-bit codes as a dense file stores them, at 1.6 bits a weight.
+"""Five trits to a byte: the dense form of two-bit codes in a file, 1.6 bits a weight.
 
-Five bytes of two-bit codes (``trits``) hold 20 trits; 3**5 = 243 <= 256, so four bytes
-hold them too. In each block of a tensor, four stored planes of m bytes make five planes of m
-bytes, end to end; m is 2**14, and less in the last block, whose fifth plane is filled up
-with the byte of four zeros::
+Five bytes of two-bit codes (``trits``) hold 20 trits. As 3**5 = 243 <= 256, four bytes can
+hold them too. A tensor is stored in blocks: four stored planes of m bytes encode five
+planes of m bytes of codes, one after the other. m is 2**14, and less in the last block,
+whose fifth plane is padded with the byte of four zeros::
 
     stored   | S0        | S1        | S2        | S3        |             4 m bytes
     codes    | P0        | P1        | P2        | P3        | P4        | 5 m bytes
@@ -12,9 +12,9 @@ with the byte of four zeros::
     value(byte) = field_0 + 3 field_1 + 9 field_2 + 27 field_3     0 .. 80
     field_i(byte) = (byte >> 2 i) & 3, a code + 1
 
-So P0 to P3 are one table look-up a byte and P4 is a few comparisons, all on whole planes
-that a cache holds. A chunk of a file is whole blocks and is read on its own. No two sequences
-of bytes mean the same: a byte above 242 and filling that is not zero are refused.
+So P0 to P3 take one table look-up a byte and P4 a few comparisons, on whole planes that
+fit the cache. A chunk of a file is a number of whole blocks, so it can be decoded on its
+own. The encoding is unique: a byte above 242 and padding that is not zero are refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BLOCK = 1 << 16  # stored bytes
 
 
 def _tables() -> tuple[bytes, bytes]:
-    """The value of each byte of two-bit codes, and the byte of each stored one's first four."""
+    """Tables from a byte of two-bit codes to its value, and from a stored byte to P's byte."""
     values, packed = bytearray(256), bytearray([ZEROS] * 256)
     for stored, (d, c, b, a) in enumerate(itertools.product(range(3), repeat=4)):
         byte = a | b << 2 | c << 4 | d << 6
@@ -47,17 +47,17 @@ _VALUES, _PACKED = _tables()
 
 
 def _look_up(table: bytes, at: np.ndarray) -> np.ndarray:
-    # bytes.translate is several times as fast as indexing, which widens its indices.
+    # bytes.translate is several times as fast as NumPy indexing, which widens its indices.
     return np.frombuffer(bytearray(at.data).translate(table), np.uint8)
 
 
 def packed_slice(stored: slice, size: int) -> slice:
-    """Where the codes of a stored chunk are, in ``size`` bytes of two-bit codes."""
+    """The slice of ``size`` bytes of two-bit codes that a stored chunk encodes."""
     return slice(stored.start // 4 * 5, min(stored.stop // 4 * 5, size))
 
 
 def encode(packed: UInt8[np.ndarray, " n"]) -> UInt8[np.ndarray, " m"]:
-    """The stored bytes of two-bit codes, none of them invalid, from the start of a block on."""
+    """The stored bytes of valid two-bit codes, which begin at a block."""
     stored = np.empty(dense_length(packed.size), np.uint8)
     for block, codes in _blocks(stored, packed):
         size = block.size // 4
@@ -71,16 +71,17 @@ def encode(packed: UInt8[np.ndarray, " n"]) -> UInt8[np.ndarray, " m"]:
 
 
 def decode(stored: UInt8[np.ndarray, " m"], out: UInt8[np.ndarray, " n"]) -> int:
-    """Writes the two-bit codes of stored bytes, from the start of a block on, into ``out``.
+    """Writes the two-bit codes of stored bytes, which begin at a block, into ``out``.
 
     Returns:
-      How many bytes :func:`encode` cannot have written.
+      How many stored bytes are invalid: :func:`encode` never writes them.
     """
     wrong = 0
     for block, codes in _blocks(stored, out):
         size = block.size // 4
         planes = codes if codes.size == 5 * size else np.empty(5 * size, np.uint8)
         planes[: 4 * size] = _look_up(_PACKED, block)
+        # field_i(P4) is 0, 1 or 2: how often 81 is in the stored byte.
         fields = (block >= 81).view(np.uint8)
         fields += (block >= 162).view(np.uint8)
         one, two, three, four = fields.reshape(4, size)
@@ -94,6 +95,6 @@ def decode(stored: UInt8[np.ndarray, " m"], out: UInt8[np.ndarray, " n"]) -> int
 
 
 def _blocks(stored: np.ndarray, packed: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Views of each block: of its stored bytes and of its two-bit codes."""
+    """Views of the stored bytes and of the two-bit codes of each block."""
     for at in range(0, stored.size, _BLOCK):
         yield stored[at : at + _BLOCK], packed[at // 4 * 5 : (at + _BLOCK) // 4 * 5]

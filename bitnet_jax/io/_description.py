@@ -1,4 +1,4 @@
-"""What a description of a tree says, how it is read, and how a tree is held against it."""
+"""Descriptions of trees for checkpoints: makes them, parses them, compares a tree with one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
@@ -26,13 +26,13 @@ ANOTHER = "Restore another step, or save it again."
 
 _KEYS = {"format", "version", "mappings", "leaves", _safetensors.DIGEST}
 
-_OWN = {"sha256", "scale_shape"}  # what a leaf has here and has not in a file
+_OWN = {"sha256", "scale_shape"}  # keys of a leaf in a description but not in a file
 
 _KINDS = {"array": "an array", "packed": "a PackedTernary", "int8": "a PackedInt8", "empty": "{}"}
 
 
-class Found(NamedTuple):
-    """A leaf of a tree: its keys, as it stood there, and out of its box."""
+class TreeLeaf(NamedTuple):
+    """A leaf of a tree: its keys, the leaf with its box, and without."""
 
     path: list[str | int]
     boxed: Any
@@ -45,21 +45,21 @@ class Found(NamedTuple):
 
     @property
     def arrays(self) -> list[Any]:
-        """The array, the codes and the scale, or nothing that it is made of."""
+        """Its arrays: codes and scale of a packed kernel, none of an empty mapping."""
         if is_stored(self.value):
             return [self.value.codes, self.value.scale]
         return [] if isinstance(self.value, Mapping) else [self.value]
 
 
-def flatten(who: str, tree: Any) -> tuple[list[Found], Any]:
-    """The leaves of any pytree, packed kernels and empty mappings whole, with their keys."""
+def flatten(who: str, tree: PyTree) -> tuple[list[TreeLeaf], Any]:
+    """The leaves of a pytree with their keys; packed kernels and empty mappings are leaves."""
 
-    def whole(node: Any) -> bool:
+    def whole(node: object) -> bool:
         empty = isinstance(node, Mapping) and not node
         return is_packed(node) or is_box(node) or empty
 
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)
-    return [Found(_keys(who, path), leaf, unbox(leaf)) for path, leaf in flat], treedef
+    return [TreeLeaf(_keys(who, path), leaf, unbox(leaf)) for path, leaf in flat], treedef
 
 
 def _keys(who: str, path: tuple[Any, ...]) -> list[str | int]:
@@ -77,21 +77,21 @@ def _keys(who: str, path: tuple[Any, ...]) -> list[str | int]:
     return keys
 
 
-def of_mappings(node: Any) -> bool:
-    """Whether a tree is made of mappings alone."""
+def only_mappings(node: PyTree) -> bool:
+    """Whether all nodes of a tree are mappings."""
     if isinstance(node, Mapping):
-        return all(of_mappings(value) for value in node.values())
+        return all(only_mappings(value) for value in node.values())
     leaf = is_packed(node) or is_box(node)
     return leaf or jax.tree_util.all_leaves([node])
 
 
-def form_of(who: str, one: Found) -> dict[str, Any]:
-    """What a leaf is without its numbers; of arrays, for ``abstract`` of ShapeDtypeStruct too."""
+def form_of(who: str, one: TreeLeaf) -> dict[str, Any]:
+    """The description of a leaf without its digest; ``abstract`` allows ShapeDtypeStruct."""
     value, form = one.value, {"path": one.path}
     if isinstance(value, Prepared):
         _checks.raise_prepared(who, one.where, value.implementation)
     for array in one.arrays:
-        _refuse_no_array(who, one.where, array)
+        _tensors.require_array(who, one.where, array, abstract=who == "abstract")
     if isinstance(value, Mapping):
         return {**form, "kind": "empty"}
     if not is_stored(value):
@@ -99,47 +99,34 @@ def form_of(who: str, one: Found) -> dict[str, Any]:
     return {**form, **_manifest.static_of(value), "scale_shape": list(value.scale.shape)}
 
 
-def _refuse_no_array(who: str, where: str, value: Any) -> None:
-    kinds = (np.ndarray, np.generic, jax.Array)
-    kinds += (jax.ShapeDtypeStruct,) if who == "abstract" else ()
-    if isinstance(value, core.Tracer):
-        raise TypeError(f"{who}: {where} is a tracer. Call {who} outside jit, grad and vmap.")
-    if not isinstance(value, kinds):
-        raise TypeError(
-            f"{who}: {where} must be an array or a packed kernel, got a "
-            f"{type(value).__name__}. Wrap a number in jnp.asarray."
-        )
-    if value.dtype.name not in _tensors.DTYPES:
-        raise TypeError(
-            f"{who}: {where} is {value.dtype} of shape {tuple(value.shape)}, which has no bytes of "
-            "its own. Cast it; of a random key pass jax.random.key_data(key)."
-        )
-
-
 def form_fault(form: dict[str, Any], arrays: Sequence[Any]) -> str | None:
-    """What is wrong with a packed kernel's static data, dtypes and shapes, if anything is."""
+    """What is wrong with a packed kernel's static data, dtypes and shapes; None if nothing."""
     if form["kind"] not in ("packed", "int8"):
         return None
     return _manifest.packed_fault(form) or _manifest.form_fault(form, *arrays)
 
 
 def leaf_of(form: dict[str, Any]) -> Leaf:
-    """A leaf whose form has no fault."""
+    """The leaf of a form that has no fault."""
     return Leaf(form, _tensors.parts_of(form, tuple(form.get("scale_shape", ()))))
 
 
-def refuse_weak(one: Found) -> None:
-    """A checkpointer gives it back strong: then its product with bfloat16 is float32."""
+def require_strong_type(one: TreeLeaf) -> None:
+    """Raises on a weak-typed float.
+
+    A checkpointer restores it as a strong type, and its product with bfloat16 would then
+    be float32.
+    """
     weak = getattr(one.value, "weak_type", False)
     if weak and jnp.issubdtype(dtype := one.value.dtype, jnp.inexact):
         raise TypeError(
-            f"describe: {one.where} is a weak-typed {dtype}, and would come back as a strong "
+            f"describe: {one.where} is a weak-typed {dtype}, and would be restored as a strong "
             f"one. Give it a dtype, jnp.asarray(x, jnp.{dtype})."
         )
 
 
-def refuse_one_name(leaves: Sequence[Leaf]) -> None:
-    """Orbax joins keys by dots, and keeps one of two arrays whose names are then the same."""
+def require_distinct_names(leaves: Sequence[Leaf]) -> None:
+    """Raises if Orbax, which joins keys by dots, would give two arrays the same name."""
     seen: set[str] = set()
     for leaf in leaves:
         for part in leaf.parts:
@@ -152,13 +139,13 @@ def refuse_one_name(leaves: Sequence[Leaf]) -> None:
             seen.add(name)
 
 
-def look_at(
-    who: str, one: Found, leaf: Leaf, digest: bool, threads: ThreadPoolExecutor
+def fault_and_digest(
+    who: str, one: TreeLeaf, leaf: Leaf, digest: bool, threads: ThreadPoolExecutor
 ) -> tuple[str | None, str | None]:
-    """What is wrong with the bytes of a leaf's arrays, and their SHA-256; None where nothing is.
+    """What is wrong with the bytes of a leaf's arrays, and their SHA-256; or None.
 
-    The digest is over the size of each array and the digests of its chunks: several
-    threads take those, each of a chunk that it has just looked at.
+    The digest is over the size of each array and the hashes of its chunks, which several
+    threads check and hash.
     """
     sha = hashlib.sha256()
     arrays = _on_host(who, one, digest)
@@ -166,7 +153,7 @@ def look_at(
 
         def look(chunk: slice, part: _tensors.Part = part, raw: np.ndarray = raw) -> Any:
             data = raw[chunk]
-            hashed = _safetensors.hash_chunk(data) if digest else b""
+            hashed = _safetensors.hash_chunk(data.data) if digest else b""
             return part.count_wrong(data, chunk.start), hashed
 
         sha.update(raw.nbytes.to_bytes(8, "little"))
@@ -179,8 +166,8 @@ def look_at(
     return None, sha.hexdigest() if arrays and digest else None
 
 
-def _on_host(who: str, one: Found, digest: bool) -> list[np.ndarray]:
-    """The bytes of a leaf's arrays, if they are to be looked at."""
+def _on_host(who: str, one: TreeLeaf, digest: bool) -> list[np.ndarray]:
+    """The bytes of a leaf's arrays on the host; empty if they need not be read."""
     if not (digest or is_stored(one.value)):
         return []
     if all(map(_is_here, one.arrays)):
@@ -194,35 +181,37 @@ def _on_host(who: str, one: Found, digest: bool) -> list[np.ndarray]:
     return []
 
 
-def _is_here(array: Any) -> bool:
+def _is_here(array: _tensors.AnyArray) -> bool:
     """Whether this process can read all of an array."""
-    local = not isinstance(array, jax.Array) or array.is_fully_addressable
-    return local or array.is_fully_replicated
+    if not isinstance(array, jax.Array):
+        return True
+    return array.is_fully_addressable or array.is_fully_replicated
 
 
-def _local(array: Any) -> Any:
-    """One copy of an array of which every process has one."""
-    elsewhere = isinstance(array, jax.Array) and not array.is_fully_addressable
-    return array.addressable_data(0) if elsewhere else array
+def _local(array: _tensors.AnyArray) -> _tensors.AnyArray:
+    """This process's copy of an array that is replicated over processes."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return array.addressable_data(0)
+    return array
 
 
-def sealed(mappings: bool, leaves: list[dict[str, Any]]) -> dict[str, Any]:
+def with_digest(mappings: bool, leaves: list[dict[str, Any]]) -> dict[str, Any]:
     """A description with its digest."""
     about = {"format": FORMAT, "version": VERSION, "mappings": mappings, "leaves": leaves}
     return {**about, _safetensors.DIGEST: digest_of(about)}
 
 
 def digest_of(description: Mapping[str, Any]) -> str:
-    """SHA-256 over what a description says, but for the digest itself."""
+    """SHA-256 over all keys of a description but the digest itself."""
     about = {key: description[key] for key in description if key != _safetensors.DIGEST}
     text = _safetensors.canonical_json(about)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def parse(who: str, description: Any) -> list[Leaf]:
-    """The leaves of a description; all that can be wrong with it is refused here."""
+def parse(who: str, description: object) -> list[Leaf]:
+    """The leaves of a description; raises if anything in it is wrong."""
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        refuse(who, f"is none: its format must be {FORMAT!r}")
+        raise_bad_description(who, f"is not one of bj.io.describe: its format must be {FORMAT!r}")
     if description.get("version") != VERSION:
         raise FormatError(
             f"{who}: the description is of version {description.get('version')!r:.100}, and this "
@@ -231,53 +220,53 @@ def parse(who: str, description: Any) -> list[Leaf]:
     try:
         actual = digest_of(description)
     except (TypeError, ValueError, RecursionError) as error:
-        refuse(who, f"is no JSON ({error})")
+        raise_bad_description(who, f"is not JSON ({error})")
     if description.get(_safetensors.DIGEST) != actual:
-        refuse(who, "was changed after it was made: its sha256 is another")
+        raise_bad_description(who, "was changed after it was made: its sha256 is another")
     if set(description) != _KEYS or type(description["mappings"]) is not bool:
-        refuse(who, f"must have the keys {sorted(_KEYS)}")
+        raise_bad_description(who, f"must have the keys {sorted(_KEYS)}")
     leaves = description["leaves"]
     if not isinstance(leaves, list) or not all(isinstance(leaf, dict) for leaf in leaves):
-        refuse(who, "has no list of leaves")
+        raise_bad_description(who, "has no list of leaves")
     bare = [{key: leaf[key] for key in leaf if key not in _OWN} for leaf in leaves]
     with reading(who):
         _manifest.descriptions(_safetensors.canonical_json(bare))
     for leaf in leaves:
-        _check_own(who, leaf)
+        _require_checkpoint_fields(who, leaf)
     return [leaf_of(leaf) for leaf in leaves]
 
 
-def _check_own(who: str, leaf: dict[str, Any]) -> None:
-    """What a description has and a file has not, and the other way round."""
+def _require_checkpoint_fields(who: str, leaf: dict[str, Any]) -> None:
+    """Raises unless a leaf has the keys of a description and not those of a file."""
     where, packed = _tensors.name_of(leaf["path"]), leaf["kind"] in ("packed", "int8")
     sound = ("scale_shape" in leaf) == packed and "stored" not in leaf
     if type(leaf.get("sha256", "")) is not str or not sound:
-        refuse(who, f"has a leaf that it describes wrongly, {where!r}")
+        raise_bad_description(who, f"has an invalid entry for the leaf {where!r}")
     if packed:
         shape: Any = leaf["scale_shape"]
         fault = f"has a scale of shape {shape!r}"
         if _safetensors.is_shape(shape, 1):
             fault = _manifest.scale_fault(leaf, "float32", tuple(shape))
         if fault:
-            refuse(who, f"declares a kernel wrongly: {where!r} {fault}")
+            raise_bad_description(who, f"has an invalid entry for a kernel: {where!r} {fault}")
 
 
 @contextlib.contextmanager
 def reading(who: str) -> Iterator[None]:
-    """Tells of a description what is told of a file."""
+    """Turns errors about a file into errors about a description."""
     try:
         yield
     except FormatError as error:
-        refuse(who, str(error).removesuffix(f". {_safetensors.REMEDY}"))
+        raise_bad_description(who, str(error).removesuffix(f". {_safetensors.REMEDY}"))
 
 
-def refuse(who: str, what: str) -> NoReturn:
-    """Refuses a description that is not as it was made."""
+def raise_bad_description(who: str, what: str) -> NoReturn:
+    """Raises on an invalid or changed description."""
     raise FormatError(f"{who}: the description {what}. {ANOTHER}") from None
 
 
-def pairs(who: str, found: list[Found], saved: list[Leaf]) -> list[tuple[Found, Leaf]]:
-    """Each leaf of a tree with what was saved; refuses leaves that have no counterpart."""
+def pairs(who: str, found: list[TreeLeaf], saved: list[Leaf]) -> list[tuple[TreeLeaf, Leaf]]:
+    """Each leaf of a tree with the saved one; raises if either has no counterpart."""
     by_path = {was.path: was for was in saved}
     mine = {tuple(one.path) for one in found}
     for verb, paths, other in (
@@ -290,16 +279,16 @@ def pairs(who: str, found: list[Found], saved: list[Leaf]) -> list[tuple[Found, 
                 f"({len(paths)} such leaves). Restore into bj.io.abstract(description)."
             )
     if not len(saved) == len(by_path) == len(found):
-        refuse(who, "has two leaves of one path")
+        raise_bad_description(who, "has two leaves of one path")
     return [(one, by_path[tuple(one.path)]) for one in found]
 
 
-def refuse_another(who: str, one: Found, was: Leaf) -> None:
-    """Refuses a leaf of another type, static data, shape or dtype than was saved."""
+def require_same_leaf(who: str, one: TreeLeaf, was: Leaf) -> None:
+    """Raises unless a leaf has the type, static data, shape and dtype that were saved."""
     form, saved = form_of(who, one), was.described
     remedy = "Restore it into bj.io.abstract(description)."
     if who == "abstract":
-        remedy = "Make `like` what was saved, or leave it out and convert what comes back."
+        remedy = "Pass a `like` of the saved tree, or leave it out and convert the result."
     if form["kind"] != saved["kind"]:
         raise FormatError(
             f"{who}: {one.where} is {_KINDS[form['kind']]}, and was saved as "

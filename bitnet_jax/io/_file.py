@@ -1,22 +1,21 @@
-"""Our own file format: a parameter tree in one safetensors file.
+"""The file format of :func:`save` and :func:`load`: a parameter tree in one safetensors file.
 
 An array is one tensor, named by its keys joined with ``/``. A packed kernel is
 two, ``<name>.codes`` and ``<name>.scale``, in storage layout; in a dense file the
-codes are ``<name>.trits`` (_trits). The names are for people and for other tools;
-what the file means is in its metadata, where every value is a string::
+codes are ``<name>.trits`` (_dense). The names are for people and for other tools.
+The metadata describes the tree; every value in it is a string::
 
     format    "bitnet_jax"
     version   "2"; "1", whose digest is over bytes and not over chunks, is read too
-    leaves    canonical JSON, one object a leaf: its kind (array, packed, int8, empty), its
+    leaves    canonical JSON, one object per leaf: its kind (array, packed, int8, empty), its
               path as a list of str and int keys, its dtype and logical shape, and for a packed
               kernel all of its static data, with "stored": "trits" if it is dense
-    sha256    over everything else (_container)
+    sha256    over everything else (_safetensors)
 
-Nothing in a file is executed or unpickled, and nothing in it is trusted: what
-``leaves`` declares and what the tensors are must agree, and a packed kernel must
-keep the invariants of ``PackedTernary`` or ``PackedInt8``.
-Left out: boxes. linen's ``Partitioned`` and ``nnx.Variable`` are opened when a
-tree is saved: sharding belongs to the mesh of a run, not to its weights.
+Nothing in a file is executed, unpickled or trusted: ``leaves`` and the tensors must
+agree, and a packed kernel must keep the invariants of ``PackedTernary`` or
+``PackedInt8``. Left out: boxes. linen's ``Partitioned`` and ``nnx.Variable`` are removed
+when a tree is saved, because sharding belongs to the mesh of a run, not to the weights.
 """
 
 from __future__ import annotations
@@ -27,44 +26,44 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._tree.leaves import is_box, unbox
 from bitnet_jax.io import _chunks, _dense, _manifest, _safetensors, _shardings, _tensors
 from bitnet_jax.io._manifest import Leaf
-from bitnet_jax.io._safetensors import FormatError, Header, damaged
+from bitnet_jax.io._safetensors import FormatError, Header, raise_damaged
 from bitnet_jax.io._tensors import DTYPES, Part, name_of
 
 FORMAT, VERSIONS = "bitnet_jax", ("1", "2")
 
 
-def save(path: str | os.PathLike[str], tree: Any, *, dense: bool = False) -> None:
+def save(path: str | os.PathLike[str], tree: PyTree, *, dense: bool = False) -> None:
     """Writes a parameter tree, packed kernels included, to one safetensors file.
 
-    The file is written aside, forced to the disk and moved into place: a save
-    that fails leaves what was there before, and one whose process is killed also
-    leaves a ``.bitnet_jax-*.tmp`` beside it, which nothing reads and you may
-    delete. The same tree always gives the same bytes. Beside the tree, memory
-    holds one of its arrays at a time. Boxes (linen's ``Partitioned``,
-    ``nnx.Variable``) are opened and not stored; ``FrozenDict`` and ``nnx.State``
-    come back as dicts.
+    The file is written under a temporary name, flushed to the disk and renamed: a save
+    that fails changes nothing. One whose process is killed may leave a
+    ``.bitnet_jax-*.tmp`` file, which nothing reads and you may delete. The same tree
+    always gives the same bytes. Besides the tree, memory holds one of its arrays at a
+    time. Boxes (linen's ``Partitioned``, ``nnx.Variable``) are not stored;
+    ``FrozenDict`` and ``nnx.State`` are loaded as dicts.
 
     Args:
-      path: the file; by custom ``*.bitnet.safetensors``.
+      path: the file; by convention ``*.bitnet.safetensors``.
       tree: nested mappings with str or int keys. Leaves are arrays of any dtype
-        or packed kernels. An empty mapping in it is kept.
-      dense: whether two-bit kernels take 1.6 bits a weight, five codes to a byte,
-        a fifth less than in memory. :func:`load` gives back the same bits.
+        or packed kernels. Empty mappings are kept.
+      dense: whether two-bit kernels are stored at 1.6 bits a weight, five codes to a
+        byte, a fifth less than in memory. :func:`load` returns the same bits.
 
     Raises:
       TypeError: a list, tuple, None, Python number, tracer, random key or
-        prepared kernel in the tree; a key that is no str or int; another type
-        of ``path``, ``tree`` or ``dense``. Nothing is written.
+        prepared kernel in the tree; a key that is not a str or int; a ``path``,
+        ``tree`` or ``dense`` of another type. Nothing is written.
       ValueError: no arrays; two leaves of one name; a packed kernel that breaks
-        its invariants (a scale that is not finite and > 0, say); an array that
-        was deleted, or that other processes hold a part of; more than 100 keys
-        to a leaf. Nothing is written.
-      OSError: the disk's own.
+        its invariants (a scale that is not finite and > 0, say); an array that was
+        deleted, or of which other processes hold a part; a leaf under more than 100
+        keys. Nothing is written.
+      OSError: from the disk.
 
     Example:
       >>> import os, tempfile, jax, bitnet_jax as bj
@@ -93,26 +92,28 @@ def save(path: str | os.PathLike[str], tree: Any, *, dense: bool = False) -> Non
     _chunks.write(os.fspath(path), tensors, metadata, lambda name: _content(*contents[name]))
 
 
-def _describe(tree: Any, dense: bool) -> tuple[list[dict[str, Any]], dict[str, tuple[Part, Any]]]:
-    """Every leaf's description, and every array by the name of its tensor."""
+def _describe(
+    tree: PyTree, dense: bool
+) -> tuple[list[dict[str, Any]], dict[str, tuple[Part, _tensors.AnyArray]]]:
+    """The description of every leaf, and every array by the name of its tensor."""
     described: list[dict[str, Any]] = []
-    contents: dict[str, tuple[Part, Any]] = {}
+    contents: dict[str, tuple[Part, _tensors.AnyArray]] = {}
     for where, value in _walk((), tree):
         leaf, arrays = _manifest.describe(where, value, dense=dense)
         described.append(leaf.described)
         for part, array in zip(leaf.parts, arrays, strict=True):
             if part.name in contents or part.name == _safetensors.METADATA:
                 raise ValueError(
-                    f"save: `tree` has two leaves that are {part.name!r} in a file, or a name "
-                    "that safetensors keeps for itself. Rename one."
+                    f"save: `tree` has two leaves whose name in a file is {part.name!r}, or one "
+                    "whose name safetensors reserves. Rename one."
                 )
             contents[part.name] = part, array
     _checks.require_leaves("save", "tree", len(contents))
     return described, contents
 
 
-def _walk(path: _tensors.Path, node: Any) -> Iterator[tuple[_tensors.Path, Any]]:
-    """The leaves of a tree out of their boxes, in an order that only the keys decide."""
+def _walk(path: _tensors.Path, node: PyTree) -> Iterator[tuple[_tensors.Path, Any]]:
+    """The unboxed leaves of a tree with their paths, sorted by key."""
     while is_box(node):
         node = unbox(node)
     if not isinstance(node, Mapping) or (path and not node):
@@ -125,7 +126,7 @@ def _walk(path: _tensors.Path, node: Any) -> Iterator[tuple[_tensors.Path, Any]]
         )
     for key in node:
         if not _manifest.is_key(key):
-            # Python does not spell an int of thousands of digits.
+            # Python refuses to print an int of thousands of digits.
             shown = f"of {key.bit_length()} bits" if type(key) is int else repr(key)
             raise TypeError(
                 f"save: {where} the key {shown} ({type(key).__name__}). Keys are ints of 64 bits "
@@ -135,49 +136,51 @@ def _walk(path: _tensors.Path, node: Any) -> Iterator[tuple[_tensors.Path, Any]]
         yield from _walk((*path, key), node[key])
 
 
-def _content(part: Part, array: Any) -> Callable[[slice], np.ndarray]:
-    """What gives the bytes of a chunk, as a file holds them."""
+def _content(part: Part, array: _tensors.AnyArray) -> Callable[[slice], np.ndarray]:
+    """A function from a chunk to its bytes in the file."""
     raw = _tensors.host_bytes(array)
     if part.dense:
         return lambda chunk: _dense.encode(raw[_dense.packed_slice(chunk, raw.size)])
     return raw.__getitem__
 
 
-def load(path: str | os.PathLike[str], *, mmap: bool = False, sharding: Any = None) -> Any:
-    """The tree that :func:`save` wrote, to the bit, or an error: never something else.
+def load(
+    path: str | os.PathLike[str], *, mmap: bool = False, sharding: PyTree = None
+) -> dict[str | int, Any]:
+    """The tree in a file, bit-identical to what was saved; anything else raises FormatError.
 
-    Beside the tree, memory holds one of its arrays at a time; on CPUs ``jax.Array``
-    takes what was read as it lies.
+    Besides the tree, memory holds one of its arrays at a time. On CPUs ``jax.Array``
+    uses the memory that was read, without a copy.
 
     Args:
       path: the file.
-      mmap: whether arrays stay in the file, mapped into memory. It is still read
-        and checked once, here. On CPUs arrays whose sizes are multiples of 64 bytes
-        are then no copies: the system may drop their pages and read them again, and
-        processes that load the same file share them. What becomes of a file under
-        such arrays is your risk: written in place it changes them unnoticed, cut it
-        crashes the process. :func:`save` does neither, it puts another file there.
-      sharding: where arrays go, each straight onto its devices. One
-        ``jax.sharding.Sharding`` for all; or a tree of them with the file's
-        structure, where one may also stand for all that is below it and a packed
-        kernel is one, or a packed kernel of two, ``codes`` and ``scale``; or a
-        function that makes such a tree of the tree of ``jax.ShapeDtypeStruct`` that
-        the file holds. None: the default device.
+      mmap: whether arrays stay in the file, mapped into memory. The file is still read
+        and checked once. On CPUs, arrays whose sizes are multiples of 64 bytes are then
+        not copied: the system may drop their pages and read them again, and processes
+        that load the same file share them. Do not change the file meanwhile: writing to
+        it in place changes the arrays, and truncating it crashes the process.
+        :func:`save` does neither; it replaces the file.
+      sharding: where arrays go; each goes straight to its devices. One
+        ``jax.sharding.Sharding`` for all; or a tree of them with the file's structure,
+        where one may also be in the place of a subtree or of a packed kernel, and a
+        packed kernel may also have two, for ``codes`` and ``scale``; or a function to
+        such a tree from the tree of ``jax.ShapeDtypeStruct`` in the file. None: the
+        default device.
 
     Returns:
-      Nested dicts with ``jax.Array`` and packed leaves, the latter
-      with the static data that they had. A 64-bit array is a ``numpy.ndarray``
-      where jax_enable_x64 is off, for JAX would make it 32 bits.
+      Nested dicts with ``jax.Array`` and packed leaves, which have the static data that
+      was saved. A 64-bit array is a ``numpy.ndarray`` where jax_enable_x64 is off,
+      because JAX would make it 32 bits.
 
     Raises:
-      FormatError: the file is not one of :func:`save`'s, or of a later version;
-        it is truncated, or has one byte too many; its digest is missing or
-        another than its content's; its parts contradict each other.
+      FormatError: the file was not written by :func:`save`, or by a later version; it
+        is truncated or has extra bytes; its digest is missing or does not match its
+        content; its parts contradict each other.
       FileNotFoundError: no such file.
-      TypeError: ``path`` is no path, or ``sharding`` holds something else.
-      ValueError: ``sharding`` has another structure than the file, does not divide
-        an array, or meets a 64-bit one that JAX would cut. No data was read.
-      OSError: the disk's own.
+      TypeError: ``path`` is not a path, or ``sharding`` contains other things.
+      ValueError: ``sharding`` has another structure than the file, does not divide an
+        array, or places a 64-bit array that JAX would make 32 bits. No data was read.
+      OSError: from the disk.
 
     Example:
       >>> import os, tempfile, jax, jax.numpy as jnp, bitnet_jax as bj
@@ -189,7 +192,7 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, sharding: Any = No
     """
     _checks.require_instance("load", "path", path, (str, os.PathLike), "Name a file.")
     _checks.require_instance("load", "mmap", mmap, bool, "True maps the file.")
-    with _chunks.unbox("load", os.fspath(path), mapped=mmap) as source:
+    with _chunks.open_source("load", os.fspath(path), mapped=mmap) as source:
         leaves = declared(source.header)
         parts = {leaf.path: leaf.parts for leaf in leaves}
         abstract = build(leaves, _abstract)
@@ -203,7 +206,7 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, sharding: Any = No
 
 
 def declared(header: Header) -> list[Leaf]:
-    """The leaves that a header declares, after every check that needs no data."""
+    """The leaves that a header declares; makes every check that needs no data."""
     metadata, tensors = header.metadata, header.tensors
     if metadata.get("format") != FORMAT:
         raise FormatError(
@@ -217,13 +220,13 @@ def declared(header: Header) -> list[Leaf]:
             f"{' and '.join(map(repr, VERSIONS))}. Update bitnet_jax."
         )
     if _safetensors.DIGEST not in metadata:
-        damaged("has no sha256 in its metadata")
+        raise_damaged("has no sha256 in its metadata")
     described = _manifest.descriptions(metadata.get("leaves", ""))
     leaves = [_manifest.found(one, tensors) for one in described]
     names = [part.name for leaf in leaves for part in leaf.parts]
     if sorted(names) != sorted(tensors):
         unknown = sorted(set(tensors) - set(names))
-        damaged(f"holds tensors that no leaf declares, or several do: {unknown or names}")
+        raise_damaged(f"has tensors that no leaf declares, or several do: {unknown or names}")
     return leaves
 
 
@@ -232,7 +235,7 @@ def _abstract(part: Part) -> jax.ShapeDtypeStruct:
 
 
 def build(leaves: list[Leaf], array_of: Callable[[Part], Any]) -> dict[str | int, Any]:
-    """The tree of the leaves, with an array or what stands for it in the place of each part."""
+    """The tree of the leaves, with the result of ``array_of`` for each of their arrays."""
     tree: dict[str | int, Any] = {}
     for leaf in leaves:
         *folders, last = leaf.path
@@ -240,8 +243,8 @@ def build(leaves: list[Leaf], array_of: Callable[[Part], Any]) -> dict[str | int
         for key in folders:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                damaged(f"has a leaf inside another, {list(leaf.path)!r}")
+                raise_damaged(f"has a leaf inside another, {list(leaf.path)!r}")
         if last in node:
-            damaged(f"has two leaves at {list(leaf.path)!r}")
+            raise_damaged(f"has two leaves at {list(leaf.path)!r}")
         node[last] = _manifest.value(leaf.described, [array_of(part) for part in leaf.parts])
     return tree

@@ -1,8 +1,8 @@
-"""What ``python -m bitnet_jax inspect`` and ``verify`` print: what a file holds, if it is whole.
+"""``python -m bitnet_jax inspect`` and ``verify``: the contents and integrity of a file.
 
-Both are for files that nobody vouches for. ``inspect`` reads the header alone, of a bounded
-size; ``verify`` reads all of the file a chunk at a time and keeps nothing. Names come from the
-file: the header's keys are printable or refused, and all other text is escaped.
+Both work on untrusted files. ``inspect`` reads the header only, whose size is bounded;
+``verify`` reads the whole file, a chunk at a time, and keeps nothing. Names come from the
+file: keys that are not printable are refused, and all other text is escaped.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _KINDS = {"packed": "ternary", "int8": "int8", "array": "array", "empty": "empty
 
 
 def inspect(path: str) -> int:
-    """Prints the report of a file, from its header alone; returns the exit code."""
+    """Prints what a file contains, from its header; returns the exit code."""
 
     def report() -> str:
-        with _chunks.unbox("inspect", path) as source:
+        with _chunks.open_source("inspect", path) as source:
             leaves = _file.declared(source.header)
             rows = [_row(leaf, source) for leaf in leaves]
             return f"{table(_COLUMNS, rows)}\n\n{_totals(leaves, source)}"
@@ -40,12 +40,12 @@ def inspect(path: str) -> int:
 
 
 def verify(path: str) -> int:
-    """Prints whether a file is whole, having read all of it; returns the exit code."""
+    """Reads a whole file and prints whether it is intact; returns the exit code."""
 
     def check() -> str:
-        with _chunks.unbox("verify", path) as source:
+        with _chunks.open_source("verify", path) as source:
             leaves = _file.declared(source.header)
-            _file.build(leaves, lambda part: part)  # refuses leaves that meet
+            _file.build(leaves, lambda part: part)  # raises if two leaves have one path
             _chunks.read(source, {part.name: part for leaf in leaves for part in leaf.parts}, None)
             digest = source.header.metadata[_safetensors.DIGEST]
             return (
@@ -58,7 +58,7 @@ def verify(path: str) -> int:
 
 
 def _run(text: Callable[[], str]) -> int:
-    """Prints a text; in its place, why there is none."""
+    """Prints a text, or the error that making it raised; returns the exit code."""
     try:
         print("\n".join(map(printable, text().split("\n"))))
     except OSError as error:
@@ -71,7 +71,7 @@ def _run(text: Callable[[], str]) -> int:
 
 
 def printable(text: str) -> str:
-    """A line in which everything that a terminal might obey is escaped."""
+    """A line with control characters, which a terminal would act on, escaped."""
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = sys.stdout.encoding or "ascii"
     return "".join(escaped).encode(encoding, "backslashreplace").decode(encoding)
@@ -98,7 +98,7 @@ def _row(leaf: Leaf, source: Source) -> tuple[str, ...]:
 
 
 def _config(config: dict[str, Any] | None) -> str:
-    """A quantiser in few words."""
+    """A short text for a quantiser."""
     if config is None:
         return ""
     if "granularity" not in config:
@@ -122,7 +122,7 @@ def _loaded_bytes(leaf: Leaf) -> int:
 
 
 def _totals(leaves: list[Leaf], source: Source) -> str:
-    """Sizes of the whole, and what was not looked at."""
+    """The lines below the table: sizes of the whole file."""
     parameters = sum(map(_size, leaves))
     loaded = sum(map(_loaded_bytes, leaves))
     as_float = parameters * np.dtype(np.float32).itemsize
@@ -133,6 +133,6 @@ def _totals(leaves: list[Leaf], source: Source) -> str:
         "bytes as float32": f"{as_float:,}",
         "ratio": f"{as_float / source.size:.2f}x in file, {as_float / max(loaded, 1):.2f}x loaded",
         "format": f"version {source.header.metadata['version']}",
-        "data": "not read: python -m bitnet_jax verify checks it",
+        "data": "not read; python -m bitnet_jax verify checks it",
     }
     return "\n".join(f"{name:18}{value}" for name, value in lines.items())

@@ -1,28 +1,34 @@
-"""One leaf of a tree as a file describes it: its static data as JSON, its arrays as tensors.
+"""One leaf of a tree in a file: its static data as JSON, its arrays as tensors.
 
-What is refused on the way in is refused on the way out, by the same functions:
-a packed kernel in a file keeps the invariants in the docstring of
-``PackedTernary`` or ``PackedInt8``, or there is no file.
+``save`` and ``load`` use the same checks: a packed kernel in a file keeps the invariants
+in the docstring of ``PackedTernary`` or ``PackedInt8``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core
 
 from bitnet_jax import _checks
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Prepared, Stored, is_stored
 from bitnet_jax._quantize.int8 import Int8Config
 from bitnet_jax._quantize.ternary import TernaryConfig
 from bitnet_jax.io import _safetensors
-from bitnet_jax.io._safetensors import Entry, damaged
-from bitnet_jax.io._tensors import DTYPES, Part, Path, name_of, parts_of
+from bitnet_jax.io._safetensors import Entry, raise_damaged
+from bitnet_jax.io._tensors import (
+    DTYPES,
+    AnyArray,
+    Part,
+    Path,
+    name_of,
+    parts_of,
+    require_array,
+)
 
 _STATIC = {"config", "contracting_axes", "kernel_ndim"}
 
@@ -33,27 +39,25 @@ _FIELDS = {
     "empty": {"kind", "path"},
 }
 
-_DTYPES = DTYPES
-
 _CONFIGS = {"packed": TernaryConfig, "int8": Int8Config}
 
-MAX_DEPTH = 100  # keys of a path; JAX walks trees by recursion
+MAX_DEPTH = 100  # keys of a path; JAX flattens trees by recursion
 
 
 class Leaf(NamedTuple):
-    """A leaf's description, as in the metadata, and its arrays."""
+    """A leaf's description, as in the metadata, and the forms of its arrays."""
 
     described: dict[str, Any]
     parts: list[Part]
 
     @property
     def path(self) -> tuple[str | int, ...]:
-        """Its keys."""
+        """The keys of the leaf."""
         return tuple(self.described["path"])
 
 
-def describe(path: Path, value: Any, *, dense: bool) -> tuple[Leaf, list[Any]]:
-    """Describes one leaf, and refuses what a file cannot hold; its arrays, one for each part."""
+def describe(path: Path, value: Any, *, dense: bool) -> tuple[Leaf, list[AnyArray]]:
+    """A leaf's description and its arrays; raises if a file cannot store it."""
     where = name_of(path)
     described: dict[str, Any] = {"path": list(path)}
     if isinstance(value, Mapping):
@@ -61,13 +65,13 @@ def describe(path: Path, value: Any, *, dense: bool) -> tuple[Leaf, list[Any]]:
     if isinstance(value, Prepared):
         _checks.raise_prepared("save", where, value.implementation)
     if not is_stored(value):
-        _check_array(where, value)
+        _require_savable(where, value)
         shape = list(value.shape)
         described |= {"kind": "array", "dtype": value.dtype.name, "shape": shape}
         return Leaf(described, parts_of(described, ())), [value]
     codes, scale = value.codes, value.scale
-    _check_array(f"{where}.codes", codes)
-    _check_array(f"{where}.scale", scale)
+    _require_savable(f"{where}.codes", codes)
+    _require_savable(f"{where}.scale", scale)
     described |= static_of(value)
     if isinstance(value, PackedTernary) and dense:
         described["stored"] = "trits"
@@ -78,7 +82,7 @@ def describe(path: Path, value: Any, *, dense: bool) -> tuple[Leaf, list[Any]]:
 
 
 def static_of(packed: Stored) -> dict[str, Any]:
-    """What a packed kernel is without its numbers, be it sound or not."""
+    """The static data of a packed kernel, valid or not."""
     axes = list(packed.contracting_axes)
     sound = axes and packed.ndim >= -axes[-1]
     static = {
@@ -92,18 +96,12 @@ def static_of(packed: Stored) -> dict[str, Any]:
     return static | ({"length": packed.length} if isinstance(packed, PackedTernary) else {})
 
 
-def _check_array(where: str, value: Any) -> None:
-    """Refuses what is no array of numbers, or not all here."""
-    if isinstance(value, core.Tracer) or not isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        _refuse_leaf(where, value)
-    if value.dtype.name not in DTYPES:
-        raise TypeError(
-            f"save: {where} is {value.dtype} of shape {tuple(value.shape)}, a dtype that a file "
-            "cannot hold. Cast it; of a random key save jax.random.key_data(key)."
-        )
+def _require_savable(where: str, value: Any) -> None:
+    """Raises unless a value is an array that fits a file and that this process can read."""
+    require_array("save", where, value)
     if not _safetensors.is_shape(list(value.shape)):
         raise ValueError(
-            f"save: {where} has shape {tuple(value.shape)}, and a file holds at most "
+            f"save: {where} has shape {tuple(value.shape)}, and a file stores at most "
             f"{_safetensors.MAX_RANK} axes and 2**48 elements. Reshape it."
         )
     if isinstance(value, jax.Array) and value.is_deleted():
@@ -118,40 +116,26 @@ def _check_array(where: str, value: Any) -> None:
         )
 
 
-def _refuse_leaf(where: str, value: Any) -> NoReturn:
-    if isinstance(value, core.Tracer):
-        what, remedy = "a tracer", "Call save outside jit, grad and vmap."
-    elif isinstance(value, jax.ShapeDtypeStruct):
-        what, remedy = "a ShapeDtypeStruct", "Save the arrays that it describes."
-    elif isinstance(value, (list, tuple)):
-        what, remedy = f"a {type(value).__name__}", "Make it a dict with int keys, {0: ...}."
-    elif value is None:
-        what, remedy = "None", "Leave it out, or put bj.partition's trees together (bj.combine)."
-    else:
-        what, remedy = f"a {type(value).__name__}", "Wrap a number in jnp.asarray."
-    raise TypeError(f"save: {where} must be an array or a packed kernel, got {what}. {remedy}")
-
-
 def descriptions(text: str) -> list[dict[str, Any]]:
-    """What the metadata declares, each leaf checked on its own."""
+    """The descriptions in the metadata; raises if one of them is invalid."""
     try:
         leaves = _safetensors.parse_json(text)
         canonical = _safetensors.canonical_json(leaves)
     except (ValueError, RecursionError) as error:
-        damaged(f"does not describe its leaves: {error}")
+        raise_damaged(f"does not describe its leaves: {error}")
     if canonical != text or not isinstance(leaves, list):
-        damaged("does not describe its leaves in canonical JSON")
+        raise_damaged("does not describe its leaves in canonical JSON")
     for leaf in leaves:
         kind = leaf.get("kind") if isinstance(leaf, dict) else None
         if kind not in list(_FIELDS) or set(leaf) - _optional(leaf) != _FIELDS[kind]:
-            damaged(f"has a leaf that it describes wrongly, {leaf!r}")
+            raise_damaged(f"has an invalid description of a leaf, {leaf!r}")
         path = leaf["path"]
         if (
             not isinstance(path, list)
             or not 0 < len(path) <= MAX_DEPTH
             or not all(map(is_key, path))
         ):
-            damaged(
+            raise_damaged(
                 f"has a leaf with the path {path!r}; it must be a list of printable str and int, "
                 f"at most {MAX_DEPTH}"
             )
@@ -159,51 +143,51 @@ def descriptions(text: str) -> list[dict[str, Any]]:
             continue
         where = name_of(path)
         if leaf["dtype"] not in list(DTYPES) or not _safetensors.is_shape(leaf["shape"]):
-            damaged(f"declares {where!r} as {leaf['dtype']!r} of shape {leaf['shape']!r}")
+            raise_damaged(f"declares {where!r} as {leaf['dtype']!r} of shape {leaf['shape']!r}")
         fault = packed_fault(leaf) if kind in _CONFIGS else None
         if fault:
-            damaged(f"declares a kernel wrongly: {where!r} {fault}")
+            raise_damaged(f"has an invalid description of a kernel: {where!r} {fault}")
     return leaves
 
 
 def _optional(leaf: dict[str, Any]) -> set[str]:
-    """The field that only codes at five trits a byte have."""
+    """The key that only kernels at five trits a byte have."""
     is_dense = leaf.get("kind") == "packed" and leaf.get("stored") == "trits"
     return {"stored"} if is_dense else set()
 
 
-def is_key(key: Any) -> bool:
-    """Whether a key of a mapping has one spelling in a file, which a terminal may show."""
-    # Control characters have two spellings in JSON, surrogates have none in UTF-8.
+def is_key(key: object) -> bool:
+    """Whether a key can be stored: an int of 64 bits or a printable string."""
+    # JSON can write a control character in two ways, and UTF-8 has no surrogates.
     if type(key) is int:
         return abs(key) <= _safetensors.MAX_INT
     return type(key) is str and key.isprintable()
 
 
 def found(described: dict[str, Any], tensors: Mapping[str, Entry]) -> Leaf:
-    """A leaf of a file, whose tensors must be of the dtypes and shapes declared."""
+    """A leaf of a file; raises unless its tensors have the declared dtypes and shapes."""
     where = name_of(described["path"])
     scale = tensors.get(f"{where}.scale")
     leaf = Leaf(described, parts_of(described, scale.shape if scale else ()))
     for part in leaf.parts:
         if part.name not in tensors:
-            damaged(f"lacks the tensor {part.name!r}")
+            raise_damaged(f"lacks the tensor {part.name!r}")
         tensor = tensors[part.name]
         if tensor[:2] != part.stored:
             tag, shape = part.stored
-            damaged(
-                f"declares {part.name!r} as {tag} of shape {shape}, and holds {tensor.tag} of "
+            raise_damaged(
+                f"declares {part.name!r} as {tag} of shape {shape}, and has {tensor.tag} of "
                 f"shape {tensor.shape}"
             )
         if part.rule == "scale":
             fault = scale_fault(described, part.dtype, part.shape)
             if fault:
-                damaged(f"holds a kernel that is none: {where!r} {fault}")
+                raise_damaged(f"contains an invalid packed kernel: {where!r} {fault}")
     return leaf
 
 
 def value(described: dict[str, Any], arrays: Sequence[Any]) -> Any:
-    """The leaf itself, of its arrays or of what stands for them."""
+    """The leaf itself, made of arrays, abstract arrays or shardings."""
     if described["kind"] == "empty":
         return {}
     if described["kind"] == "array":
@@ -220,7 +204,7 @@ def value(described: dict[str, Any], arrays: Sequence[Any]) -> Any:
 
 
 def packed_fault(described: dict[str, Any]) -> str | None:
-    """What is wrong with a packed kernel's static data, if anything is."""
+    """What is wrong with a packed kernel's static data; None if nothing."""
     shape, ndim = described["shape"], described["kernel_ndim"]
     if not _safetensors.is_shape(shape, 1) or type(ndim) is not int or not 2 <= ndim <= len(shape):
         return f"has shape {shape!r} and a kernel_ndim of {ndim!r}"
@@ -248,28 +232,14 @@ def packed_fault(described: dict[str, Any]) -> str | None:
     return None
 
 
-def _codes_dtype(described: dict[str, Any]) -> str:
-    return parts_of(described, ())[0].dtype
-
-
-def _codes_shape(described: dict[str, Any]) -> tuple[int, ...]:
-    return parts_of(described, ())[0].shape
-
-
-def _arrays_fault(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
-    """What is wrong with a packed kernel's codes and scale, if anything is."""
-    codes, scale = arrays[".codes"], arrays[".scale"]
-    fault = form_fault(described, codes, scale)
-    if fault:
-        return fault
-    parts = parts_of(described, scale.shape)
-    wrong = [part.count_all(array) for part, array in zip(parts, (codes, scale), strict=True)]
-    return next((part.fault(n) for part, n in zip(parts, wrong, strict=True) if n), None)
-
-
-def form_fault(described: dict[str, Any], codes: Any, scale: Any) -> str | None:
-    """What is wrong with the dtypes or the shapes of codes and scale, if anything is."""
-    dtype, shape = _codes_dtype(described), _codes_shape(described)
+def form_fault(
+    described: dict[str, Any],
+    codes: AnyArray | jax.ShapeDtypeStruct,
+    scale: AnyArray | jax.ShapeDtypeStruct,
+) -> str | None:
+    """What is wrong with the dtypes or the shapes of codes and scale; None if nothing."""
+    # Of the described kernel, not of the arrays; codes are two bits in memory, dense or not.
+    dtype, shape = parts_of(described, ())[0][2:4]
     if (codes.dtype.name, codes.shape) != (dtype, shape):
         return (
             f"has codes that are {codes.dtype} of shape {codes.shape}; shape "
@@ -279,7 +249,7 @@ def form_fault(described: dict[str, Any], codes: Any, scale: Any) -> str | None:
 
 
 def scale_fault(described: dict[str, Any], dtype: str, scale: tuple[int, ...]) -> str | None:
-    """What is wrong with the dtype or the shape of a packed kernel's scale, if anything is."""
+    """What is wrong with the dtype or the shape of a packed kernel's scale; None if nothing."""
     shape = tuple(described["shape"])
     batch = len(shape) - described["kernel_ndim"]
     fits = len(scale) == len(shape) and scale[:batch] == shape[:batch] and min(scale) > 0

@@ -1,20 +1,21 @@
-"""The safetensors container: named byte strings with a dtype, a shape and a digest.
+"""The safetensors container, with a digest: named tensors with a dtype and a shape.
 
 A file is eight bytes of header length, the header (JSON), then the bytes of all
-tensors, end to end. The safetensors library reads a file with a key twice, with
-a relabelled dtype, or with most of its bits flipped. This reader does not::
+tensors, one after the other. The safetensors library accepts a file with a key twice,
+with a relabelled dtype, or with most of its bits flipped. This reader refuses them, by a
+digest in the metadata::
 
     __metadata__["sha256"] = sha256(n, name, dtype, shape, chunks of each of n tensors by name,
                                     key, value of all other metadata by key)
     chunks                 = sha256(first MiB) sha256(second MiB) ... of a tensor's bytes, the
                              last of what is left; in version 1, the bytes themselves
 
-where each part is preceded by its length, so that no two contents spell the
-same. All chunks of a tensor are one part, and are hashed on several cores at once.
+Each part is preceded by its length, so that different contents never give the same
+input to the hash. All chunks of a tensor are one part, hashed on several cores.
 
-The header is filled up with spaces to a multiple of 64 bytes, and tensors are
-ordered by the powers of two in their sizes: one whose size is a multiple of 64
-bytes starts at a multiple of 64, where JAX on a CPU uses the memory as it lies.
+The header is padded with spaces to a multiple of 64 bytes, and tensors are sorted by the
+powers of two in their sizes. So a tensor whose size is a multiple of 64 bytes begins at a
+multiple of 64, and JAX on a CPU uses that memory without a copy.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeGuard
 
 import jax.numpy as jnp
 
-# Bounds on what a header may claim, far above any model's: memory and time stay small
-# whatever a file says. ``save`` keeps to them too.
+# Bounds on a header, far above any model's. They keep memory and time small whatever a
+# file declares. ``save`` keeps to them too.
 MAX_HEADER = 32 << 20  # bytes; some 50,000 leaves
 
 MAX_RANK = 64  # NumPy's own
@@ -74,9 +75,9 @@ REMEDY = "Copy or download it again, or write it again with bj.io.save."
 
 
 class FormatError(ValueError):
-    """A file or a checkpoint that is refused: damaged, changed, or of another format.
+    """A file or a checkpoint was refused: it is damaged, changed, or of another format.
 
-    The text names the file or the leaf, what is wrong with it, and what to do.
+    The message names the file or the leaf, the fault and the remedy.
 
     Example:
       >>> import os, tempfile, bitnet_jax as bj
@@ -88,15 +89,15 @@ class FormatError(ValueError):
       ...         bj.io.load(path)
       ...     except bj.io.FormatError as error:
       ...         print(str(error).replace(folder, "folder"))
-      load: 'folder/model.bitnet.safetensors' is no safetensors file: it has 5 bytes. Copy or \
+      load: 'folder/model.bitnet.safetensors' is not a safetensors file: it has 5 bytes. Copy or \
 download it again, or write it again with bj.io.save.
     """
 
 
 class Entry(NamedTuple):
-    """One tensor as a header has it: a dtype's name, a shape, and where its bytes are.
+    """One tensor in a header: a dtype's name, a shape, and its bytes in the file.
 
-    ``begin`` and ``end`` count from the end of the header.
+    ``begin`` and ``end`` are offsets from the end of the header.
     """
 
     tag: str
@@ -106,40 +107,40 @@ class Entry(NamedTuple):
 
     @property
     def chunks(self) -> list[slice]:
-        """Where its chunks are, counted from its own first byte."""
+        """Its chunks, as offsets from its first byte."""
         return chunks_of(self.end - self.begin)
 
 
 def chunks_of(size: int) -> list[slice]:
-    """So many bytes in chunks, the last of what is left."""
+    """``size`` bytes in chunks; the last one may be shorter."""
     return [slice(at, min(at + CHUNK, size)) for at in range(0, size, CHUNK)]
 
 
 class Header(NamedTuple):
-    """What a file says of itself: its tensors, its metadata, and where its data starts."""
+    """The header of a file: its tensors, its metadata, and the offset of its data."""
 
     tensors: dict[str, Entry]
     metadata: dict[str, str]
     start: int
 
 
-def damaged(what: str) -> NoReturn:
-    """Refuses a file that is not as it was written; the caller puts its name before this."""
+def raise_damaged(what: str) -> NoReturn:
+    """Raises on a damaged or changed file; the caller puts the file's name in front."""
     if len(what) > 1000:  # names in a header may be of any length
         what = f"{what[:700]} ... {what[-200:]}"
     raise FormatError(f"{what}. {REMEDY}")
 
 
-def canonical_json(value: Any) -> str:
-    """The one spelling of a value: keys sorted, no spaces, no NaN."""
+def canonical_json(value: object) -> str:
+    """A value as JSON in one fixed form: keys sorted, no spaces, no NaN."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
 
 
-def parse_json(text: str, **hooks: Any) -> Any:
-    """JSON with integers of at most 64 bits: longer ones take time that grows as their square."""
-    return json.loads(text, parse_int=_parse_int, **hooks)
+def parse_json(text: str, pairs_hook: Callable[[list], dict] | None = None) -> Any:
+    """Parses JSON; raises on integers of more than 64 bits, which take quadratic time."""
+    return json.loads(text, parse_int=_parse_int, object_pairs_hook=pairs_hook)
 
 
 def _parse_int(text: str) -> int:
@@ -149,35 +150,35 @@ def _parse_int(text: str) -> int:
     return value
 
 
-def hash_chunk(chunk: Any) -> bytes:
-    """What stands for a chunk in the digest; in version 1 the chunk itself does."""
+def hash_chunk(chunk: memoryview) -> bytes:
+    """The hash of a chunk that goes into the digest; version 1 uses the chunk itself."""
     return hashlib.sha256(chunk).digest()
 
 
 def digest(
     tensors: Mapping[str, Entry],
     metadata: Mapping[str, str],
-    chunks: Callable[[str], Iterable[Any]],
+    chunks: Callable[[str], Iterable[bytes | memoryview]],
 ) -> str:
-    """SHA-256 over all that a file says, but for the digest itself.
+    """SHA-256 over the whole content of a file but the digest itself.
 
     Args:
       tensors: by name.
-      metadata: all of it; an old digest in it is left out.
-      chunks: called with one name after the other, for what stands for each of its chunks.
+      metadata: all of it; a digest in it is ignored.
+      chunks: from a tensor's name to the hashes of its chunks (version 1: the chunks).
 
     Returns:
       64 hexadecimal digits.
     """
     sha = hashlib.sha256()
 
-    def put(length: int, parts: Iterable[Any]) -> None:
+    def put(length: int, parts: Iterable[bytes | memoryview]) -> None:
         sha.update(length.to_bytes(8, "little"))
         for part in parts:
             sha.update(part)
 
     def put_text(text: str) -> None:
-        # surrogatepass: a crafted header may hold what UTF-8 cannot.
+        # surrogatepass: a crafted header may contain surrogates, which UTF-8 lacks.
         raw = text.encode("utf-8", "surrogatepass")
         put(len(raw), [raw])
 
@@ -196,7 +197,7 @@ def digest(
 
 
 def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry]:
-    """Places tensors, of a dtype's name in the header and a shape, one after the other."""
+    """Places tensors, each given by its dtype's name and its shape, one after the other."""
     sizes = {name: math.prod(shape) * _ITEMSIZE[tag] for name, (tag, shape) in tensors.items()}
     twos = {name: min(size & -size or ALIGNMENT, ALIGNMENT) for name, size in sizes.items()}
     entries, end = {}, 0
@@ -207,7 +208,7 @@ def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Ent
 
 
 def encode(tensors: Mapping[str, Entry], metadata: Mapping[str, str], digest: str) -> bytes:
-    """All that comes before the data; the same content always gives the same bytes."""
+    """The bytes before the data; the same content always gives the same bytes."""
     entries = {
         name: {"dtype": entry.tag, "shape": entry.shape, "data_offsets": entry[2:]}
         for name, entry in tensors.items()
@@ -227,88 +228,92 @@ def read_header(file: BinaryIO, size: int) -> Header:
     header, start = _read_json(file, size)
     metadata = header.pop(METADATA, {})
     if not _is_strings(metadata):
-        damaged("has a damaged header: its metadata maps no strings to strings")
+        raise_damaged("has a damaged header: its metadata must map strings to strings")
     places = {name: _place(name, entry) for name, entry in header.items()}
     tensors = {}
     position = 0
     for name in sorted(places, key=lambda n: places[n][2:]):
         tensors[name] = entry = places[name]
         if entry.begin != position:
-            damaged(
+            raise_damaged(
                 f"has a damaged header: {name!r} begins at byte {entry.begin} of the data, and "
                 f"what is before it ends at {position}"
             )
         position = entry.end
         if position > size - start:
-            damaged(f"is truncated: {name!r} ends at byte {start + position}, the file at {size}")
+            raise_damaged(
+                f"is truncated: {name!r} ends at byte {start + position}, the file at {size}"
+            )
     if start + position != size:
-        damaged(f"has {size - start - position} bytes after its last tensor")
+        raise_damaged(f"has {size - start - position} bytes after its last tensor")
     return Header(tensors, metadata, start)
 
 
 def _read_json(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    """The header as a dict, and where the data starts."""
+    """The header as a dict, and the offset of the data."""
     if size < 8:
-        damaged(f"is no safetensors file: it has {size} bytes")
+        raise_damaged(f"is not a safetensors file: it has {size} bytes")
     length = int.from_bytes(file.read(8), "little")
     if length > size - 8:
-        damaged(
-            f"is no safetensors file: it gives its header {length} bytes, and has "
+        raise_damaged(
+            f"is not a safetensors file: it gives its header {length} bytes, and has "
             f"{size - 8} after the length"
         )
     if length > MAX_HEADER:
-        damaged(f"has a header of {length} bytes; the most is {MAX_HEADER}")
+        raise_damaged(f"has a header of {length} bytes; the most is {MAX_HEADER}")
     try:
-        header = parse_json(file.read(length).decode("utf-8"), object_pairs_hook=_once)
+        header = parse_json(file.read(length).decode("utf-8"), _once)
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
-        damaged(f"is no safetensors file: its header is no JSON ({error})")
+        raise_damaged(f"is not a safetensors file: its header is not JSON ({error})")
     if not isinstance(header, dict):
-        damaged("is no safetensors file: its header is no JSON object")
+        raise_damaged("is not a safetensors file: its header is not a JSON object")
     return header, 8 + length
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json itself keeps the last of two values and says nothing."""
+    """A JSON object; raises if a key is there twice, of which ``json`` keeps the last."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        damaged(f"has a damaged header: the key {twice!r} is there twice")
+        raise_damaged(f"has a damaged header: the key {twice!r} is there twice")
     return result
 
 
-def _place(name: str, entry: Any) -> Entry:
-    """Dtype, shape, first byte and end of one tensor, which must agree."""
+def _place(name: str, entry: object) -> Entry:
+    """One tensor of a header; raises unless its dtype, shape and bytes agree."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        damaged(f"has a damaged header: {name!r} must have a dtype, a shape and data_offsets")
+        raise_damaged(f"has a damaged header: {name!r} must have a dtype, a shape and data_offsets")
     tag, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not (is_shape(shape) and is_ints(offsets) and len(offsets) == 2):
-        damaged(f"has a damaged header: {name!r} has shape {shape!r} and data_offsets {offsets!r}")
+        raise_damaged(
+            f"has a damaged header: {name!r} has shape {shape!r} and data_offsets {offsets!r}"
+        )
     if not isinstance(tag, str) or tag not in _ITEMSIZE:
-        damaged(f"has a damaged header: {name!r} has dtype {tag!r}, which no array here has")
+        raise_damaged(f"has a damaged header: {name!r} has the unknown dtype {tag!r}")
     begin, end = offsets
     wanted = math.prod(shape) * _ITEMSIZE[tag]
     if end - begin != wanted:
-        damaged(
+        raise_damaged(
             f"has a damaged header: {name!r} is {tag} of shape {tuple(shape)}, {wanted} bytes, "
             f"and has {end - begin}"
         )
     return Entry(tag, tuple(shape), begin, end)
 
 
-def is_ints(value: Any, low: int = 0) -> bool:
+def is_ints(value: object, low: int = 0) -> TypeGuard[list[int]]:
     """Whether a JSON value is a list of integers, none below ``low``."""
     return isinstance(value, list) and all(type(v) is int and v >= low for v in value)
 
 
-def is_shape(value: Any, low: int = 0) -> bool:
-    """Whether a JSON value is the shape of an array that could be, no axis below ``low``."""
+def is_shape(value: object, low: int = 0) -> TypeGuard[list[int]]:
+    """Whether a JSON value is the shape of a possible array, no axis below ``low``."""
     if not is_ints(value, low) or len(value) > MAX_RANK or any(v > MAX_ELEMENTS for v in value):
         return False
     return math.prod(max(v, 1) for v in value) <= MAX_ELEMENTS
 
 
-def _is_strings(value: Any) -> bool:
+def _is_strings(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())

@@ -1,6 +1,6 @@
-"""One array of a leaf: in memory, in a file, and which of its bytes are refused.
+"""One array of a leaf: its form in memory and in a file, and which bytes are invalid.
 
-What is refused on the way in is refused on the way out, by the same functions.
+``save``, ``load``, ``describe`` and ``check`` use the same checks.
 
 A dtype that safetensors has no name for (int4, complex128, some float8) is
 stored as its bytes, uint8 with one more axis.
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 from bitnet_jax._packed import trits
 from bitnet_jax.io import _safetensors
@@ -25,11 +26,13 @@ DTYPES = {name: np.dtype(jnp.dtype(name)) for name in (*_safetensors.TAGS, *_RAW
 
 Path = tuple[str | int, ...]
 
-_DENSE = ".trits"  # the end of the name of codes at five trits a byte
+AnyArray = jax.Array | np.ndarray | np.generic
+
+_DENSE = ".trits"  # the name of a tensor ends so where it has five trits a byte
 
 _FAULTS = {
     "bits": "{} bytes with a code of 3, or padding that is not zero",
-    "trits": "{} bytes that are no five codes, or padding that is not zero",
+    "trits": "{} bytes that are not five codes, or padding that is not zero",
     "scale": "a scale that is not finite and > 0",
     "int8": "{} codes of -128; they are -127 to 127",
     "bool": "{} booleans that are neither 0 nor 1",
@@ -42,16 +45,16 @@ def name_of(path: Sequence[str | int]) -> str:
 
 
 class Part(NamedTuple):
-    """One array of a leaf: what it is in memory, what it is in a file, and what its bytes may be.
+    """One array of a leaf: its dtype and shape, its tensor in a file, and its valid bytes.
 
     Attributes:
       owner: the name of the leaf.
-      end: what follows that in the name of the tensor.
-      dtype: of the array.
-      shape: of the array.
-      rule: which bytes are refused; a key of ``_FAULTS`` or nothing.
-      axis: of packed codes, the packed one.
-      length: how many codes lie along it.
+      end: the rest of the tensor's name, ``".codes"`` for example.
+      dtype: of the array in memory.
+      shape: of the array in memory.
+      rule: which bytes are invalid; a key of ``_FAULTS``, or "" for none.
+      axis: the packed axis, for packed codes.
+      length: how many codes there are along that axis.
     """
 
     owner: str
@@ -69,7 +72,7 @@ class Part(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Whether a file holds it at five trits a byte."""
+        """Whether the file stores it at five trits a byte."""
         return self.end == _DENSE
 
     @property
@@ -79,7 +82,7 @@ class Part(NamedTuple):
 
     @property
     def stored(self) -> tuple[str, tuple[int, ...]]:
-        """How a file holds it: the dtype's name in the header, and the shape."""
+        """Its form in a file: the dtype's name in the header, and the shape."""
         if self.dense:
             return _safetensors.TAGS["uint8"], (trits.dense_length(self.nbytes),)
         if self.dtype in _safetensors.TAGS:
@@ -87,26 +90,26 @@ class Part(NamedTuple):
         return _safetensors.TAGS["uint8"], (*self.shape, DTYPES[self.dtype].itemsize)
 
     def view(self, raw: np.ndarray) -> np.ndarray:
-        """The array whose bytes in memory are these."""
+        """Bytes as the array."""
         return raw.view(DTYPES[self.dtype]).reshape(self.shape)
 
     def count_wrong(self, raw: np.ndarray, start: int) -> int:
-        """How many of some bytes, the first of index ``start``, no save would write."""
+        """How many bytes of a chunk, which begins at byte ``start``, are invalid."""
         if self.rule in ("bits", "trits"):
             return trits.count_invalid(raw, start, self.shape, self.axis, self.length)
         if self.rule == "scale":
             scale = raw.view(np.float32)
-            return 0 if scale.min() > 0 and scale.max() < np.inf else 1  # a NaN is neither
+            return 0 if scale.min() > 0 and scale.max() < np.inf else 1  # NaN fails both
         if self.rule == "int8":
             return int(np.count_nonzero(raw == 0x80))
         return int(np.count_nonzero(raw > 1)) if self.rule == "bool" else 0
 
     def fault(self, count: int) -> str:
-        """What is wrong with it, where :meth:`count_wrong` counted."""
+        """The error text for ``count`` invalid bytes."""
         return f"has {_FAULTS[self.rule].format(count)}"
 
-    def count_all(self, array: Any) -> int:
-        """:meth:`count_wrong` of a whole array, looking at a chunk at a time."""
+    def count_all(self, array: AnyArray) -> int:
+        """:meth:`count_wrong` of a whole array, a chunk at a time."""
         if not self.rule:
             return 0
         raw = host_bytes(array)
@@ -114,7 +117,7 @@ class Part(NamedTuple):
 
 
 def parts_of(described: dict[str, Any], scale: tuple[int, ...]) -> list[Part]:
-    """The arrays of a leaf, as it is described and with a scale of this shape."""
+    """The arrays of a described leaf, with a scale of the given shape."""
     where, kind = name_of(described["path"]), described["kind"]
     if kind == "empty":
         return []
@@ -130,24 +133,59 @@ def parts_of(described: dict[str, Any], scale: tuple[int, ...]) -> list[Part]:
     return [Part(where, end, "uint8", codes, rule, axis, described["length"]), scales]
 
 
-def host_bytes(value: Any) -> np.ndarray:
-    """The bytes of an array in native byte order and C order; the array keeps no copy of them."""
+def raise_not_an_array(who: str, where: str, value: object) -> NoReturn:
+    """Raises on a leaf that is not an array; names its kind and the remedy."""
+    if isinstance(value, core.Tracer):
+        what, remedy = "a tracer", f"Call {who} outside jit, grad and vmap."
+    elif isinstance(value, jax.ShapeDtypeStruct):
+        what, remedy = "a ShapeDtypeStruct", "Pass the arrays that it describes."
+    elif isinstance(value, (list, tuple)):
+        what, remedy = f"a {type(value).__name__}", "Make it a dict with int keys, {0: ...}."
+    elif value is None:
+        what, remedy = "None", "Leave it out, or put bj.partition's trees together (bj.combine)."
+    else:
+        what, remedy = f"a {type(value).__name__}", "Wrap a number in jnp.asarray."
+    raise TypeError(f"{who}: {where} must be an array or a packed kernel, got {what}. {remedy}")
+
+
+def require_array(who: str, where: str, value: object, *, abstract: bool = False) -> None:
+    """Raises unless a value is an array whose bytes can be stored.
+
+    Args:
+      who: the function that the error names.
+      where: the path of the leaf.
+      value: a leaf, or the codes or the scale of one.
+      abstract: whether a ``jax.ShapeDtypeStruct`` passes too.
+    """
+    kinds = (np.ndarray, np.generic, jax.Array, *((jax.ShapeDtypeStruct,) if abstract else ()))
+    if isinstance(value, core.Tracer) or not isinstance(value, kinds):
+        raise_not_an_array(who, where, value)
+    if value.dtype.name not in DTYPES:
+        raise TypeError(
+            f"{who}: {where} is {value.dtype} of shape {tuple(value.shape)}, a dtype that a "
+            "file cannot hold. Cast it; of a random key pass jax.random.key_data(key)."
+        )
+
+
+def host_bytes(value: AnyArray) -> np.ndarray:
+    """The bytes of an array on the host, in native byte order and C order."""
     if isinstance(value, jax.Array):
         value = _fetch(value)
-    # safetensors reads memory as it lies.
+    # Files store arrays in C order.
     array = np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
     return array.reshape(-1).view(np.uint8)
 
 
 def _fetch(value: jax.Array) -> np.ndarray:
-    """An array as NumPy holds it; JAX on a CPU lends its memory."""
+    """An array as a NumPy array; on a CPU it shares JAX's memory."""
     with jax.ensure_compile_time_eval():
         whole = np.empty(value.shape, value.dtype) if len(value.sharding.device_set) > 1 else None
         for shard in value.addressable_shards:
             if shard.replica_id:
                 continue
             data = shard.data
-            # An array keeps what was fetched of it from another memory: a copy goes with its own.
+            # A jax.Array caches its host copy for as long as it lives. Fetching from a
+            # temporary copy frees that memory again. On a CPU only int4 is fetched by a copy.
             if shard.device.platform != "cpu" or data.dtype.name in ("int4", "uint4"):
                 data = jnp.copy(data)
             if whole is None:

@@ -135,11 +135,13 @@ def test_other_formats_and_versions_are_refused():
         ):
             call(later)
         for other in (None, [], "about", {}, {**about, "format": "bitnet_jax"}, {"tree": about}):
-            with pytest.raises(FormatError, match=r"the description is none: its format must be"):
+            with pytest.raises(
+                FormatError, match=r"the description is not one of bj.io.describe: "
+            ):
                 call(other)
         with pytest.raises(FormatError, match="was changed after it was made"):
             call({**about, "leaves": about["leaves"][:-1]})
-        with pytest.raises(FormatError, match="is no JSON"):
+        with pytest.raises(FormatError, match="is not JSON"):
             call({**about, "leaves": object()})
-        with pytest.raises(FormatError, match="is no JSON"):
+        with pytest.raises(FormatError, match="is not JSON"):
             call({**about, "leaves": [float("nan")]})

@@ -94,7 +94,7 @@ def test_shardings_that_cannot_be_are_refused():
     mesh = jax.sharding.AbstractMesh((3,), ("d",))
     three = NamedSharding(mesh, PartitionSpec("d"))
     for given, match in (
-        (PartitionSpec(), "must have a jax.sharding.Sharding at dense/bias.* Put a mesh to a spec"),
+        (PartitionSpec(), "must have a jax.sharding.Sharding at dense/bias.* Make one from a spec"),
         (
             {"dense": "d", "head": "d", "step": "d"},
             "a jax.sharding.Sharding at dense/bias, got 'd'",

@@ -95,7 +95,7 @@ def damaged(path, name, at, value):
 def test_bytes_above_242_with_a_valid_digest(path, at, value, mmap):
     bitnet_jax.io.save(path, {"k": pack((24, 10))}, dense=True)
     damaged(path, "k.trits", at, value)
-    with pytest.raises(FormatError, match="'k' has 1 bytes that are no five codes, or padding"):
+    with pytest.raises(FormatError, match="'k' has 1 bytes that are not five codes, or padding"):
         bitnet_jax.io.load(path, mmap=mmap)
 
 
@@ -107,7 +107,7 @@ def test_filling_and_padding_that_is_not_zero_with_a_valid_digest(path):
             header, data = split(file.read())
         byte = data[header["k.trits"]["data_offsets"][0] + at]
         damaged(path, "k.trits", at, byte % 81 + 162)
-        with pytest.raises(FormatError, match="bytes that are no five codes, or padding"):
+        with pytest.raises(FormatError, match="bytes that are not five codes, or padding"):
             bitnet_jax.io.load(path)
     tree = {"k": pack((5, 5))}  # ten bytes, of which the last five hold one code
     bitnet_jax.io.save(path, tree, dense=True)
@@ -115,7 +115,7 @@ def test_filling_and_padding_that_is_not_zero_with_a_valid_digest(path):
         header, data = split(file.read())
     byte = data[header["k.trits"]["data_offsets"][0] + 7]  # of the byte before last
     damaged(path, "k.trits", 7, (byte + 27) % 81 + byte // 81 * 81)
-    with pytest.raises(FormatError, match="bytes that are no five codes, or padding"):
+    with pytest.raises(FormatError, match="bytes that are not five codes, or padding"):
         bitnet_jax.io.load(path)
 
 
@@ -132,7 +132,7 @@ def test_the_description_says_how_codes_are_stored(path):
         header["__metadata__"]["leaves"] = text.replace('"stored":"trits"', other)
         with open(path, "wb") as file:
             file.write(signed(header, data))
-        with pytest.raises(FormatError, match="describes wrongly"):
+        with pytest.raises(FormatError, match="invalid description of a leaf"):
             bitnet_jax.io.load(path)
     # What is declared as two-bit codes must be stored as such.
     header["__metadata__"]["leaves"] = text.replace(',"stored":"trits"', "")

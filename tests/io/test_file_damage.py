@@ -71,10 +71,10 @@ def test_huge_and_short_headers_are_refused(small, monkeypatch):
     path, content = small
     refused(path, b"\xff" * 8 + content[8:], "it gives its header 18446744073709551615 bytes")
     refused(path, b"", "it has 0 bytes")
-    refused(path, (5).to_bytes(8, "little") + b"[1,2]", "no JSON object")
-    refused(path, (2).to_bytes(8, "little") + b"\xff\xfe", "no JSON")
-    refused(path, join(b"[" * 100_000, b""), "no JSON")
-    refused(path, join(b'{"a":' + b"9" * 5000 + b"}", b""), "no JSON|must have a dtype")
+    refused(path, (5).to_bytes(8, "little") + b"[1,2]", "not a JSON object")
+    refused(path, (2).to_bytes(8, "little") + b"\xff\xfe", "is not JSON")
+    refused(path, join(b"[" * 100_000, b""), "is not JSON")
+    refused(path, join(b'{"a":' + b"9" * 5000 + b"}", b""), "is not JSON|must have a dtype")
     refused(path, join({}, b""), "was not written by bj.io.save")
     monkeypatch.setattr(_safetensors, "MAX_HEADER", 100)
     refused(path, content, "header of .* bytes; the most is 100")
@@ -104,7 +104,7 @@ def test_a_relabelled_dtype_is_refused(small):
     header, data = split(content)
     header["layer/kernel.codes"]["dtype"] = "I8"
     for content in (join(header, data), signed(header, data)):
-        refused(path, content, "declares 'layer/kernel.codes' as U8 .* and holds I8")
+        refused(path, content, "declares 'layer/kernel.codes' as U8 .* and has I8")
 
 
 def mutated(random, header):

@@ -118,7 +118,7 @@ def test_files_that_are_none(tmp_path, capsys, command):
         assert str(tmp_path) in printed.err
     (tmp_path / "text").write_text("no model")
     assert main([command, str(tmp_path / "text")]) == 1
-    assert "is no safetensors file" in capsys.readouterr().err
+    assert "is not a safetensors file" in capsys.readouterr().err
     with pytest.raises(SystemExit) as error:
         main([command])
     assert error.value.code == 2

@@ -321,7 +321,7 @@ refused(ValueError, "Codes and scale", {**want, "layer": layer | {"kernel": at("
 refused(ValueError, "does not fit layer/bias of shape (32,)", {**want, "layer": at("x", "y")})
 refused(ValueError, "does not fit seven of shape (8, 4)", {**want, "seven": at(None, ("x", "y"))})
 bj.io.save(path, {"x": jnp.ones(8), "step": np.int64(3)})
-refused(ValueError, "step of int64, which JAX would cut", at())
+refused(ValueError, "step of int64, which JAX would make 32 bits", at())
 assert bj.io.load(path)["step"] == 3
 print("sharded")
 """
