@@ -17,10 +17,18 @@ from bitnet_jax._matmul import matmul, prepare
 from bitnet_jax._ops.ternary_dot import ternary_dot
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary
 from bitnet_jax._packed.pack import pack, unpack
-from bitnet_jax._quantize.int8 import ActivationConfig, Int8Config, quantize_activations
+from bitnet_jax._quantize.config import (
+    B158,
+    PHASE4,
+    TWN,
+    ActivationConfig,
+    Int8Config,
+    TernaryConfig,
+)
+from bitnet_jax._quantize.int8 import quantize_activations
 from bitnet_jax._quantize.straight_through import fake_quantize, fake_quantize_activations
 from bitnet_jax._quantize.strength import phase_in
-from bitnet_jax._quantize.ternary import B158, PHASE4, TWN, Ternary, TernaryConfig, quantize
+from bitnet_jax._quantize.ternary import Ternary, quantize
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import (
     combine,

@@ -1,9 +1,14 @@
-"""Every error a user can meet, one function for each rule.
+"""Errors that several rooms raise, one function for each rule.
 
 An error says who refused, which argument, the rule, what arrived, and the
 remedy. ``ValueError`` is for a value or a shape, ``TypeError`` for a kind.
 All checks look at static data (types, shapes, dtypes) unless their name says
 ``values``, so they cost nothing under ``jit``.
+
+``who`` is the public function that the user called. A public function checks its
+arguments where they come in, or has a function check them and return a value that
+cannot be wrong (``kernel_spec``). Code behind that takes no ``who`` and raises nothing.
+A check that only one public function uses is private in its module and names it.
 """
 
 from __future__ import annotations
@@ -11,14 +16,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax.numpy as jnp
 import numpy as np
 
 
-def require_one_of(who: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Refuses a value outside a short list of names."""
+def require_one_of(who: str, name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises unless the value is one of a short list."""
     if value not in allowed:
         near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -26,15 +31,19 @@ def require_one_of(who: str, name: str, value: Any, allowed: Sequence[Any]) -> N
         raise ValueError(f"{who}: `{name}` must be one of {listed}, got {value!r}.{hint}")
 
 
-def require_positive(who: str, name: str, value: Any) -> None:
-    """Refuses anything but a finite number above zero."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not ok or not math.isfinite(value) or value <= 0:
+def require_positive(who: str, name: str, value: object) -> None:
+    """Raises unless it is a finite number above zero."""
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
         raise ValueError(f"{who}: `{name}` must be a finite number > 0, got {value!r}.")
 
 
-def require_epsilon(who: str, value: Any, most: int = 1) -> None:
-    """Refuses an eps that float32 cannot hold as a normal number, or ``most`` over it."""
+def require_epsilon(who: str, value: float, most: int = 1) -> None:
+    """Raises unless float32 holds eps as a normal number, and ``most / eps`` as a finite one."""
     require_positive(who, "eps", value)
     limits = np.finfo(np.float32)
     smallest, largest = max(float(limits.tiny), most / float(limits.max)), float(limits.max)
@@ -46,17 +55,17 @@ def require_epsilon(who: str, value: Any, most: int = 1) -> None:
 
 
 def require_instance(
-    who: str, name: str, value: Any, kind: type | tuple[type, ...], remedy: str
+    who: str, name: str, value: object, kind: type | tuple[type, ...], remedy: str
 ) -> None:
-    """Refuses an argument of another type."""
+    """Raises unless an argument has one of these types."""
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(k.__name__ for k in kinds)
         raise TypeError(f"{who}: `{name}` must be a {wanted}, got {describe(value)}. {remedy}")
 
 
-def require_float_array(who: str, name: str, value: Any) -> None:
-    """Refuses integer, boolean and complex arrays, and what is no array."""
+def require_float_array(who: str, name: str, value: object) -> None:
+    """Raises unless it is an array of floats."""
     dtype = getattr(value, "dtype", None)
     if dtype is None or getattr(value, "shape", None) is None:
         raise TypeError(
@@ -71,12 +80,12 @@ def require_float_array(who: str, name: str, value: Any) -> None:
 
 
 def require_static_strength(who: str, value: float) -> None:
-    """Refuses a Python strength outside [0, 1]; a traced one cannot be looked at."""
+    """Raises for a Python strength outside [0, 1]; a traced one has no value yet."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{who}: `strength` must be from 0 to 1, got {value!r}.")
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """What arrived, for an error: dtype and shape of an array, else type and value."""
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is not None and shape is not None:
@@ -85,7 +94,7 @@ def describe(value: Any) -> str:
 
 
 def require_leaves(who: str, name: str, count: int) -> None:
-    """Refuses a tree without a single array."""
+    """Raises for a tree without arrays."""
     if count == 0:
         raise ValueError(
             f"{who}: `{name}` holds no arrays. Pass the tree that model.init returned under "
@@ -107,8 +116,8 @@ def raise_selector_matches_nothing(
     raise ValueError(f"{who}: {what} matches nothing. Near paths: {shown}.")
 
 
-def require_selector(who: str, value: Any) -> None:
-    """Refuses a selector that is neither a function nor None."""
+def require_selector(who: str, value: object) -> None:
+    """Raises unless a selector is a function or None."""
     if value is not None and not callable(value):
         raise TypeError(
             f"{who}: `select` must be a function of path and leaf, got {describe(value)}. Build "
@@ -117,7 +126,7 @@ def require_selector(who: str, value: Any) -> None:
 
 
 def raise_already_packed(who: str, path: str) -> NoReturn:
-    """Refuses to quantise a leaf that is packed already."""
+    """Reports a leaf to quantise that is packed already."""
     raise TypeError(
         f"{who}: {path} is packed already. Pass float params, or bj.unpack_params(packed) first."
     )
@@ -139,8 +148,8 @@ def raise_not_finite(who: str, path: str, count: int) -> NoReturn:
     )
 
 
-def require_unset(who: str, name: str, value: Any, default: Any) -> None:
-    """Refuses a field of a float layer that a ternary contraction has no use for."""
+def require_unset(who: str, name: str, value: object, default: object) -> None:
+    """Raises where a field of a float layer is set that a ternary contraction cannot use."""
     if value is not default:
         raise ValueError(
             f"{who}: `{name}` cannot be used, got {value!r}: the contraction is int8 x int8 -> "
@@ -157,7 +166,7 @@ def raise_no_ternary_layer(who: str, name: str) -> NoReturn:
 
 
 def require_param_shape(who: str, path: str, got: Sequence[int], wanted: Sequence[int]) -> None:
-    """Refuses a parameter of another shape than the model makes."""
+    """Raises unless a parameter has the shape that the model makes."""
     if tuple(got) != tuple(wanted):
         raise ValueError(
             f"{who}: {path} has shape {tuple(got)}, and the model makes it {tuple(wanted)} (a "
@@ -173,23 +182,23 @@ def raise_used_two_ways(who: str, path: str, how: str) -> NoReturn:
     )
 
 
-def require_kernel(who: str, w: Any, name: str = "w") -> None:
-    """Refuses what cannot be a kernel: not floating point, rank below 2, no elements."""
+def require_kernel(who: str, w: object, name: str = "w") -> None:
+    """Raises unless it can be a kernel: floating point, rank 2 or more, some elements."""
     require_float_array(who, name, w)
-    if w.ndim < 2:
+    shape = tuple(getattr(w, "shape", ()))
+    if len(shape) < 2:
         raise ValueError(
-            f"{who}: `{name}` needs at least 2 axes, got shape {tuple(w.shape)}. "
-            "Pass a kernel (in, out)."
+            f"{who}: `{name}` needs at least 2 axes, got shape {shape}. Pass a kernel (in, out)."
         )
-    if w.size == 0:
+    if math.prod(shape) == 0:
         raise ValueError(
-            f"{who}: `{name}` has no elements, got shape {tuple(w.shape)}. Every axis of a "
+            f"{who}: `{name}` has no elements, got shape {shape}. Every axis of a "
             "kernel needs at least one."
         )
 
 
-def normalize_axes(who: str, name: str, axes: Any, ndim: int) -> tuple[int, ...]:
-    """Normalises axes to non-negative and ascending; refuses strangers and repeats."""
+def normalize_axes(who: str, name: str, axes: int | Iterable[int], ndim: int) -> tuple[int, ...]:
+    """Axes, non-negative and ascending; raises for axes out of range and for repeats."""
     given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
     for axis in given:
         if not isinstance(axis, (int, np.integer)) or not -ndim <= axis < ndim:
@@ -205,8 +214,8 @@ def normalize_axes(who: str, name: str, axes: Any, ndim: int) -> tuple[int, ...]
 
 def require_contraction(
     who: str, x_shape: Sequence[int], wanted: Sequence[int], batch: Sequence[int]
-):
-    """Refuses activations whose axes do not meet the kernel's."""
+) -> None:
+    """Raises unless activations end with the contraction and start with the batch axes."""
     tail = tuple(x_shape[len(x_shape) - len(wanted) :])
     head = tuple(x_shape[: len(batch)])
     if len(x_shape) < len(wanted) + len(batch) or tail != tuple(wanted) or head != tuple(batch):
@@ -217,8 +226,8 @@ def require_contraction(
         )
 
 
-def require_embedding_lookup(who: str, index: Any, shape: Sequence[int]) -> None:
-    """Refuses a look-up by anything but integers, or in what is no table of rows."""
+def require_embedding_lookup(who: str, index: object, shape: Sequence[int]) -> None:
+    """Raises unless integers index a table (vocabulary, features)."""
     if len(shape) != 2:
         raise ValueError(
             f"{who}: only an embedding (vocabulary, features) has rows, got shape {tuple(shape)}."
@@ -228,7 +237,7 @@ def require_embedding_lookup(who: str, index: Any, shape: Sequence[int]) -> None
 
 
 def raise_prepared(who: str, path: str, implementation: str) -> NoReturn:
-    """Refuses a prepared leaf where the stored layout is needed."""
+    """Reports a prepared leaf where the stored layout is needed."""
     raise TypeError(
         f"{who}: {path} is prepared for implementation {implementation!r}, a layout that only "
         "that kernel reads. Pass the stored tree that bj.pack_params or bj.io.load returned."

@@ -25,13 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax._matmul import IMPLEMENTATIONS, cpu, limits, matmul, native, prepare
-from bitnet_jax._matmul.api import _choose
+from bitnet_jax._matmul import IMPLEMENTATIONS, Name, choose, cpu, limits, matmul, native, prepare
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import Packed, PackedTernary, Prepared
 from bitnet_jax._packed.pack import pack
-from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax._quantize.ternary import B158, PHASE4, TernaryConfig
+from bitnet_jax._quantize.config import B158, PHASE4, Int8Config, TernaryConfig
 
 Line = tuple[str, str]  # what it is about, and what was found
 
@@ -119,7 +117,7 @@ def _describe_native() -> Iterator[Line]:
 
 def _native_serves() -> bool:
     """Whether the native product is what None picks here."""
-    return _choose(pack(jnp.ones((8, 4))), None) == "cpu"
+    return choose(pack(jnp.ones((8, 4)))) == "cpu"
 
 
 def _find_remedy() -> str:
@@ -138,7 +136,7 @@ def _describe_picked() -> Iterator[Line]:
     """The implementation that None picks, and why not those before it in the table."""
     for label, config in (("ternary kernel", B158), ("int8 kernel", Int8Config())):
         packed = pack(jnp.ones((8, 4)), config)
-        preferred, leaf = _choose(packed, None), prepare(packed)
+        preferred, leaf = choose(packed), prepare(packed)
         layout = f"for {leaf.implementation!r}" if isinstance(leaf, Prepared) else "as stored"
         yield label, f"matmul runs {preferred!r}, prepare lays it out {layout}"
         for name, row in IMPLEMENTATIONS.items():
@@ -159,7 +157,7 @@ def check_bits() -> Iterator[Line]:
     xs = [jnp.asarray(rng.standard_normal((m, _SHAPE[0])), dtype) for m, dtype in _ROWS]
     want = _multiply_all(xs, stored, "reference")
 
-    def judge(implementation: str | None) -> str:
+    def judge(implementation: Name | None) -> str:
         try:
             leaves = prepare(stored, implementation)
             return _compare(_multiply_all(xs, leaves, implementation), want)
@@ -168,9 +166,7 @@ def check_bits() -> Iterator[Line]:
 
     # The native product by each path wherever it runs, and what is preferred where it is not.
     if not _native_serves():
-        preferred = dict.fromkeys(
-            _choose(packed, None, preparing=True) for packed in stored.values()
-        )
+        preferred = dict.fromkeys(choose(packed, preparing=True) for packed in stored.values())
         yield ", ".join(preferred), judge(None)
     if cpu.unsupported_reason(stored["int8"]) is not None:
         return
@@ -196,7 +192,7 @@ def _compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> s
 
 
 def _multiply_all(
-    xs: list[jax.Array], leaves: Mapping[str, Packed], implementation: str | None
+    xs: list[jax.Array], leaves: Mapping[str, Packed], implementation: Name | None
 ) -> dict[str, np.ndarray]:
     """Each x times each kernel, by a jit that is new each time."""
 

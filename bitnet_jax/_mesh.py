@@ -1,4 +1,4 @@
-"""Where a kernel lies on a mesh, and what of it travels.
+"""Runs operations on Auto and on Explicit mesh axes, with the same bits.
 
 Placement follows from JAX's own engine. With **Auto** axes the partitioner decides,
 from how the arguments are placed. With **Explicit** axes every shape has a sharding
@@ -7,10 +7,8 @@ would halve below the mesh), so :func:`in_auto` runs a whole operation with the 
 made Auto inside and its results' shardings, which its operands decide, said outside.
 The bits are the same: codes are elementwise, the tree is order-fixed, sums are int32.
 
-A kernel that is sharded over the mesh axes of the batch (FSDP) has to be gathered for
-the product. :class:`Gather` does that with its codes, four to a byte where the shards
-allow, in the forward pass and again in the backward one; float kernels, gradients and
-the optimizer's state stay in shards.
+Public functions and layers call :func:`in_auto`, once for each operation; the functions
+that they run inside it take arrays as they are.
 """
 
 from __future__ import annotations
@@ -24,11 +22,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import core
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jaxtyping import Array, Integer, PyTree, Shaped
 
 Entry = str | tuple[str, ...] | None
 
 Spec = tuple[Entry, ...]
+
+AnyMesh = Mesh | AbstractMesh
 
 
 def names(entry: Entry) -> tuple[str, ...]:
@@ -38,7 +39,8 @@ def names(entry: Entry) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _entry(axes: Sequence[str]) -> Entry:
+def entry_of(axes: Sequence[str]) -> Entry:
+    """The entry of a spec that names these mesh axes."""
     return None if not axes else axes[0] if len(axes) == 1 else tuple(axes)
 
 
@@ -47,37 +49,37 @@ def padded(spec: PartitionSpec | Spec, ndim: int) -> Spec:
     return (*spec, *(None,) * (ndim - len(spec)))
 
 
-def spec_of(array: Any) -> Spec:
-    """How an array's type says it is sharded, an entry an axis; None where it says nothing."""
+def spec_of(array: jax.typing.ArrayLike) -> Spec:
+    """The sharding in an array's type, an entry an axis; None where the type has none."""
     kind = jax.typeof(array)
     sharding = getattr(kind, "sharding", None)
     return padded(() if sharding is None else sharding.spec, len(kind.shape))
 
 
-def is_typed(array: Any) -> bool:
-    """Whether an array's type says how it lies: the mesh around it has Explicit axes."""
+def is_typed(array: jax.typing.ArrayLike) -> bool:
+    """Whether an array's type says its sharding: the mesh around it has Explicit axes."""
     sharding = getattr(jax.typeof(array), "sharding", None)
     return sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
 
 
-def is_sharded(array: Any) -> bool:
-    """Whether an array is in shards, each device with a part: by its type, or where it is."""
+def is_sharded(array: object) -> bool:
+    """Whether each device has a part of an array, by its type or its placement."""
     if isinstance(array, core.Tracer):
         return any(names(entry) for entry in spec_of(array))
     return isinstance(array, jax.Array) and not array.sharding.is_fully_replicated
 
 
-def explicit_mesh(operands: Any) -> Any:
+def explicit_mesh(operands: PyTree) -> AbstractMesh | None:
     """The mesh of the first operand whose type is sharded; None where none is."""
     for leaf in jax.tree.leaves(operands):
-        # What is no array is for its own check to refuse.
+        # Skips non-arrays; the caller's type check reports them.
         if isinstance(leaf, jax.Array) and any(names(entry) for entry in spec_of(leaf)):
             return jax.typeof(leaf).sharding.mesh
     return None
 
 
-def fit(entries: Sequence[Entry], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """A spec for an array of a shape: without what does not divide it, or is taken already."""
+def fit(entries: Sequence[Entry], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
+    """A spec for a shape, of those entries that divide it and whose mesh axes are still free."""
     taken: set[str] = set()
     fitted: list[Entry] = []
     for entry, length in zip(entries, shape, strict=True):
@@ -85,11 +87,13 @@ def fit(entries: Sequence[Entry], shape: Sequence[int], mesh: Any) -> PartitionS
         if length % math.prod(mesh.shape[a] for a in axes):
             axes = ()
         taken |= {*axes}
-        fitted.append(_entry(axes))
+        fitted.append(entry_of(axes))
     return PartitionSpec(*fitted)
 
 
-def in_auto(run: Callable[..., Any], *operands: Any, out: Callable[[Any], Any]) -> Any:
+def in_auto(
+    run: Callable[..., Any], *operands: PyTree, out: Callable[[AbstractMesh], PyTree]
+) -> Any:
     """``run(*operands)``, with Explicit mesh axes made Auto inside where operands are sharded.
 
     Args:
@@ -108,15 +112,15 @@ def in_auto(run: Callable[..., Any], *operands: Any, out: Callable[[Any], Any]) 
         return run(*operands)
 
 
-def in_auto_like(run: Callable[..., Any], *operands: Any) -> Any:
-    """:func:`in_auto` for results that lie as the first operand does.
+def in_auto_like(run: Callable[..., Any], *operands: PyTree) -> Any:
+    """:func:`in_auto` for results that are sharded as the first operand is.
 
     A result of its rank has its axes, shorter or not (a scale, a gamma, bytes of four
     codes); any other (a count) is whole everywhere.
     """
     first = jax.tree.leaves(operands)[0]
 
-    def out(mesh: Any) -> Any:
+    def out(mesh: AbstractMesh) -> PyTree:
         spec = spec_of(first)
         return jax.tree.map(
             lambda a: fit(spec if a.ndim == first.ndim else (None,) * a.ndim, a.shape, mesh),
@@ -126,49 +130,46 @@ def in_auto_like(run: Callable[..., Any], *operands: Any) -> Any:
     return in_auto(run, *operands, out=out)
 
 
-def in_auto_rows(run: Callable[..., Any], *operands: Any, outputs: Spec) -> Any:
+def in_auto_rows(run: Callable[..., Any], *operands: PyTree, outputs: Spec) -> Any:
     """:func:`in_auto` for a product: its result has the first operand's rows, then ``outputs``."""
 
-    def out(mesh: Any) -> PartitionSpec:
+    def out(mesh: AbstractMesh) -> PartitionSpec:
         y = _results(run, operands, mesh)
         return fit((*spec_of(operands[0])[: y.ndim - len(outputs)], *outputs), y.shape, mesh)
 
     return in_auto(run, *operands, out=out)
 
 
-def _results(run: Callable[..., Any], operands: Sequence[Any], mesh: Any) -> Any:
-    """The shapes of what ``run`` returns, from operands whose types say nothing."""
+def rows_of(table: Shaped[Array, "..."], index: Integer[Array, "..."]) -> Shaped[Array, "..."]:
+    """``jnp.take(table, index, axis=0)``; on Explicit axes sharded as index and features are."""
+
+    def run(index: Integer[Array, "..."], table: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        return jnp.take(table, index, axis=0)
+
+    return in_auto_rows(run, index, table, outputs=spec_of(table)[1:])
+
+
+def _results(run: Callable[..., Any], operands: Sequence[PyTree], mesh: AbstractMesh) -> PyTree:
+    """The shapes of what ``run`` returns, from operands whose types have no sharding."""
     plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(operands))
     # As the operation will run: a gather's mesh has Auto axes, and so must the one around.
-    with jax.sharding.use_abstract_mesh(_auto(mesh)):
+    with jax.sharding.use_abstract_mesh(made_auto(mesh)):
         return jax.eval_shape(run, *plain)
 
 
-def _within(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+def _within(mesh: AbstractMesh) -> contextlib.AbstractContextManager[object]:
     """A context with a mesh: the caller's own, where there is one."""
     if not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
-    """``jnp.take(table, index, axis=0)``; on Explicit axes it lies as index and features do."""
-    entries = (*spec_of(index), *spec_of(table)[1:])
-    shape = (*index.shape, *table.shape[1:])
-    return in_auto(
-        lambda table, index: jnp.take(table, index, axis=0),
-        table,
-        index,
-        out=lambda mesh: fit(entries, shape, mesh),
-    )
-
-
 @functools.cache
-def _auto(mesh: Any) -> Any:
+def made_auto(mesh: AbstractMesh) -> AbstractMesh:
     """A mesh with its Explicit axes made Auto."""
     return mesh.update_axis_types(dict.fromkeys(_explicit_axes(mesh), AxisType.Auto))
 
 
-def _explicit_axes(mesh: Any) -> tuple[str, ...]:
+def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Explicit)

@@ -37,8 +37,9 @@ from bitnet_jax._packed.kernel import (
     is_stored,
     split,
 )
-from bitnet_jax._packed.pack import pack_quantized
+from bitnet_jax._packed.pack import pack_kernel
 from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
 from bitnet_jax._tree.select import Select, matched
 
@@ -300,7 +301,7 @@ def _merge(adapted: Adapted) -> tuple[Stored, tuple[jax.Array, ...]]:
     if isinstance(base, PackedTernary):
         merged: Stored = _on_grid(base, whole)
     else:
-        merged = pack_quantized(whole.astype(base.dtype), base.config, axes)[1]
+        merged = pack_kernel(whole.astype(base.dtype), KernelSpec(base.config, axes))
 
     def norm(v: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.square(v).sum())

@@ -13,8 +13,8 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 AXES = ("contracting_axes", "batch_axes")
 ternary_dot = jax.jit(
     bj.ternary_dot,
-    static_argnums=(2, 3),
-    static_argnames=(*AXES, "strength", "dtype", "backward_dtype"),
+    static_argnums=2,
+    static_argnames=(*AXES, "activations", "strength", "dtype", "backward_dtype"),
 )
 
 

@@ -92,7 +92,10 @@ class Case(NamedTuple):
 
         @jax.jit
         def train(xs, w):
-            return [bj.ternary_dot(x, w, self.config, self.activations, **self.axes) for x in xs]
+            return [
+                bj.ternary_dot(x, w, self.config, activations=self.activations, **self.axes)
+                for x in xs
+            ]
 
         trained = train(xs, jnp.asarray(self.kernel(), self.x_dtype))
         return [(x, self.oracle(x), t) for x, t in zip(xs, trained, strict=True)]

@@ -18,6 +18,7 @@ ROOT = pathlib.Path(bj.__file__).parent
 # Imports go strictly down between rooms; DESIGN's table, from the ground up.
 FLOORS = {
     "_checks": 1,
+    "_context": 1,
     "_display": 1,
     "_mesh": 2,
     "_quantize": 3,

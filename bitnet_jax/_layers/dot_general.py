@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import jax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from bitnet_jax import _checks
 from bitnet_jax._layers.dimensions import dot_general
 from bitnet_jax._layers.forward import Fields, LayerConfig, run_layer
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.int8 import INT8, ActivationConfig
-from bitnet_jax._quantize.ternary import B158, TernaryConfig
+from bitnet_jax._quantize.arrays import Activations, DTypeLike, Kernel
+from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, TernaryConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +46,18 @@ class TernaryDotGeneral:
 
     weights: TernaryConfig = B158
     activations: ActivationConfig | None = INT8
-    backward_dtype: Any = None
+    backward_dtype: DTypeLike | None = None
 
     def __call__(
         self,
-        lhs: jax.Array,
-        rhs: jax.Array,
+        lhs: Activations,
+        rhs: Kernel,
         dimension_numbers: lax.DotDimensionNumbers,
-        precision: Any = None,
-        preferred_element_type: Any = None,
+        precision: lax.PrecisionLike = None,
+        preferred_element_type: DTypeLike | None = None,
         *,
-        out_sharding: Any = None,
-    ) -> jax.Array:
+        out_sharding: NamedSharding | PartitionSpec | None = None,
+    ) -> Float[Array, "..."]:
         """``lax.dot_general`` with a ternary second operand.
 
         Args:
@@ -76,7 +76,9 @@ class TernaryDotGeneral:
         """
         _checks.require_unset("TernaryDotGeneral", "out_sharding", out_sharding, None)
         (_, w_axes), (_, w_batch) = dimension_numbers
-        kernel_axes.resolve("TernaryDotGeneral", rhs, w_axes, w_batch)  # refuses axes it has not
+        kernel_axes.resolve(
+            "TernaryDotGeneral", rhs, w_axes, w_batch
+        )  # raises for axes that rhs does not have
         call = dot_general(lhs.ndim, rhs.shape, dimension_numbers)
         config = LayerConfig(self.weights, self.activations, False, self.backward_dtype)
         fields = Fields(preferred_element_type, precision)

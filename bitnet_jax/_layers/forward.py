@@ -9,21 +9,24 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from bitnet_jax import _checks, _mesh
+from bitnet_jax import _mesh
 from bitnet_jax._layers.dimensions import Call, ConvCall
 from bitnet_jax._matmul import convolve, embedding_rows, matmul
 from bitnet_jax._ops.gather import gathering
 from bitnet_jax._ops.product import Product
 from bitnet_jax._ops.ternary_dot import ternary_conv, ternary_dot
 from bitnet_jax._packed.adapted import Adapted
-from bitnet_jax._packed.kernel import PackedInt8, Prepared, PreparedInt8, is_packed
-from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config, check_activations
+from bitnet_jax._packed.kernel import Packed, PackedInt8, Prepared, PreparedInt8
+from bitnet_jax._quantize.arrays import Activations, AnyArray, DTypeLike, Kernel
+from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
+from bitnet_jax._quantize.int8 import check_activations
+from bitnet_jax._quantize.kernel_spec import require_kernel_config
 from bitnet_jax._quantize.straight_through import fake_quantize, rms_normalize
 from bitnet_jax._quantize.strength import Strength, ambient
-from bitnet_jax._quantize.ternary import B158, KernelConfig, TernaryConfig
 from bitnet_jax._tree.leaves import placement
 
 
@@ -33,14 +36,18 @@ class LayerConfig(NamedTuple):
     weights: KernelConfig = B158
     activations: ActivationConfig | None = INT8
     norm: bool = False
-    backward_dtype: Any = None
+    backward_dtype: DTypeLike | None = None
 
 
 def layer_config(
-    who: str, weights: Any, activations: Any, norm: bool, backward_dtype: Any
+    who: str,
+    weights: KernelConfig,
+    activations: ActivationConfig | None,
+    norm: bool,
+    backward_dtype: DTypeLike | None,
 ) -> LayerConfig:
     """The config that both ``ternarize`` are asked for, checked."""
-    _checks.require_instance(who, "weights", weights, (TernaryConfig, Int8Config), "Use bj.B158.")
+    require_kernel_config(who, weights, "weights")
     check_activations(who, activations)
     return LayerConfig(weights, activations, norm, backward_dtype)
 
@@ -48,9 +55,16 @@ def layer_config(
 class Fields(NamedTuple):
     """What a float layer says about its arithmetic, and the box that its kernel came in."""
 
-    dtype: Any
-    precision: Any
-    box: Any = None
+    dtype: DTypeLike | None
+    precision: lax.PrecisionLike
+    box: PyTree = None
+
+
+class _Arithmetic(NamedTuple):
+    """The dtype of a layer's output, and the precision of its float products."""
+
+    dtype: DTypeLike
+    precision: lax.PrecisionLike
 
 
 def run_layer(
@@ -58,16 +72,17 @@ def run_layer(
     where: str,
     config: LayerConfig,
     call: Call,
-    x: jax.Array,
-    kernel: Any,
-    bias: jax.Array | None,
+    x: Shaped[AnyArray, "..."],
+    kernel: Kernel | Packed | Adapted,
+    bias: Float[AnyArray, "..."] | None,
     *,
     strength: Strength | None,
     fields: Fields,
-) -> jax.Array:
+) -> Float[Array, "..."]:
     """x times a kernel, plus bias; the same bits from float and packed kernels."""
     operands = [x, kernel] if bias is None else [x, kernel, bias]
     dtype = fields.dtype or functools.reduce(jnp.promote_types, (a.dtype for a in operands))
+    arithmetic = _Arithmetic(dtype, fields.precision)
     if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool:
         x = x.astype(dtype)
     x_shape = x.shape
@@ -75,60 +90,68 @@ def run_layer(
     if config.norm:
         flat = x.reshape(*x.shape[: x.ndim - call.features], -1)
         x = _mesh.in_auto_like(rms_normalize, flat).reshape(x.shape)
-    adapted = kernel if isinstance(kernel, Adapted) else None
-    kernel = kernel if adapted is None else adapted.base
-    if is_packed(kernel):
+    if isinstance(kernel, Adapted):
         check_packed(who, where, config, call, kernel)
-        y = _serve(config, call, x, kernel, dtype, fields.precision)
-        if adapted is not None:
-            y = y + _low_rank(who, where, call, x, adapted, dtype, fields.precision)
+        y = _serve(config, call, x, kernel.base, arithmetic)
+        y = y + _low_rank(call, x, kernel, arithmetic)
+    elif isinstance(kernel, Packed):
+        check_packed(who, where, config, call, kernel)
+        y = _serve(config, call, x, kernel, arithmetic)
     else:
-        y = _train(config, call, x, kernel, ambient(strength), dtype, fields)
+        y = _train(config, call, x, kernel, ambient(strength), fields.box, arithmetic)
     y = call.from_canonical(y, x_shape)
     if bias is None:
         return y
+    # Ones for the row axes: rank promotion is the caller's to allow, not ours to use.
     spread = (1,) * (y.ndim - len(call.bias_spread)) + call.bias_spread
     return y + bias.astype(dtype).reshape(spread)
 
 
 def _train(
-    config: LayerConfig, call: Call, x, kernel, strength, dtype, fields: Fields
-) -> jax.Array:
-    how: dict[str, Any] = {
-        "strength": strength,
-        "dtype": dtype,
-        "backward_dtype": config.backward_dtype,
-        "precision": fields.precision,
-        "kernel_spec": placement(fields.box) if gathering() else None,
-    }
-    if isinstance(call, ConvCall):
-        convolution = call.convolution
-        return ternary_conv(x, kernel, convolution, config.weights, config.activations, **how)
-    axes = {"contracting_axes": call.contracting_axes, "batch_axes": call.batch_axes}
-    return ternary_dot(x, kernel, config.weights, config.activations, **axes, **how)
-
-
-def _serve(config: LayerConfig, call: Call, x, kernel, dtype, precision) -> jax.Array:
+    config: LayerConfig,
+    call: Call,
+    x: Activations,
+    kernel: Kernel,
+    strength: Strength,
+    box: PyTree,
+    arithmetic: _Arithmetic,
+) -> Float[Array, "..."]:
+    """From a float kernel, quantised on the way."""
     how: dict[str, Any] = {
         "activations": config.activations,
-        "dtype": dtype,
-        "precision": precision,
+        "strength": strength,
+        "backward_dtype": config.backward_dtype,
+        "kernel_spec": placement(box) if gathering() else None,
+        **arithmetic._asdict(),
     }
+    if isinstance(call, ConvCall):
+        return ternary_conv(x, kernel, call.convolution, config.weights, **how)
+    axes = {"contracting_axes": call.contracting_axes, "batch_axes": call.batch_axes}
+    return ternary_dot(x, kernel, config.weights, **axes, **how)
+
+
+def _serve(
+    config: LayerConfig, call: Call, x: Activations, kernel: Packed, arithmetic: _Arithmetic
+) -> Float[Array, "..."]:
+    """From a packed kernel."""
+    how: dict[str, Any] = {"activations": config.activations, **arithmetic._asdict()}
     if isinstance(call, ConvCall):
         return convolve(x, kernel, call.convolution, **how)
     return matmul(x, kernel, **how)
 
 
-def _low_rank(who: str, where: str, call: Call, x, kernel: Adapted, dtype, precision) -> jax.Array:
+def _low_rank(
+    call: Call, x: Activations, kernel: Adapted, arithmetic: _Arithmetic
+) -> Float[Array, "..."]:
     """``scale (x A) B``, in float, before the axes are put in the layer's order."""
-    operator = Product()
-    if isinstance(call, ConvCall):
-        _require_one_feature_group(who, where, call.convolution.feature_groups)
-        operator = call.convolution
+    dtype, precision = arithmetic
+    operator = call.convolution if isinstance(call, ConvCall) else Product()
     taken = call.contracting_axes + call.batch_axes
     outputs = tuple(n for axis, n in enumerate(call.kernel_shape) if axis not in taken)
 
-    def run(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    def run(
+        x: Activations, a: Float[Array, "*b k r"], b: Float[Array, "*b r n"]
+    ) -> Float[Array, "..."]:
         if not isinstance(call, ConvCall):
             x = x.reshape(*x.shape[: x.ndim - call.features], -1)
         h = operator.apply(x.astype(dtype), a.astype(dtype), precision)
@@ -139,11 +162,18 @@ def _low_rank(who: str, where: str, call: Call, x, kernel: Adapted, dtype, preci
     return _mesh.in_auto_rows(run, x, kernel.a, kernel.b, outputs=whole)
 
 
-def check_packed(who: str, where: str, config: LayerConfig, call: Call, kernel: Any) -> None:
-    """Refuses a packed kernel of another config, shape or axes than this call's."""
+def check_packed(
+    who: str, where: str, config: LayerConfig, call: Call, kernel: Packed | Adapted
+) -> None:
+    """Raises unless a packed kernel has this call's config, shape and axes."""
+    if isinstance(kernel, Adapted):
+        if isinstance(call, ConvCall):
+            _require_one_feature_group(who, where, call.convolution.feature_groups)
+        kernel = kernel.base
     _require_same_config(who, where, config.weights, kernel.config)
     shape = call.kernel_shape
     if isinstance(kernel, Prepared):
+        # A prepared kernel's shape has batch, contraction and outputs in this order.
         outputs = [a for a in range(len(shape)) if a not in call.contracting_axes + call.batch_axes]
         order = (*call.batch_axes, *call.contracting_axes, *outputs)
         _require_same_shape(who, where, [shape[a] for a in order], kernel.shape)
@@ -155,23 +185,23 @@ def check_packed(who: str, where: str, config: LayerConfig, call: Call, kernel: 
 def embed_lookup(
     where: str,
     config: KernelConfig,
-    embedding: Any,
-    index: jax.Array,
-    dtype: Any,
+    embedding: Kernel | Packed,
+    index: Int[Array, "..."],
+    dtype: DTypeLike | None,
     strength: Strength | None,
-) -> jax.Array:
+) -> Float[Array, "... features"]:
     """Rows of an int8 embedding; the same bits from a float table and a packed one."""
-    if is_packed(embedding):
+    if isinstance(embedding, Packed):
         _require_same_config("Embed", where, config, embedding.config)
-        assert isinstance(embedding, PackedInt8 | PreparedInt8)  # what fits an Embed
+        assert isinstance(embedding, PackedInt8 | PreparedInt8)  # by its config
         return embedding_rows(embedding, index).astype(dtype or embedding.dtype)
     strength = ambient(strength)
     table = fake_quantize(embedding, config, contracting_axes=-1, strength=strength)
     return _mesh.rows_of(table, index).astype(dtype or embedding.dtype)
 
 
-def _require_same_config(who: str, path: str, trained: Any, packed: Any) -> None:
-    """Refuses a packed kernel quantised by another rule than its layer trains with."""
+def _require_same_config(who: str, path: str, trained: KernelConfig, packed: KernelConfig) -> None:
+    """Raises unless a packed kernel was quantised as its layer trains."""
     if trained != packed:
         raise ValueError(
             f"{who}: the kernel at {path} was packed with {packed}, and the layer trains with "
@@ -181,7 +211,7 @@ def _require_same_config(who: str, path: str, trained: Any, packed: Any) -> None
 
 
 def _require_same_shape(who: str, path: str, wanted: Sequence[int], packed: Sequence[int]) -> None:
-    """Refuses a packed kernel of another shape than its layer's."""
+    """Raises unless a packed kernel has its layer's shape."""
     if tuple(wanted) != tuple(packed):
         raise ValueError(
             f"{who}: the packed kernel at {path} stands for shape {tuple(packed)}, and the layer "
@@ -190,7 +220,7 @@ def _require_same_shape(who: str, path: str, wanted: Sequence[int], packed: Sequ
 
 
 def _require_same_axes(who: str, path: str, wanted: Sequence[int], packed: Sequence[int]) -> None:
-    """Refuses a packed kernel that contracts over other axes than its layer."""
+    """Raises unless a packed kernel contracts over its layer's axes."""
     if tuple(wanted) != tuple(packed):
         raise ValueError(
             f"{who}: the packed kernel at {path} contracts over its axes {tuple(packed)}, and the "
@@ -200,7 +230,7 @@ def _require_same_axes(who: str, path: str, wanted: Sequence[int], packed: Seque
 
 
 def _require_one_feature_group(who: str, path: str, groups: int) -> None:
-    """Refuses an adapter over a convolution with feature groups."""
+    """Raises where an adapter is to run over a convolution with feature groups."""
     if groups != 1:
         raise NotImplementedError(
             f"{who}: the kernel at {path} has an adapter and {groups} feature groups; a low-rank "

@@ -1,27 +1,28 @@
-"""``matmul`` and ``prepare``: checks, the table of implementations, the gradient.
-
-An implementation is one module and one row of the table. ``unsupported_reason`` says why it
-is not for a kernel. ``implementation=None`` takes the first row that can; a name
-runs that row, or raises ``NotImplementedError`` with its reason.
-"""
+"""``matmul`` and ``prepare``: checks, the choice of an implementation, the gradient."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.tree_util import KeyPath
+from jaxtyping import Array, Float, Float32, Int, PyTree
 
 from bitnet_jax import _checks, _mesh
-from bitnet_jax._matmul import cpu, reference, xla
+from bitnet_jax._matmul.implementations import IMPLEMENTATIONS, Name, choose
+from bitnet_jax._ops.contraction import (
+    Operator,
+    contract_codes,
+    dequantize_canonical,
+    input_gradient,
+)
 from bitnet_jax._ops.convolution import Convolution
 from bitnet_jax._ops.product import Product
-from bitnet_jax._ops.ternary_dot import contract_codes, dequantize_canonical, input_gradient
 from bitnet_jax._packed.kernel import (
     Packed,
     PackedInt8,
@@ -35,54 +36,20 @@ from bitnet_jax._packed.kernel import (
     split,
 )
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.int8 import (
-    INT8,
-    ActivationConfig,
-    check_activations,
-    quantize_activations_as,
-)
-
-
-class Implementation(NamedTuple):
-    """One way to compute the product.
-
-    Attributes:
-      contract: (x, packed, activations, dtype) -> the product, from float to float.
-      unsupported_reason: packed -> the reason why not, or None.
-      prepare: stored -> the layout it runs best from; None: the stored one.
-      codes_of: prepared -> canonical int8 codes, for the gradient.
-      rows_of: (prepared, index) -> int8 codes of rows of an embedding.
-      preferred: (packed, preparing) -> whether it may be taken here without being named.
-    """
-
-    contract: Callable[..., jax.Array]
-    unsupported_reason: Callable[[Packed], str | None]
-    prepare: Callable[[Any], Prepared] | None = None
-    codes_of: Callable[[Any], jax.Array] | None = None
-    rows_of: Callable[[Any, jax.Array], jax.Array] | None = None
-    preferred: Callable[[Packed, bool], bool] = lambda *_: True
-
-
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "cpu": Implementation(
-        cpu.contract, cpu.unsupported_reason, cpu.prepare, cpu.codes_of, cpu.rows_of, cpu.preferred
-    ),
-    "xla": Implementation(
-        xla.contract, xla.unsupported_reason, xla.prepare, xla.codes_of, preferred=xla.preferred
-    ),
-    "reference": Implementation(reference.contract, reference.unsupported_reason),
-}
+from bitnet_jax._quantize.arrays import Activations, CanonicalCodes, CanonicalScale, DTypeLike
+from bitnet_jax._quantize.config import INT8, ActivationConfig
+from bitnet_jax._quantize.int8 import activation_codes, check_activations
 
 
 def matmul(
-    x: Float[Array, "*b *m k"],
+    x: Activations,
     packed: Packed,
     *,
     activations: ActivationConfig | None = INT8,
-    implementation: str | None = None,
-    dtype: jax.typing.DTypeLike | None = None,
+    implementation: Name | None = None,
+    dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "*b *m n"]:
+) -> Float[Array, "..."]:
     """x times a packed kernel, from its two-bit (or int8) codes.
 
     The same int8 codes, int32 sums and epilogue as :func:`ternary_dot`, so the
@@ -117,20 +84,22 @@ def matmul(
     References:
       Ma et al., arXiv:2402.17764.
     """
-    who = "matmul"
-    _operands(who, x, packed, activations)
-    _require_known_implementation(who, implementation, IMPLEMENTATIONS)
+    _require_operands("matmul", x, packed, activations)
+    _require_known_implementation("matmul", implementation)
     batch, contraction, outputs = split(packed)
-    _checks.require_contraction(who, x.shape, contraction, batch)
+    _checks.require_contraction("matmul", x.shape, contraction, batch)
+    name = choose(packed, implementation)
+    if activations is not None:  # a float product is XLA's, whatever the implementation
+        _require_same_implementation("matmul", implementation, name)
+        _require_able("matmul", packed, name)
     dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
     lead = x.shape[: x.ndim - len(contraction)]
 
-    def run(x: jax.Array, packed: Packed) -> jax.Array:
+    def run(x: Activations, packed: Packed) -> Float[Array, "..."]:
         x = x.reshape(*lead, math.prod(contraction))
         if activations is None:
             y = Product().apply(x.astype(dtype), _float_kernel(packed).astype(dtype), precision)
         else:
-            name = _choose(packed, implementation)
             # custom_vjp loses the type
             y = cast(jax.Array, _matmul(activations, name, np.dtype(dtype), x, packed))
         return y.reshape(*lead, *outputs)
@@ -144,17 +113,17 @@ def convolve(
     convolution: Convolution,
     *,
     activations: ActivationConfig | None = INT8,
-    dtype: jax.typing.DTypeLike | None = None,
+    dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "b *space n"]:
+) -> Float[Array, "b *out n"]:
     """A convolution with a packed kernel, unpacked to int8 where it is used.
 
     The bits of :func:`bitnet_jax._ops.ternary_dot.ternary_conv`; differentiable in x.
     """
-    _operands("convolve", x, packed, activations)
+    _require_operands("convolve", x, packed, activations)
     dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
 
-    def run(x: jax.Array, packed: Packed) -> jax.Array:
+    def run(x: Activations, packed: Packed) -> Float[Array, "..."]:
         if activations is None:
             w = _float_kernel(packed).astype(dtype)
             return convolution.apply(x.astype(dtype), w, precision)
@@ -163,8 +132,10 @@ def convolve(
     return _on_mesh(run, x, packed)
 
 
-def _on_mesh(run: Callable[..., jax.Array], x: jax.Array, packed: Packed) -> jax.Array:
-    """``run(x, packed)``; on Explicit axes the result lies as x's rows and the outputs do."""
+def _on_mesh(
+    run: Callable[[Activations, Packed], Float[Array, "..."]], x: Activations, packed: Packed
+) -> Float[Array, "..."]:
+    """``run(x, packed)``; on Explicit axes the result is sharded as x's rows and the outputs."""
     outputs = split(packed)[2]
     placed: _mesh.Spec = (None,) * len(outputs)
     if is_stored(packed):  # a prepared kernel is whole wherever it is
@@ -172,25 +143,25 @@ def _on_mesh(run: Callable[..., jax.Array], x: jax.Array, packed: Packed) -> jax
     return _mesh.in_auto_rows(run, x, packed, outputs=placed)
 
 
-def embedding_rows(packed: PackedInt8 | PreparedInt8, index: Int[Array, "..."]) -> jax.Array:
+def embedding_rows(
+    packed: PackedInt8 | PreparedInt8, index: Int[Array, "..."]
+) -> Float[Array, "... features"]:
     """:meth:`PackedInt8.rows`, from a prepared embedding as well."""
     if isinstance(packed, PackedInt8):
         return packed.rows(index)
-    rows_of = IMPLEMENTATIONS[packed.implementation].rows_of
+    rows_of = IMPLEMENTATIONS[choose(packed)].rows_of
     assert rows_of is not None  # whoever prepares an embedding can look it up
     _checks.require_embedding_lookup("PreparedInt8", index, packed.shape)
-    codes_of = functools.partial(rows_of, packed)
-    return look_up(codes_of, packed.scale[0][:, None], index, packed.dtype)
+
+    def run(index: Int[Array, "..."], packed: PreparedInt8) -> Float[Array, "... features"]:
+        codes_of = functools.partial(rows_of, packed)
+        # One scale for each row: canonical (1, N), a table contracts over its features.
+        return look_up(codes_of, packed.scale[0][:, None], index, packed.dtype)
+
+    return _mesh.in_auto_rows(run, index, packed, outputs=(None,))
 
 
-def _operands(who: str, x: Any, packed: Any, activations: Any) -> None:
-    _checks.require_float_array(who, "x", x)
-    kinds = (PackedTernary, PackedInt8, PreparedTernary, PreparedInt8)
-    _checks.require_instance(who, "packed", packed, kinds, "Make one with bj.pack(w).")
-    check_activations(who, activations)
-
-
-def prepare(tree: Any, implementation: str | None = None) -> Any:
+def prepare(tree: PyTree, implementation: Name | None = None) -> PyTree:
     """Lays packed kernels out the way an implementation runs best from.
 
     Do it once, at load. Prepared kernels stay out of files: keep the stored
@@ -222,7 +193,7 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
       >>> bj.prepare(packed, implementation="xla")
       {'kernel': PreparedTernary(shape=(64, 16), for 'xla')}
     """
-    _require_known_implementation("prepare", implementation, IMPLEMENTATIONS)
+    _require_known_implementation("prepare", implementation)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
     if not any(is_packed(leaf) for _, leaf in leaves):
         _checks.raise_nothing_packed("prepare")
@@ -230,46 +201,45 @@ def prepare(tree: Any, implementation: str | None = None) -> Any:
     return jax.tree.unflatten(treedef, done)
 
 
-def _prepare_leaf(path, leaf: Any, implementation: str | None) -> Any:
+def _prepare_leaf(path: KeyPath, leaf: object, implementation: Name | None) -> object:
+    where = jax.tree_util.keystr(path) or "`tree`"
     if isinstance(leaf, Prepared):
-        where = jax.tree_util.keystr(path) or "`tree`"
         _checks.raise_prepared("prepare", where, leaf.implementation)
     if not is_stored(leaf):
         return leaf
     if _mesh.is_sharded(leaf.codes):
-        where = jax.tree_util.keystr(path) or "`tree`"
-        _require_unsharded("prepare", where, implementation)
+        _require_no_name(where, implementation)
         return leaf
-    make = IMPLEMENTATIONS[_choose(leaf, implementation, preparing=True)].prepare
+    name = choose(leaf, implementation, preparing=True)
+    _require_able("prepare", leaf, name)
+    make = IMPLEMENTATIONS[name].prepare
     return leaf if make is None else make(leaf)
 
 
-def _choose(packed: Packed, implementation: str | None, preparing: bool = False) -> str:
-    if isinstance(packed, Prepared):
-        _require_same_implementation("matmul", implementation, packed.implementation)
-        return packed.implementation
-    if implementation is not None:
-        return implementation
-    rows = IMPLEMENTATIONS.items()
-    return next(
-        name
-        for name, row in rows
-        if row.unsupported_reason(packed) is None and row.preferred(packed, preparing)
-    )
+# The packed kernel, and an empty array of x's shape and dtype.
+_Residuals = tuple[Packed, jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _matmul(
-    activations: ActivationConfig, name: str, dtype: np.dtype, x: jax.Array, packed: Packed
-) -> jax.Array:
+    activations: ActivationConfig, name: Name, dtype: np.dtype, x: Activations, packed: Packed
+) -> Float[Array, "..."]:
     return IMPLEMENTATIONS[name].contract(jax.lax.stop_gradient(x), packed, activations, dtype)
 
 
-def _matmul_forward(activations, name, dtype, x, packed):
+def _matmul_forward(
+    activations: ActivationConfig, name: Name, dtype: np.dtype, x: Activations, packed: Packed
+) -> tuple[Float[Array, "..."], _Residuals]:
     return _matmul(activations, name, dtype, x, packed), (packed, _like(x))
 
 
-def _matmul_backward(activations, name, dtype, residuals, g):
+def _matmul_backward(
+    activations: ActivationConfig,
+    name: Name,
+    dtype: np.dtype,
+    residuals: _Residuals,
+    g: Float[Array, "..."],
+) -> tuple[Float[Array, "..."], None]:
     del activations, name, dtype
     return _input_gradient(Product(), residuals, g.astype(jnp.float32)), None
 
@@ -278,18 +248,27 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _convolve(convolution: Convolution, activations: ActivationConfig, x, packed) -> jax.Array:
-    axes = convolution.token_axes
-    codes, gamma = quantize_activations_as("convolve", x, activations, axes)
+def _convolve(
+    convolution: Convolution, activations: ActivationConfig, x: Activations, packed: Packed
+) -> Float32[Array, "..."]:
+    x = jax.lax.stop_gradient(x)
+    codes, gamma = activation_codes(x, activations, convolution.token_axes)
     w, scale = _canonical_codes(packed), _canonical_scale(packed)
     return contract_codes(convolution, codes, gamma, w, scale, activations.qmax)
 
 
-def _convolve_forward(convolution, activations, x, packed):
+def _convolve_forward(
+    convolution: Convolution, activations: ActivationConfig, x: Activations, packed: Packed
+) -> tuple[Float32[Array, "..."], _Residuals]:
     return _convolve(convolution, activations, x, packed), (packed, _like(x))
 
 
-def _convolve_backward(convolution, activations, residuals, g):
+def _convolve_backward(
+    convolution: Convolution,
+    activations: ActivationConfig,
+    residuals: _Residuals,
+    g: Float32[Array, "..."],
+) -> tuple[Float[Array, "..."], None]:
     del activations
     return _input_gradient(convolution, residuals, g), None
 
@@ -297,53 +276,70 @@ def _convolve_backward(convolution, activations, residuals, g):
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _like(x: jax.Array) -> jax.Array:
+def _like(x: Activations) -> jax.Array:
     """An array without elements that remembers a shape and a dtype."""
     return jnp.zeros((0, *x.shape), x.dtype)
 
 
-def _input_gradient(operator, residuals, g):
+def _input_gradient(
+    operator: Operator, residuals: _Residuals, g: Float32[Array, "..."]
+) -> Float[Array, "..."]:
     packed, like = residuals
     codes, scale = _canonical_codes(packed), _canonical_scale(packed)
     return input_gradient(operator, g, codes, scale, like.shape[1:]).astype(like.dtype)
 
 
-def _canonical_codes(packed: Packed) -> jax.Array:
+def _canonical_codes(packed: Packed) -> CanonicalCodes:
     if not isinstance(packed, Prepared):
         return kernel_axes.to_canonical(packed.int8_codes(), packed.axes)
-    codes_of = IMPLEMENTATIONS[packed.implementation].codes_of
+    codes_of = IMPLEMENTATIONS[choose(packed)].codes_of
     assert codes_of is not None  # whoever prepares can undo it
     return codes_of(packed)
 
 
-def _canonical_scale(packed: Packed) -> jax.Array:
+def _canonical_scale(packed: Packed) -> CanonicalScale:
     return packed.scale if isinstance(packed, Prepared) else packed.canonical_scale()
 
 
-def _float_kernel(packed: Packed) -> jax.Array:
+def _float_kernel(packed: Packed) -> Float32[Array, "*b k n"]:
     scale = jax.lax.stop_gradient(_canonical_scale(packed))
     return dequantize_canonical(_canonical_codes(packed), scale)
 
 
-def _require_known_implementation(who: str, name: Any, table: Iterable[str]) -> None:
-    """Refuses an implementation that no one has written."""
-    _checks.require_one_of(who, "implementation", name, (None, *table))
+def _require_operands(who: str, x: object, packed: object, activations: object) -> None:
+    """Raises unless x is a float array, the kernel packed and the activations' config one."""
+    _checks.require_float_array(who, "x", x)
+    kinds = (PackedTernary, PackedInt8, PreparedTernary, PreparedInt8)
+    _checks.require_instance(who, "packed", packed, kinds, "Make one with bj.pack(w).")
+    check_activations(who, activations)
 
 
-def _require_same_implementation(who: str, asked: str | None, prepared: str) -> None:
-    """Refuses to run a prepared kernel by another implementation than its own."""
-    if asked is not None and asked != prepared:
+def _require_known_implementation(who: str, name: object) -> None:
+    """Raises unless the table has a row of this name, or there is no name."""
+    _checks.require_one_of(who, "implementation", name, (None, *IMPLEMENTATIONS))
+
+
+def _require_same_implementation(who: str, asked: Name | None, runs: Name) -> None:
+    """Raises where a prepared kernel is asked to run by another implementation than its own."""
+    if asked is not None and asked != runs:
         raise ValueError(
-            f"{who}: this kernel was prepared for implementation {prepared!r}, and "
+            f"{who}: this kernel was prepared for implementation {runs!r}, and "
             f"{asked!r} was asked for. Keep the stored tree and prepare() it for {asked!r}."
         )
 
 
-def _require_unsharded(who: str, where: str, implementation: str | None) -> None:
-    """Refuses to lay out, by name, a kernel that lies in shards."""
+def _require_able(who: str, packed: Packed, name: Name) -> None:
+    """Raises where an implementation cannot run a kernel, with its reason."""
+    reason = IMPLEMENTATIONS[name].unsupported_reason(packed)
+    if reason is not None:
+        raise NotImplementedError(f"{who}: {reason}")
+
+
+def _require_no_name(where: str, implementation: Name | None) -> None:
+    """Raises where a kernel in shards is to be laid out for an implementation by name."""
     if implementation is not None:
         raise NotImplementedError(
-            f"{who}: {where} lies in shards, and a layout has no axis to be sharded along. Call "
-            f"{who} inside jax.shard_map, on each shard, or leave the kernel stored "
+            f"prepare: {where} is in shards, and a layout has no axis to be sharded along. Call "
+            "prepare inside jax.shard_map, on each shard, or leave the kernel stored "
             "(implementation=None): bj.matmul runs each shard from there."
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,9 @@ from bitnet_jax._packed.kernel import (
     split,
 )
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.int8 import ActivationConfig, codes_at, gamma_of
+from bitnet_jax._quantize.arrays import Activations, CanonicalScale, DTypeLike
+from bitnet_jax._quantize.config import ActivationConfig
+from bitnet_jax._quantize.int8 import codes_at, gamma_of
 
 # Of native/layout.h: outputs of a panel, bytes and rows, panels side by side, padding of x.
 _OUTPUTS, _ROW, _BLOCK, _BESIDE, _PADDING = 16, 64, 16, 4, 64
@@ -79,23 +81,22 @@ def _is_table(packed: PackedInt8) -> bool:
 
 def prepare(packed: Stored) -> Prepared:
     """Lays codes out in panels of outputs."""
-    reason = unsupported_reason(packed)
-    if reason is not None:
-        raise NotImplementedError(f"prepare: {reason}")
     spec = _spec_of(packed, None, _FLOATS[0])
     return lay_out(packed, _lay_out(spec, _stored_codes(packed)), "cpu")
 
 
 def _stored_codes(packed: Stored) -> UInt8[Array, "*b r n"] | Int8[Array, "*b k n"]:
-    """Canonical bytes or int8 codes; a table is read as it lies, (outputs, contraction)."""
+    """Canonical bytes or int8 codes; a table stays (outputs, contraction)."""
     if not isinstance(packed, PackedInt8):
         return canonical_bytes(packed)
-    return (
-        packed.codes if _is_table(packed) else kernel_axes.to_canonical(packed.codes, packed.axes)
-    )
+    if _is_table(packed):
+        return packed.codes
+    return kernel_axes.to_canonical(packed.codes, packed.axes)
 
 
-def _lay_out(spec: _Spec, stored: jax.Array) -> UInt8[Array, "*b bytes"]:
+def _lay_out(
+    spec: _Spec, stored: UInt8[Array, "*b r n"] | Int8[Array, "*b k n"]
+) -> UInt8[Array, "*b bytes"]:
     """Panels of outputs, flat."""
     n = stored.shape[-2] if spec.table else stored.shape[-1]
     size = spec.groups * math.prod(_panel_shape(spec.int8, spec.depth, n))
@@ -110,21 +111,12 @@ def _lay_out(spec: _Spec, stored: jax.Array) -> UInt8[Array, "*b bytes"]:
 
 
 def contract(
-    x: Float[Array, "*b *m k"],
-    packed: Packed,
-    activations: ActivationConfig,
-    dtype: jax.typing.DTypeLike,
-) -> Float[Array, "*b *m n"]:
-    """The product, from float to float.
-
-    Raises:
-      NotImplementedError: no library.
-    """
-    reason = unsupported_reason(packed)
-    if reason is not None:
-        raise NotImplementedError(f"matmul: {reason}")
+    x: Activations, packed: Packed, activations: ActivationConfig, dtype: DTypeLike
+) -> Float[Array, "..."]:
+    """The product, from float to float."""
     batch, _, outputs = split(packed)
     rows, k = x.shape[len(batch) : -1], x.shape[-1]
+    # The custom calls know (slices, rows, K): batch axes and row axes are flattened.
     x = x.reshape(math.prod(batch), math.prod(rows), k)
     wide = jnp.dtype(dtype) if jnp.dtype(dtype) in _FLOATS else _FLOATS[0]
     if isinstance(packed, Prepared):
@@ -136,7 +128,7 @@ def contract(
     return y.astype(dtype).reshape(*batch, *rows, math.prod(outputs))
 
 
-def sums(x: Int8[Array, "*b *m k"], prepared: Prepared) -> Int32[Array, "g *b *m n"]:
+def sums(x: Int8[Array, "*rows k"], prepared: Prepared) -> Int32[Array, "g *rows n"]:
     """The exact int32 sums of codes that :func:`contract` scales, one for each group."""
     lead, n = len(prepared.batch), math.prod(prepared.outputs)
     rows, count = x.shape[lead:-1], math.prod(prepared.batch)
@@ -147,7 +139,7 @@ def sums(x: Int8[Array, "*b *m k"], prepared: Prepared) -> Int32[Array, "g *b *m
 
 
 class _Spec(NamedTuple):
-    """What is static about a product: the functions that JAX transforms know arrays only.
+    """What is static about a product; JAX transforms functions of arrays only.
 
     ``outputs`` and ``depth``, the contraction of a group, are the whole kernel's;
     ``last`` is the length of its last contracting axis, along which bytes lie.
@@ -164,7 +156,7 @@ class _Spec(NamedTuple):
     dtype: np.dtype
 
 
-def _spec_of(packed: Packed, activations: ActivationConfig | None, dtype: Any) -> _Spec:
+def _spec_of(packed: Packed, activations: ActivationConfig | None, dtype: np.dtype) -> _Spec:
     _, contraction, outputs = split(packed)
     prepared = isinstance(packed, Prepared)
     scale = packed.scale.shape
@@ -191,7 +183,7 @@ def _product(spec: _Spec) -> Callable[..., jax.Array]:
     def panels_of(spec: _Spec, codes: jax.Array) -> jax.Array:
         return codes if spec.prepared else _lay_out(spec, codes)
 
-    def whole(x, codes, scale):
+    def whole(x: Activations, codes: jax.Array, scale: CanonicalScale) -> jax.Array:
         n = spec.outputs if spec.prepared else codes.shape[1 if spec.table else 2]
         x_codes, gamma = _quantize(x, spec.depth, activations)
         panels = panels_of(spec, codes)
@@ -206,16 +198,19 @@ def _product(spec: _Spec) -> Callable[..., jax.Array]:
             qmax=np.float32(activations.qmax),
         )
 
-    def summed(x, codes, scale, axes):
+    def summed(
+        x: Activations, codes: jax.Array, scale: CanonicalScale, axes: tuple[str, ...]
+    ) -> jax.Array:
         n, k = (codes.shape[a] for a in ((1, 2) if spec.table else (2, 1)))
-        k *= cut
+        k *= cut  # weights of this shard, not bytes
         gamma = gamma_of(x, activations, (-1,))
-        if x.shape[-1] == k:
+        if x.shape[-1] == k:  # x is sharded too: a token's maximum is over all shards
             gamma = jax.lax.pmax(gamma, axes)
-        else:
+        else:  # x is whole: this shard's part of it
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * k, k, axis=-1)
         part = spec._replace(depth=k, last=k)
         y = _sums(part, codes_at(x, gamma, activations), panels_of(part, codes), n)
+        # Integers are summed over the devices, and scaled once, after: as on one device.
         return group_epilogue(jax.lax.psum(y, axes), gamma, scale, activations.qmax).astype(
             spec.dtype
         )
@@ -247,8 +242,9 @@ def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
     k, n = math.prod(prepared.contraction), math.prod(prepared.outputs)
     rows = _by_rows(_panels_of(prepared))  # (*b, g, byte rows, panels, 64)
     if isinstance(prepared, PreparedInt8):
-        codes = _in_order(rows).astype(jnp.int8) ^ jnp.int8(-128)
+        codes = _in_order(rows).astype(jnp.int8) ^ jnp.int8(-128)  # stored as code + 128
     else:
+        # Blocks of 16 byte rows are unpacked together; a last, shorter one on its own.
         whole = rows.shape[-3] // _BLOCK * _BLOCK
         parts = [rows[..., :whole, :, :], rows[..., whole:, :, :]]
         codes = jnp.concatenate([_in_order(_unpacked(part)) for part in parts], axis=-2)
@@ -282,6 +278,7 @@ def _panels_of(prepared: Prepared) -> UInt8[Array, "*b g p r 64"]:
 def _by_rows(panels: UInt8[Array, "*g p r 64"]) -> UInt8[Array, "*g r p 64"]:
     """Byte rows first: panels lie side by side in fours, the last ones in a smaller group."""
     *lead, count, rows, _ = panels.shape
+    # (..., panels / beside, byte rows, beside, 64) -> (..., byte rows, panels, 64).
     whole = count // _BESIDE * _BESIDE
     groups = (panels[..., :whole, :, :], _BESIDE), (panels[..., whole:, :, :], count - whole)
     parts = [
@@ -305,6 +302,7 @@ def _unpacked(rows: UInt8[Array, "*g r p 64"]) -> UInt8[Array, "*g r4 p 64"]:
 def _in_order(rows: UInt8[Array, "*g r p 64"]) -> UInt8[Array, "*g k n"]:
     """The int8 layout as (contraction, outputs)."""
     *lead, count, panels, _ = rows.shape
+    # 64 bytes are 16 outputs of 4 adjacent weights: those 4 go beside their row.
     codes = rows.reshape(*lead, count, panels, _OUTPUTS, 4)
     return jnp.moveaxis(codes, -1, -3).reshape(*lead, 4 * count, panels * _OUTPUTS)
 
@@ -319,7 +317,7 @@ def _stride(k: int, depth: int) -> int:
 
 
 def _quantize(
-    x: Float[Array, "..."], depth: int, activations: ActivationConfig
+    x: Activations, depth: int, activations: ActivationConfig
 ) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
     """Codes of each token, padded for groups of ``depth``, and gamma."""
     x = x if x.dtype in _FLOATS else x.astype(_FLOATS[0])

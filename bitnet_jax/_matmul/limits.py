@@ -1,4 +1,4 @@
-"""What this machine could do at best: how fast it reads, and multiplies in registers.
+"""The limits of this machine: how fast it reads, and multiplies in registers.
 
 A product of one row reads its kernel once and does little else; one of many rows
 multiplies most of its time. ``doctor`` and the benchmarks time these next to it.

@@ -7,31 +7,29 @@ in memory while it runs.
 
 from __future__ import annotations
 
-import jax
 from jaxtyping import Array, Float
 
+from bitnet_jax._ops.contraction import contract_codes
 from bitnet_jax._ops.product import Product
-from bitnet_jax._ops.ternary_dot import contract_codes
 from bitnet_jax._packed.kernel import Packed, Prepared, Stored
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.int8 import ActivationConfig, quantize_activations_as
+from bitnet_jax._quantize.arrays import Activations, DTypeLike
+from bitnet_jax._quantize.config import ActivationConfig
+from bitnet_jax._quantize.int8 import activation_codes
 
 
 def contract(
-    x: Float[Array, "*b *m k"],
-    packed: Stored,
-    activations: ActivationConfig,
-    dtype: jax.typing.DTypeLike,
-) -> Float[Array, "*b *m n"]:
+    x: Activations, packed: Stored, activations: ActivationConfig, dtype: DTypeLike
+) -> Float[Array, "..."]:
     """Int8 codes of x times the unpacked codes, then the epilogue."""
-    x_codes, gamma = quantize_activations_as("matmul", x, activations)
+    x_codes, gamma = activation_codes(x, activations, (-1,))
     codes = kernel_axes.to_canonical(packed.int8_codes(), packed.axes)
     scale = packed.canonical_scale()
     return contract_codes(Product(), x_codes, gamma, codes, scale, activations.qmax).astype(dtype)
 
 
 def unsupported_reason(packed: Packed) -> str | None:
-    """Runs every stored kernel."""
+    """Why this implementation cannot run a kernel: every stored one it can."""
     if isinstance(packed, Prepared):
         return "implementation 'reference' reads the stored layout only."
     return None

@@ -16,14 +16,16 @@ sharded along; the rows may be.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bitnet_jax._mesh import Entry, Spec, names, padded
+from bitnet_jax._mesh import AnyMesh, Entry, Spec, names, padded
+
+Shapes = Sequence[jax.ShapeDtypeStruct]  # of the operands, with their shardings
 
 
 class Body(NamedTuple):
@@ -45,23 +47,25 @@ class Body(NamedTuple):
 
 
 def partitioned(body: Body) -> Callable[..., jax.Array]:
-    """``body.whole`` for operands that may lie in shards, mapped by vmap in one call."""
+    """``body.whole`` for operands that may be sharded, mapped by vmap in one call."""
 
     @custom_partitioning
-    def product(x, codes, scale):
+    def product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
         return body.whole(x, codes, scale)
 
-    def plan(mesh, arguments) -> tuple[_Cuts, list[NamedSharding], NamedSharding]:
+    def plan(mesh: Mesh, arguments: Shapes) -> tuple[_Cuts, list[NamedSharding], NamedSharding]:
         cuts = _cuts(body, mesh, arguments)
         x_cut = bool(names(_spec(arguments[0])[2]))
         specs, out = _specs(body, cuts, x_cut, arguments[2].shape[-1] > 1)
         return cuts, [NamedSharding(mesh, s) for s in specs], NamedSharding(mesh, out)
 
-    def partition(mesh, arguments, result):
+    def partition(
+        mesh: Mesh, arguments: Shapes, result: jax.ShapeDtypeStruct
+    ) -> tuple[Mesh, Callable[..., jax.Array], NamedSharding, tuple[NamedSharding, ...]]:
         del result
         cuts, places, out = plan(mesh, arguments)
 
-        def shard(x, codes, scale):
+        def shard(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
             # Not the caller's mesh: on Explicit axes every operation would be annotated,
             # and nothing reads annotations any more.
             with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
@@ -71,7 +75,7 @@ def partitioned(body: Body) -> Callable[..., jax.Array]:
 
         return mesh, shard, out, tuple(places)
 
-    def infer(mesh, arguments, result):
+    def infer(mesh: Mesh, arguments: Shapes, result: jax.ShapeDtypeStruct) -> NamedSharding:
         del result
         return plan(mesh, arguments)[2]
 
@@ -93,7 +97,7 @@ class _Cuts(NamedTuple):
     contraction: tuple[str, ...]
 
 
-def _cuts(body: Body, mesh: Any, arguments: Any) -> _Cuts:
+def _cuts(body: Body, mesh: AnyMesh, arguments: Shapes) -> _Cuts:
     x, codes, _ = (_spec(a) for a in arguments)
     x_shape, codes_shape = arguments[0].shape, arguments[1].shape
     taken: set[str] = set()
@@ -116,15 +120,15 @@ def _cuts(body: Body, mesh: Any, arguments: Any) -> _Cuts:
     return _Cuts(batch, rows, outputs, take(codes[k], steps) or take(x[2], steps))
 
 
-def _spec(argument: Any) -> Spec:
-    """How an operand lies; inside a shard_map that leaves axes alone XLA does not say: whole."""
+def _spec(argument: jax.ShapeDtypeStruct) -> Spec:
+    """An operand's sharding; whole where XLA gives none (a shard_map over some axes only)."""
     return padded(getattr(argument.sharding, "spec", ()), len(argument.shape))
 
 
 def _specs(
     body: Body, cuts: _Cuts, x_cut: bool, channels: bool
 ) -> tuple[list[PartitionSpec], PartitionSpec]:
-    """How the operands and the result lie; an x that is whole stays so."""
+    """The shardings of the operands and of the result; an x that is whole stays so."""
     batch, rows, outputs, contraction = (axes or None for axes in cuts)
     of = {"k": contraction, "n": outputs, "p": None}
     x = PartitionSpec(batch, rows, contraction if x_cut else None)
@@ -137,21 +141,24 @@ def _one_call(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Under vmap, mapped rows are more rows and mapped kernels are more slices."""
 
     @jax.custom_batching.custom_vmap
-    def merged(x, codes, scale):
+    def merged(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
         return product(x, codes, scale)
 
     @merged.def_vmap
-    def rule(size, mapped, x, codes, scale):
+    def rule(
+        size: int, mapped: Sequence[bool], x: jax.Array, codes: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, bool]:
         kernels = [codes, scale]
-        if not any(mapped[1:]):  # so x is
+        if not any(mapped[1:]):  # so x is: (size, B, M, K) -> (B, size * M, K), and back
             slices, rows, k = x.shape[1:]
             x = x.swapaxes(0, 1).reshape(slices, size * rows, k)
             y = merged(x, *kernels)
             return y.reshape(slices, size, rows, y.shape[-1]).swapaxes(0, 1), True
+        # (size, B, ...) -> (size * B, ...): more slices, of whatever is not mapped as well.
         pairs = zip((x, *kernels), mapped, strict=True)
-        spread = [a if m else jax.numpy.broadcast_to(a, (size, *a.shape)) for a, m in pairs]
-        slices = spread[0].shape[1]
-        y = merged(*(a.reshape(size * slices, *a.shape[2:]) for a in spread))
+        every = [a if m else jax.numpy.broadcast_to(a, (size, *a.shape)) for a, m in pairs]
+        slices = every[0].shape[1]
+        y = merged(*(a.reshape(size * slices, *a.shape[2:]) for a in every))
         return y.reshape(size, slices, *y.shape[1:]), True
 
     return merged

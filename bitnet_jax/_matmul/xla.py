@@ -32,40 +32,33 @@ from bitnet_jax._packed.kernel import (
     canonical_bytes,
     lay_out,
 )
-from bitnet_jax._quantize.int8 import ActivationConfig, quantize_activations_as
+from bitnet_jax._quantize.arrays import Activations, DTypeLike
+from bitnet_jax._quantize.config import ActivationConfig
+from bitnet_jax._quantize.int8 import activation_codes
 
 _COLUMNS = 512
 
 
 def prepare(packed: PackedTernary) -> Prepared:
     """Cuts the kernel into blocks of output columns."""
-    reason = unsupported_reason(packed)
-    if reason is not None:
-        raise NotImplementedError(f"prepare: {reason}")
     rows = canonical_bytes(packed)
     n = rows.shape[-1]
     columns = min(_COLUMNS, n)
     blocks = -(-n // columns)
     short = [(0, 0)] * (rows.ndim - 1) + [(0, blocks * columns - n)]
     rows = jnp.pad(rows, short, constant_values=trits.ZEROS)
+    # (*b, byte rows, N) -> (*b, blocks, byte rows, columns): a block is contiguous.
     rows = rows.reshape(*rows.shape[:-1], blocks, columns)
     return lay_out(packed, jnp.swapaxes(rows, -2, -3), "xla")
 
 
 def contract(
-    x: Float[Array, "*b *m k"],
+    x: Activations,
     packed: PackedTernary | Prepared,
     activations: ActivationConfig,
-    dtype: jax.typing.DTypeLike,
-) -> Float[Array, "*b *m n"]:
-    """Int8 codes of x times the packed codes, block by block, then the epilogue.
-
-    Raises:
-      NotImplementedError: groups that do not start on a byte.
-    """
-    reason = unsupported_reason(packed)
-    if reason is not None:
-        raise NotImplementedError(f"matmul: {reason}")
+    dtype: DTypeLike,
+) -> Float[Array, "..."]:
+    """Int8 codes of x times the packed codes, block by block, then the epilogue."""
     if isinstance(packed, PackedTernary):
         codes = canonical_bytes(packed)[..., None, :, :]
         scale = packed.canonical_scale()
@@ -73,7 +66,7 @@ def contract(
     else:
         codes, scale = packed.codes, packed.scale
         contraction, outputs = packed.contraction, packed.outputs
-    x_codes, gamma = quantize_activations_as("matmul", x, activations)
+    x_codes, gamma = activation_codes(x, activations, (-1,))
     rows = _byte_rows(x_codes, contraction, scale.shape[-2])
     sums = _sums(rows, codes)[..., : math.prod(outputs)]
     return group_epilogue(sums, gamma, scale, activations.qmax).astype(dtype)
@@ -104,16 +97,20 @@ def unsupported_reason(packed: Packed) -> str | None:
 
 def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
     """The canonical int8 codes of a prepared kernel; undoes :func:`prepare`."""
+    # Blocks side by side again, without the padding columns.
     rows = jnp.swapaxes(prepared.codes, -2, -3)
     rows = rows.reshape(*rows.shape[:-2], -1)[..., : math.prod(prepared.outputs)]
+    # Each run along the last contracting axis has bytes, and perhaps padding, of its own.
     batch, last = rows.shape[:-2], prepared.contraction[-1]
     rows = rows.reshape(*batch, -1, trits.packed_length(last), rows.shape[-1])
     codes = trits.unpack_trits(rows, -2, last)
     return codes.reshape(*batch, -1, rows.shape[-1])
 
 
-def _byte_rows(x: jax.Array, contraction: tuple[int, ...], groups: int) -> jax.Array:
-    """x as (*b, *m, groups, byte rows, 4), padded with zeros where the bytes are."""
+def _byte_rows(
+    x: Int8[Array, "*rows k"], contraction: tuple[int, ...], groups: int
+) -> Int8[Array, "*rows g r 4"]:
+    """x as (*rows, groups, byte rows, 4), padded with zeros where the bytes are."""
     lead, (*outer, last) = x.shape[:-1], contraction
     bytes_each = trits.packed_length(last)
     x = x.reshape(*lead, math.prod(outer), last)
@@ -124,9 +121,10 @@ def _byte_rows(x: jax.Array, contraction: tuple[int, ...], groups: int) -> jax.A
 
 
 def _sums(
-    rows: Int8[Array, "*b *m g r 4"], codes: UInt8[Array, "*b blocks gr c"]
-) -> Int32[Array, "g *b *m n"]:
-    if codes.ndim > 3:
+    rows: Int8[Array, "*rows g r 4"], codes: UInt8[Array, "*b blocks gr c"]
+) -> Int32[Array, "g *rows n"]:
+    """Int32 sums of each group; the rows start with the kernel's batch axes."""
+    if codes.ndim > 3:  # one batch axis at a time; groups stay in front
         return jax.vmap(_sums, out_axes=1)(rows, codes)
     lead, (groups, *each) = rows.shape[:-3], rows.shape[-3:]
     sums = _row_sums(rows.reshape(math.prod(lead), groups, *each), codes)
@@ -140,12 +138,15 @@ def _row_sums(
     return rows_padded(lambda rows: _blocked(rows, codes), rows)
 
 
-def _blocked(rows: jax.Array, codes: jax.Array) -> jax.Array:
+def _blocked(
+    rows: Int8[Array, "m g r 4"], codes: UInt8[Array, "blocks gr c"]
+) -> Int32[Array, "m g n"]:
     m, groups, r, _ = rows.shape
     columns = codes.shape[-1]
+    # Rows 0, 4, 8, ... first, as the fields of the bytes come out: (groups, m, 4 * r).
     planes = rows.transpose(1, 0, 3, 2).reshape(groups, m, r * trits.PER_BYTE)
 
-    def block_sums(block: jax.Array) -> jax.Array:
+    def block_sums(block: UInt8[Array, "gr c"]) -> Int32[Array, "g m c"]:
         fields = trits.fields_of(block.reshape(groups, r, columns), axis=-2)
         w = fields.astype(jnp.int8).reshape(groups, r * trits.PER_BYTE, columns)
         if groups == 1:  # a batch axis of 1 keeps XLA from its fastest product
@@ -154,4 +155,5 @@ def _blocked(rows: jax.Array, codes: jax.Array) -> jax.Array:
 
     sums = lax.map(block_sums, codes)  # (blocks, groups, m, columns)
     sums = sums.transpose(2, 1, 0, 3).reshape(m, groups, codes.shape[0] * columns)
+    # A field is code + 1: the ones add up to the sum of x's codes.
     return sums - planes.sum(axis=-1, dtype=jnp.int32).T[..., None]

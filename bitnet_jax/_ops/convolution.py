@@ -13,12 +13,15 @@ most 7 bits, and their products are summed in float32.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped
+
+from bitnet_jax._quantize.arrays import Activations, AnyArray, DTypeLike, Kernel
 
 _EXACT = 2**24
 
@@ -37,7 +40,7 @@ class Convolution(NamedTuple):
 
     window: tuple[int, ...]
     strides: tuple[int, ...]
-    padding: Any
+    padding: str | tuple[tuple[int, int], ...]
     input_dilation: tuple[int, ...]
     kernel_dilation: tuple[int, ...]
     feature_groups: int = 1
@@ -49,61 +52,96 @@ class Convolution(NamedTuple):
 
     def sums(
         self, x: Int8[Array, "b *space c"], w: Int8[Array, "k n"], groups: int
-    ) -> Int32[Array, "g b *space n"]:
+    ) -> Int32[Array, "g b *out n"]:
         """Exact int32 sums of codes, one for each group along the contraction."""
         if groups == 1:
             return self._int32(x, w)[None]
+        # A window cannot be cut: each group convolves with all other weights at code 0.
         group = jnp.arange(w.shape[0]) // (w.shape[0] // groups)
 
-        def one(index: jax.Array) -> jax.Array:
+        def one(index: Int32[Array, ""]) -> Int32[Array, "b *out n"]:
             return self._int32(x, jnp.where((group == index)[:, None], w, jnp.int8(0)))
 
         return lax.map(one, jnp.arange(groups))
 
-    def _int32(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        def int8(x, w):
+    def _int32(
+        self, x: Int8[Array, "b *space c"], w: Int8[Array, "k n"]
+    ) -> Int32[Array, "b *out n"]:
+        def int8(x: jax.Array, w: jax.Array) -> jax.Array:
             return self._conv(x, w, preferred_element_type=jnp.int32)
 
-        def bfloat16(x, w):
+        def bfloat16(x: jax.Array, w: jax.Array) -> jax.Array:
             x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
             return self._conv(x, w, preferred_element_type=jnp.float32).astype(jnp.int32)
 
+        # Float32 holds every partial sum exactly only up to here.
         if 127 * 127 * w.shape[0] > _EXACT:
             return int8(x, w)
         return lax.platform_dependent(x, w, cpu=int8, default=bfloat16)
 
-    def apply(self, x: jax.Array, w: jax.Array, precision: lax.PrecisionLike = None) -> jax.Array:
+    def apply(
+        self, x: Activations, w: Kernel, precision: lax.PrecisionLike = None
+    ) -> Float[Array, "b *out n"]:
         """The convolution of floats."""
         return self._conv(x, w, precision=precision)
 
-    def to_input(self, g, w, x_shape: tuple[int, ...], dtype) -> Float32[Array, "b *space c"]:
-        """The transpose in x: what an output's gradient says about the input."""
-        like = jax.ShapeDtypeStruct(x_shape, dtype)
+    def to_input(
+        self,
+        g: Float[Array, "b *out n"],
+        w: Shaped[AnyArray, "k n"],
+        x_shape: tuple[int, ...],
+        dtype: DTypeLike,
+    ) -> Float32[Array, "b *space c"]:
+        """The transpose in x: the gradient of the input."""
         w = w.astype(dtype)
-        (dx,) = jax.linear_transpose(lambda x: self.apply(x, w), like)(g.astype(dtype))
-        return dx.astype(jnp.float32)
+        return _transposed(lambda x: self.apply(x, w), x_shape, g, dtype)
 
-    def to_kernel(self, x, g, w_shape: tuple[int, ...], dtype) -> Float32[Array, "k n"]:
-        """The transpose in w."""
-        like = jax.ShapeDtypeStruct(w_shape, dtype)
+    def to_kernel(
+        self,
+        x: Shaped[AnyArray, "b *space c"],
+        g: Float[Array, "b *out n"],
+        w_shape: tuple[int, ...],
+        dtype: DTypeLike,
+    ) -> Float32[Array, "k n"]:
+        """The transpose in w: the gradient of the kernel."""
         x = x.astype(dtype)
-        (dw,) = jax.linear_transpose(lambda w: self.apply(x, w), like)(g.astype(dtype))
-        return dw.astype(jnp.float32)
+        return _transposed(lambda w: self.apply(x, w), w_shape, g, dtype)
 
-    def _conv(self, x: jax.Array, w: jax.Array, **how: Any) -> jax.Array:
+    def _conv(
+        self,
+        x: Shaped[AnyArray, "b *space c"],
+        w: Shaped[AnyArray, "k n"],
+        *,
+        precision: lax.PrecisionLike = None,
+        preferred_element_type: DTypeLike | None = None,
+    ) -> Shaped[Array, "b *out n"]:
         assert w.shape[-2] == math.prod(self.window)
+        # Axes of x and y: batch, channels, space; of the kernel: outputs, inputs, space.
         last = x.ndim - 1
         space = tuple(range(1, last))
         out = (0, last, *space)
         kernel = (last, last - 1, *range(last - 1))
         return lax.conv_general_dilated(
             x,
-            w.reshape(*self.window, w.shape[-1]),
+            w.reshape(*self.window, w.shape[-1]),  # (K, N) -> (*window, N), channels last in K
             self.strides,
             self.padding,
             lhs_dilation=self.input_dilation,
             rhs_dilation=self.kernel_dilation,
             dimension_numbers=lax.ConvDimensionNumbers(out, kernel, out),
             feature_group_count=self.feature_groups,
-            **how,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
         )
+
+
+def _transposed(
+    linear: Callable[[jax.Array], jax.Array],
+    shape: tuple[int, ...],
+    g: Float[Array, "..."],
+    dtype: DTypeLike,
+) -> Float32[Array, "..."]:
+    """g through the transpose of a linear function of an array of this shape."""
+    like = jax.ShapeDtypeStruct(shape, dtype)
+    (gradient,) = jax.linear_transpose(linear, like)(g.astype(dtype))
+    return gradient.astype(jnp.float32)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import lax
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float32, Int8
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from bitnet_jax._mesh import Spec, _auto, _entry, fit, names
+from bitnet_jax._context import Ambient
+from bitnet_jax._mesh import AnyMesh, Spec, entry_of, fit, made_auto, names
 from bitnet_jax._packed import trits
+from bitnet_jax._quantize.arrays import CanonicalCodes, CanonicalScale
 
-_gathered: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("gathered", default=())
-
-# A function that was traced for one answer is not run from the cache for another.
-_cache_key = jax.make_user_context(())
+_gathered: Ambient[tuple[str, ...]] = Ambient("gathered", (), key=())
 
 
 @contextlib.contextmanager
@@ -62,13 +59,9 @@ def gather_codes(*axes: str) -> Iterator[None]:
     References:
       Zhao et al., PyTorch FSDP, arXiv:2304.11277, for what is gathered when.
     """
-    _require_mesh_axis_names("gather_codes", axes)
-    token = _gathered.set(axes)
-    try:
-        with _cache_key(axes):
-            yield
-    finally:
-        _gathered.reset(token)
+    _require_mesh_axis_names(axes)
+    with _gathered.set(axes, key=axes):
+        yield
 
 
 def gathering() -> bool:
@@ -86,24 +79,25 @@ class Gather(NamedTuple):
       packs: whether each shard is a whole number of bytes of four codes.
     """
 
-    mesh: Any
+    mesh: AbstractMesh
     shards: PartitionSpec
     whole: PartitionSpec
     packs: bool
 
     def __call__(
-        self, codes: Int8[Array, "*b k n"], scale: Float32[Array, "*b g m"]
-    ) -> tuple[Int8[Array, "*b k n"], Float32[Array, "*b g m"]]:
+        self, codes: CanonicalCodes, scale: CanonicalScale
+    ) -> tuple[CanonicalCodes, CanonicalScale]:
         """Both, the codes at two bits a weight or at eight; to be called on the mesh."""
         # Twice each: without the first, the second would reach back, to the float kernel.
         for spec in (tuple(self.shards), (*self.whole[:-2], None, self.whole[-1])):
             scale = lax.with_sharding_constraint(scale, fit(spec, scale.shape, self.mesh))
         return self._codes(codes), scale
 
-    def _codes(self, codes: Int8[Array, "*b k n"]) -> Int8[Array, "*b k n"]:
+    def _codes(self, codes: CanonicalCodes) -> CanonicalCodes:
         codes = lax.with_sharding_constraint(codes, self.shards)
         if not self.packs:
             return lax.with_sharding_constraint(codes, self.whole)
+        # Bytes, and not codes, are what has one sharding before and another after.
         packed = trits.pack_trits(codes, axis=-2)
         packed = lax.with_sharding_constraint(packed, self.shards)
         packed = lax.with_sharding_constraint(packed, self.whole)
@@ -116,19 +110,19 @@ def gather_of(
     kernel: tuple[Spec, Spec, Spec],
     depth: int,
     *,
-    explicit: Any,
+    explicit: AnyMesh | None,
     given: bool,
     two_bits: bool,
 ) -> Gather | None:
     """How the codes of one kernel are to be gathered; None: they are not.
 
     Args:
-      who: whose errors these are.
+      who: the public function, for errors.
       rows: entries of the row axes of x, where its type has them.
       kernel: entries of the kernel's batch, contracting and output axes.
       depth: how many weights are contracted.
       explicit: the mesh of the operands' types, or None.
-      given: whether the kernel's placement is known at all.
+      given: whether the kernel's sharding is known at all.
       two_bits: whether the codes are trits.
     """
     asked = set(_gathered.get())
@@ -138,6 +132,7 @@ def gather_of(
         _require_known_sharding(who, given)
     mesh = explicit if explicit is not None else jax.sharding.get_abstract_mesh()
     _require_mesh_axes(who, sorted(asked), mesh.axis_names)
+    # Codes are gathered over the axes asked for, and over those that the rows take.
     batch = {a for entry in rows for a in names(entry)}
     lost = (asked | batch) & {a for part in kernel for entry in part for a in names(entry)}
     if not lost:
@@ -146,11 +141,12 @@ def gather_of(
     if None in merged:
         _require_first_axis_sharded(who, not asked, kernel)
         return None
-    shards = PartitionSpec(*kernel[0], *(_entry(part or ()) for part in merged))
-    kept = [_entry([a for a in names(entry) if a not in lost]) for entry in shards]
+    shards = PartitionSpec(*kernel[0], *(entry_of(part or ()) for part in merged))
+    kept = [entry_of([a for a in names(entry) if a not in lost]) for entry in shards]
+    # Four codes are a byte: a shard packs where its rows are a multiple of four.
     cuts = math.prod(mesh.shape[a] for a in names(shards[-2]))
     packs = two_bits and depth % (trits.PER_BYTE * cuts) == 0
-    return Gather(_auto(mesh), shards, PartitionSpec(*kept), packs)
+    return Gather(made_auto(mesh), shards, PartitionSpec(*kept), packs)
 
 
 def _merged(entries: Spec) -> tuple[str, ...] | None:
@@ -159,17 +155,17 @@ def _merged(entries: Spec) -> tuple[str, ...] | None:
     return None if any(names(entry) for entry in rest) else names(first)
 
 
-def _require_mesh_axis_names(who: str, axes: Sequence[Any]) -> None:
-    """Refuses what names no mesh axis."""
+def _require_mesh_axis_names(axes: Sequence[object]) -> None:
+    """Raises unless they are one or more names."""
     if not axes or not all(isinstance(axis, str) and axis for axis in axes):
         raise TypeError(
-            f"{who}: `axes` must be one or more names of mesh axes, got {axes!r}. Write for "
-            f"example bj.{who}('data')."
+            f"gather_codes: `axes` must be one or more names of mesh axes, got {axes!r}. Write for "
+            "example bj.gather_codes('data')."
         )
 
 
 def _require_mesh_axes(who: str, axes: Sequence[str], has: Sequence[str]) -> None:
-    """Refuses names that the mesh does not have, or no mesh at all."""
+    """Raises unless there is a mesh with these axes."""
     missing = [axis for axis in axes if axis not in has]
     if missing and not has:
         raise ValueError(
@@ -184,20 +180,20 @@ def _require_mesh_axes(who: str, axes: Sequence[str], has: Sequence[str]) -> Non
 
 
 def _require_known_sharding(who: str, known: bool) -> None:
-    """Refuses to gather the codes of a kernel that lies nobody knows how."""
+    """Raises if the kernel's sharding is unknown."""
     if not known:
         raise ValueError(
-            f"{who}: gather_codes does not know how this kernel lies on the mesh. Annotate it "
+            f"{who}: gather_codes does not know how this kernel is sharded. Annotate it "
             "(nn.with_partitioning, nnx.with_partitioning), pass kernel_spec= to "
             "bj.ternary_dot, or make the mesh with Explicit axes."
         )
 
 
-def _require_first_axis_sharded(who: str, by_type: bool, parts: Any) -> None:
-    """Refuses to gather a kernel of which an inner axis of several is sharded, if asked to."""
+def _require_first_axis_sharded(who: str, by_type: bool, parts: tuple[Spec, Spec, Spec]) -> None:
+    """Raises where an inner axis of several is sharded, if asked to gather."""
     if not by_type:
         raise NotImplementedError(
-            f"{who}: gather_codes cannot gather a kernel that lies as {parts[1:]} (contraction, "
+            f"{who}: gather_codes cannot gather a kernel sharded as {parts[1:]} (contraction, "
             "outputs): of several axes that are contracted, or put out, only the first may be "
             "sharded. Shard that one, or leave the kernel out of gather_codes."
         )

@@ -8,14 +8,23 @@ the same bits from float params and from packed ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8, Int32, PyTree, Shaped
+
+from bitnet_jax._quantize.arrays import (
+    Activations,
+    AnyArray,
+    CanonicalCodes,
+    CanonicalKernel,
+    CanonicalScale,
+    DTypeLike,
+)
 
 # An int8 product of a single row runs off XLA's fast path on CPU; four rows do not.
 _FEWEST_ROWS = 4
@@ -30,15 +39,18 @@ def merge_rows(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """
 
     @jax.custom_batching.custom_vmap
-    def merged(x, *weights):
+    def merged(x: jax.Array, *weights: jax.Array) -> jax.Array:
         return product(x, *weights)
 
     @merged.def_vmap
-    def rule(size, mapped, x, *weights):
+    def rule(
+        size: int, mapped: Sequence[bool], x: jax.Array, *weights: jax.Array
+    ) -> tuple[jax.Array, bool]:
         x_mapped, *weights_mapped = mapped
         if any(jax.tree.leaves(weights_mapped)):
             in_axes = (0 if x_mapped else None, *_in_axes(weights_mapped))
             return jax.vmap(product, in_axes=in_axes, axis_size=size)(x, *weights), True
+        # (size, rows, ...) -> (size * rows, ...): one product of all rows, and back.
         rows = x.shape[1]
         y = merged(x.reshape(size * rows, *x.shape[2:]), *weights)
         return y.reshape(size, rows, *y.shape[1:]), True
@@ -46,7 +58,7 @@ def merge_rows(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return merged
 
 
-def _in_axes(mapped):
+def _in_axes(mapped: PyTree) -> PyTree:
     return jax.tree.map(lambda m: 0 if m else None, mapped)
 
 
@@ -68,35 +80,38 @@ def int32_dot(x: Int8[Array, "m k"], w: Int8[Array, "k n"]) -> Int32[Array, "m n
     return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
 
 
-def int_dot(x: Int8[Array, "*b *m k"], w: Int8[Array, "*b k n"]) -> Int32[Array, "*b *m n"]:
+def int_dot(x: Int8[Array, "*rows k"], w: CanonicalCodes) -> Int32[Array, "*rows n"]:
     """Exact int32 sums of int8 codes over the contraction, slice by slice."""
     batch = w.ndim - 2
     if batch:
         lead = tuple(range(batch))
         dims = (((x.ndim - 1,), (batch,)), (lead, lead))
         return lax.dot_general(x, w, dims, preferred_element_type=jnp.int32)
+    # One slice: every row axis is one, for the fast path of 2-D products.
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return _rows_dot(rows, w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def group_sums(
-    x: Int8[Array, "*b *m k"], w: Int8[Array, "*b k n"], groups: int
-) -> Int32[Array, "g *b *m n"]:
+    x: Int8[Array, "*rows k"], w: CanonicalCodes, groups: int
+) -> Int32[Array, "g *rows n"]:
     """Int32 sums of each group of adjacent weights along the contraction."""
     if groups == 1:
         return int_dot(x, w)[None]
     batch, size = w.ndim - 2, w.shape[-2] // groups
+    # Groups become one more batch axis: x (*rows, K) -> (G, *rows, K/G), first, and w
+    # (*b, K, N) -> (*b, G, K/G, N) -> (G, *b, K/G, N); int_dot pairs the leading axes.
     x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, size), -2, 0)
     w = jnp.moveaxis(w.reshape(*w.shape[:-2], groups, size, w.shape[-1]), batch, 0)
     return int_dot(x, w)
 
 
 def epilogue(
-    sums: Int32[Array, "*b *m n"],
-    gamma: Float32[Array, "*b *m 1"],
-    scale: Float32[Array, "*b 1 n"],
+    sums: Int32[Array, "*rows n"],
+    gamma: Float32[Array, "..."],
+    scale: Float32[Array, "*b 1 m"],
     qmax: int,
-) -> Float32[Array, "*b *m n"]:
+) -> Float32[Array, "*rows n"]:
     """``((sums * gamma) * (scale / qmax + z)) * (1 + z)``, with a z that is 0 at run time.
 
     The reciprocal of qmax is a constant: XLA would turn a division into one in
@@ -113,28 +128,32 @@ def epilogue(
 
 
 def group_epilogue(
-    sums: Int32[Array, "g *b *m n"],
-    gamma: Float32[Array, "*b *m 1"],
-    scale: Float32[Array, "*b g n"],
+    sums: Int32[Array, "g *rows n"],
+    gamma: Float32[Array, "..."],
+    scale: CanonicalScale,
     qmax: int,
-) -> Float32[Array, "*b *m n"]:
+) -> Float32[Array, "*rows n"]:
     """The epilogue of each group, added in ascending order."""
     if sums.shape[0] == 1:
         return epilogue(sums[0], gamma, scale, qmax)
 
-    def add(total, group):
+    def add(
+        total: Float32[Array, "..."], group: tuple[Int32[Array, "..."], Float32[Array, "..."]]
+    ) -> tuple[Float32[Array, "..."], None]:
         sums, scale = group
         return total + epilogue(sums, gamma, scale[..., None, :], qmax), None
 
+    # A scan adds in this order whatever the fusion: floats do not add associatively.
     start = jnp.zeros(sums.shape[1:], jnp.float32)
     return lax.scan(add, start, (sums, jnp.moveaxis(scale, -2, 0)))[0]
 
 
 class Product(NamedTuple):
-    """The operator of a dense layer: x (*b, *m, K) times a canonical kernel (*b, K, N).
+    """The operator of a dense layer: x (*rows, K) times a canonical kernel (*b, K, N).
 
     An operator is what a layer does with codes and with floats, once each: its
-    integer sums, its float form, and that form's two transposes.
+    integer sums, its float form, and that form's two transposes. The rows start
+    with the kernel's batch axes.
     """
 
     @property
@@ -143,37 +162,58 @@ class Product(NamedTuple):
         return (-1,)
 
     def sums(
-        self, x: Int8[Array, "*b *m k"], w: Int8[Array, "*b k n"], groups: int
-    ) -> Int32[Array, "g *b *m n"]:
+        self, x: Int8[Array, "*rows k"], w: CanonicalCodes, groups: int
+    ) -> Int32[Array, "g *rows n"]:
         """Exact int32 sums of codes, one for each group along the contraction."""
         return group_sums(x, w, groups)
 
-    def apply(self, x: jax.Array, w: jax.Array, precision: lax.PrecisionLike = None) -> jax.Array:
+    def apply(
+        self, x: Activations, w: CanonicalKernel, precision: lax.PrecisionLike = None
+    ) -> Float[Array, "..."]:
         """The product of floats."""
         lead = tuple(range(w.ndim - 2))
+        # x's last axis meets w's second to last; leading axes are slices of both.
         dims = (((x.ndim - 1,), (len(lead),)), (lead, lead))
         return lax.dot_general(x, w, dims, precision=precision)
 
-    def to_input(self, g, w, x_shape: tuple[int, ...], dtype) -> Float32[Array, "*b *m k"]:
+    def to_input(
+        self,
+        g: Float[Array, "*rows n"],
+        w: Shaped[AnyArray, "*b k n"],
+        x_shape: tuple[int, ...],
+        dtype: DTypeLike,
+    ) -> Float32[Array, "*rows k"]:
         """``g w^T``, with operands in ``dtype``, summed in float32."""
         del x_shape
         lead = tuple(range(w.ndim - 2))
+        # g's outputs meet w's last axis, which transposes w without moving it.
         dims = (((g.ndim - 1,), (len(lead) + 1,)), (lead, lead))
         return _float32_dot(g, w, dims, dtype)
 
-    def to_kernel(self, x, g, w_shape: tuple[int, ...], dtype) -> Float32[Array, "*b k n"]:
+    def to_kernel(
+        self,
+        x: Shaped[AnyArray, "*rows k"],
+        g: Float[Array, "*rows n"],
+        w_shape: tuple[int, ...],
+        dtype: DTypeLike,
+    ) -> Float32[Array, "*b k n"]:
         """``x^T g`` over every row axis."""
         batch = len(w_shape) - 2
         lead, rows = tuple(range(batch)), tuple(range(batch, g.ndim - 1))
         return _float32_dot(x, g, ((rows, rows), (lead, lead)), dtype)
 
 
-def _float32_dot(a, b, dims, dtype):
+def _float32_dot(
+    a: Shaped[AnyArray, "..."],
+    b: Shaped[AnyArray, "..."],
+    dims: lax.DotDimensionNumbers,
+    dtype: DTypeLike,
+) -> Float32[Array, "..."]:
     a, b = a.astype(dtype), b.astype(dtype)
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def align_scale(scale: jax.Array, ndim: int) -> jax.Array:
-    """Inserts row axes between a scale's batch axes and its last two."""
+def align_scale(scale: Float32[Array, "*b g m"], ndim: int) -> Float32[Array, "..."]:
+    """Inserts row axes between a scale's batch axes and its outputs, for one group."""
     batch = scale.shape[:-2]
     return scale.reshape(*batch, *(1,) * (ndim - len(batch) - 1), scale.shape[-1])

@@ -10,9 +10,10 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import no_type_check
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from bitnet_jax._packed.kernel import Packed
@@ -42,7 +43,7 @@ class Adapted:
     scale: float = dataclasses.field(metadata={"static": True})
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The float dtype of the kernel this leaf stands for."""
         return self.base.dtype
 
@@ -50,3 +51,6 @@ class Adapted:
     def shape(self) -> tuple[int, ...]:
         """The shape of the kernel this leaf stands for."""
         return self.base.shape
+
+
+no_type_check(Adapted.__init__)  # as of the packed kernels: trees hold more than arrays

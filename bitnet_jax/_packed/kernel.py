@@ -8,10 +8,11 @@ sharded like any others, and what is static never mentions a batch axis, so that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
-from collections.abc import Callable
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,9 @@ from bitnet_jax import _checks, _mesh
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.not_trainable import refuse_training
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax._quantize.ternary import B158, TernaryConfig, broadcast_scale
+from bitnet_jax._quantize.arrays import Codes, DTypeLike, PackedCodes, Scale
+from bitnet_jax._quantize.config import B158, Int8Config, TernaryConfig
+from bitnet_jax._quantize.ternary import dequantize
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -31,13 +33,13 @@ _INT8_CONFIG = Int8Config()
 
 
 class _Stored:
-    """What a kernel in storage layout knows about itself, at two bits or at eight."""
+    """Shape, axes and size shared by ``PackedTernary`` and ``PackedInt8``."""
 
     codes: Array
     scale: Array
     contracting_axes: tuple[int, ...]
     kernel_ndim: int
-    dtype: Any
+    dtype: np.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +68,7 @@ class _Stored:
     @property
     def axes(self) -> kernel_axes.KernelAxes:
         """The kernel's axes, non-negative, as they are in this slice or stack."""
+        # Counted from the end, and batch axes first: valid for a slice and for a stack.
         contracting = tuple(a + self.ndim for a in self.contracting_axes)
         batch = tuple(range(self.ndim - self.kernel_ndim))
         taken = {*contracting, *batch}
@@ -73,15 +76,9 @@ class _Stored:
             contracting, batch, tuple(a for a in range(self.ndim) if a not in taken)
         )
 
-    def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "..."]:
+    def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """Codes times scale as a float kernel; by default in the kernel's own dtype."""
-
-        def run(packed: _Stored) -> jax.Array:
-            w = packed.int8_codes().astype(jnp.float32) * broadcast_scale(
-                packed.scale, packed.shape
-            )
-            return w.astype(dtype or packed.dtype)
-
+        run = functools.partial(_dequantize, dtype=dtype or self.dtype)
         return _mesh.in_auto_like(run, self)
 
     def canonical_scale(self) -> Float32[Array, "*b g m"]:
@@ -132,13 +129,13 @@ class PackedTernary(_Stored):
       ((16, 16), 'uint8')
     """
 
-    codes: UInt8[Array, "..."]
-    scale: Float32[Array, "..."]
+    codes: PackedCodes
+    scale: Scale
     length: int
     contracting_axes: tuple[int, ...] = (-2,)
     kernel_ndim: int = 2
     config: TernaryConfig = B158
-    dtype: Any = _FLOAT32
+    dtype: np.dtype = _FLOAT32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -183,12 +180,12 @@ class PackedInt8(_Stored):
       (2, 10)
     """
 
-    codes: Int8[Array, "..."]
-    scale: Float32[Array, "..."]
+    codes: Codes
+    scale: Scale
     contracting_axes: tuple[int, ...] = (-2,)
     kernel_ndim: int = 2
     config: Int8Config = _INT8_CONFIG
-    dtype: Any = _FLOAT32
+    dtype: np.dtype = _FLOAT32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -215,21 +212,21 @@ class PackedInt8(_Stored):
           ValueError: a kernel that is no (vocabulary, features).
         """
         _checks.require_embedding_lookup("PackedInt8.rows", index, self.shape)
-        scale = jnp.broadcast_to(self.scale, (self.shape[0], 1))
-        return look_up(lambda at: _mesh.rows_of(self.codes, at), scale, index, self.dtype)
+        features = _mesh.spec_of(self.codes)[1:]
+        return _mesh.in_auto_rows(_look_up, index, self, outputs=features)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Prepared:
-    """What a kernel laid out for one implementation knows about itself."""
+    """Shape and size shared by ``PreparedTernary`` and ``PreparedInt8``."""
 
-    codes: UInt8[Array, "..."]
-    scale: Float32[Array, "..."]
+    codes: PackedCodes
+    scale: Scale
     contraction: tuple[int, ...]
     outputs: tuple[int, ...]
     implementation: str
-    config: Any
-    dtype: Any = _FLOAT32
+    config: TernaryConfig | Int8Config
+    dtype: np.dtype = _FLOAT32
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -297,16 +294,27 @@ class PreparedInt8(Prepared):
 
 
 def look_up(
-    codes_of: Callable[[jax.Array], jax.Array],
+    codes_of: Callable[[Int[Array, "..."]], Int8[Array, "... features"]],
     scale: Float32[Array, "n 1"],
     index: Int[Array, "..."],
-    dtype: jax.typing.DTypeLike,
+    dtype: DTypeLike,
 ) -> Float[Array, "... features"]:
     """Rows of an embedding, from what gives their codes; indices as ``jnp.take`` has them."""
+    # Codes of a row that exists, always; the scale below turns the others into NaN.
     at = index.astype(jnp.int32)
     at = jnp.clip(jnp.where(at < 0, at + len(scale), at), 0, len(scale) - 1)
-    scale = _mesh.rows_of(scale, index)  # NaN where there is no such row
+    scale = jnp.take(scale, index, axis=0)  # NaN where there is no such row
     return (codes_of(at).astype(jnp.float32) * scale).astype(dtype)
+
+
+def _look_up(index: Int[Array, "..."], table: PackedInt8) -> Float[Array, "... features"]:
+    scale = jnp.broadcast_to(table.scale, (table.shape[0], 1))
+    codes_of = functools.partial(jnp.take, table.codes, axis=0)
+    return look_up(codes_of, scale, index, table.dtype)
+
+
+def _dequantize(packed: Stored, dtype: DTypeLike) -> Float[Array, "..."]:
+    return dequantize(packed.int8_codes(), packed.scale, dtype)
 
 
 Stored = PackedTernary | PackedInt8
@@ -314,7 +322,7 @@ Stored = PackedTernary | PackedInt8
 Packed = Stored | Prepared
 
 
-def _nbytes(array: Any) -> int:
+def _nbytes(array: Array | jax.ShapeDtypeStruct) -> int:
     """Bytes of an array, or of the one that a ``jax.ShapeDtypeStruct`` stands for."""
     return math.prod(array.shape) * array.dtype.itemsize
 
@@ -326,30 +334,38 @@ def split(packed: Packed) -> tuple[tuple[int, ...], ...]:
     return packed.axes.split(packed.shape)
 
 
-def is_packed(leaf: Any) -> TypeGuard[Packed]:
+def is_packed(leaf: object) -> TypeGuard[Packed]:
     """Whether a leaf is a packed kernel, stored or prepared."""
     return isinstance(leaf, (PackedTernary, PackedInt8, Prepared))
 
 
-def is_stored(leaf: Any) -> TypeGuard[Stored]:
+def is_stored(leaf: object) -> TypeGuard[Stored]:
     """Whether a leaf is a packed kernel in storage layout."""
     return isinstance(leaf, (PackedTernary, PackedInt8))
 
 
 def _register(cls: type, static: tuple[str, ...]) -> None:
-    """Registers a node with children codes and scale, and the rest static."""
+    """Registers a node with children codes and scale, and the rest static.
+
+    Trees of these nodes hold shapes, specs and shardings in the place of arrays, so a run-time
+    type checker must not look at what they are made from. The hidden frames of a checker around
+    ``flatten`` would also hide who flattens (``not_trainable``).
+    """
+    no_type_check(cls.__init__)
     static_of = operator.attrgetter(*static)
 
-    def flatten_with_keys(node):
+    @no_type_check
+    def flatten_with_keys(node: Packed) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
         keys = jax.tree_util.GetAttrKey("codes"), jax.tree_util.GetAttrKey("scale")
         children, aux = flatten(node)
         return tuple(zip(keys, children, strict=True)), aux
 
-    def flatten(node):
+    @no_type_check
+    def flatten(node: Packed) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
         refuse_training(node.codes)
         return (node.codes, node.scale), static_of(node)
 
-    def unflatten(aux, children):
+    def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Packed:
         return cls(*children, **dict(zip(static, aux, strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
@@ -364,7 +380,10 @@ for _prepared in (PreparedTernary, PreparedInt8):
 
 
 def lay_out(packed: Stored, codes: UInt8[Array, "..."], implementation: str) -> Prepared:
-    """The prepared kernel of a stored one, from its codes in an implementation's layout."""
+    """The prepared kernel of a stored one, from its codes in an implementation's layout.
+
+    The scale becomes canonical, (*batch, groups, 1 or outputs), and the lengths static.
+    """
     _, contraction, outputs = packed.axes.split(packed.shape)
     kind = PreparedInt8 if isinstance(packed, PackedInt8) else PreparedTernary
     return kind(

@@ -1,25 +1,26 @@
-"""Tells whoever tries to train a packed kernel what to do instead.
+"""Raises a helpful error when ``jax.grad`` or optax gets a packed kernel.
 
-Two-bit codes have no gradient. ``jax.grad`` refuses uint8 leaves in words that
-do not help, optax silently makes moments of uint8 for them, and neither has a
-hook. What both do is flatten the tree, so a packed leaf looks, while it is
-flattened, at the frame that asked for it. If a later version of either
-names its functions otherwise, the guard is silent and their own behaviour is
-back; a test holds both on the installed versions.
+Two-bit codes have no gradient. ``jax.grad`` raises for uint8 leaves without a
+remedy, optax silently makes moments of uint8 for them, and neither has a
+hook. Both flatten the tree. So a packed leaf, while it is flattened, looks at
+the frame that asked for it. If a later version of either renames its functions,
+this guard is silent and their own behaviour is back; a test holds both on the
+installed versions.
 """
 
 from __future__ import annotations
 
 import sys
 from types import FrameType
-from typing import Any
+from typing import NoReturn, no_type_check
 
 _TREE_MODULES = ("jax._src.tree", "jax._src.tree_util")
 
 _TRAINERS = ("value_and_grad_f", "tree_zeros_like")
 
 
-def refuse_training(codes: Any) -> None:
+@no_type_check  # a checker's frames would come between
+def refuse_training(codes: object) -> None:
     """Raises where ``jax.grad`` or an optax ``init`` flattens a packed leaf.
 
     Every call of a jitted function flattens its arguments: this comes first in all
@@ -29,6 +30,7 @@ def refuse_training(codes: Any) -> None:
       codes: the leaf's codes; a placeholder (``optax.MaskedNode``) passes, and so
         does ``jax.grad(..., allow_int=True)``.
     """
+    # Two frames up: past flatten, to whoever flattens; then out of JAX's tree modules.
     asker: FrameType | None = sys._getframe(2)
     while asker is not None and asker.f_globals.get("__name__") in _TREE_MODULES:
         asker = asker.f_back
@@ -45,7 +47,7 @@ def _is_optax(frame: FrameType | None) -> bool:
     return frame is not None and str(frame.f_globals.get("__name__")).startswith("optax.")
 
 
-def raise_not_trainable(who: str) -> None:
+def raise_not_trainable(who: str) -> NoReturn:
     """Raised when a packed kernel is given to ``jax.grad`` or to an optimizer."""
     raise TypeError(
         f"{who}: `params` holds packed kernels (PackedTernary), and two-bit codes have no "

@@ -13,17 +13,19 @@ from jaxtyping import Array, Float
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Prepared, Stored
-from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax._quantize.ternary import B158, KernelConfig, Ternary, axes_to_contract, quantize_as
+from bitnet_jax._quantize.arrays import AnyArray, DTypeLike, Kernel
+from bitnet_jax._quantize.config import B158, Int8Config, KernelConfig
+from bitnet_jax._quantize.kernel_axes import AxesLike
+from bitnet_jax._quantize.kernel_spec import KernelSpec, contraction_spec
+from bitnet_jax._quantize.ternary import Ternary, quantize_kernel
 
 
 def pack(
-    w: Float[Array, "..."],
+    w: Kernel,
     config: KernelConfig = B158,
     *,
-    contracting_axes: kernel_axes.AxesLike | None = None,
-    batch_axes: kernel_axes.AxesLike = (),
+    contracting_axes: AxesLike | None = None,
+    batch_axes: AxesLike = (),
 ) -> Stored:
     """Quantises a kernel and packs its codes to two bits, or to int8.
 
@@ -47,47 +49,47 @@ def pack(
       >>> bool((bj.unpack(bj.pack(w)) == bj.quantize(w).dequantize()).all())
       True
     """
-    axes = axes_to_pack("pack", w, config, contracting_axes, batch_axes)
-    return pack_quantized(w, config, axes)[1]
+    spec = packing_spec("pack", w, config, contracting_axes, batch_axes)
+    return pack_kernel(w, spec)
 
 
-def axes_to_pack(
+def pack_kernel(w: Kernel, spec: KernelSpec) -> Stored:
+    """:func:`pack` of a checked kernel."""
+    return _mesh.in_auto_like(functools.partial(pack_quantized, spec=spec), w)[1]
+
+
+def packing_spec(
     who: str,
-    w: Any,
+    w: AnyArray | jax.ShapeDtypeStruct,
     config: KernelConfig,
-    contracting_axes: kernel_axes.AxesLike | None,
-    batch_axes: kernel_axes.AxesLike,
-) -> kernel_axes.KernelAxes:
-    """The axes of a kernel to pack; all that can be refused by its shape is refused here."""
-    axes = axes_to_contract(who, w, config, contracting_axes, batch_axes)
-    _require_leading_batch_axes(who, axes.batch)
-    return axes
+    contracting_axes: AxesLike | None,
+    batch_axes: AxesLike,
+) -> KernelSpec:
+    """The spec of a kernel to pack; raises all that its type, shape and config are refused for."""
+    spec = contraction_spec(who, w, config, contracting_axes, batch_axes)
+    _require_leading_batch_axes(who, spec.axes.batch)
+    return spec
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def pack_quantized(
-    w: Float[Array, "..."], config: KernelConfig, axes: kernel_axes.KernelAxes
-) -> tuple[Ternary, Stored]:
+@functools.partial(jax.jit, static_argnames="spec")
+def pack_quantized(w: Kernel, spec: KernelSpec) -> tuple[Ternary, Stored]:
     """A kernel's codes and scale, and the same packed."""
-    last = axes.contracting[-1]
+    t = quantize_kernel(w, spec)
+    contracting, last = spec.axes.contracting, spec.axes.contracting[-1]
+    # Axes from the end, and no batch axis: scan and vmap take those away and bring them back.
     static: dict[str, Any] = {
-        "contracting_axes": tuple(a - w.ndim for a in axes.contracting),
-        "kernel_ndim": w.ndim - len(axes.batch),
-        "config": config,
+        "contracting_axes": tuple(a - w.ndim for a in contracting),
+        "kernel_ndim": w.ndim - len(spec.axes.batch),
+        "config": spec.config,
         "dtype": np.dtype(w.dtype),
     }
-
-    def run(w: jax.Array) -> tuple[Ternary, Stored]:
-        t = quantize_as("pack", w, config, axes.contracting, axes.batch)
-        if isinstance(config, Int8Config):
-            return t, PackedInt8(t.codes, t.scale, **static)
-        codes = trits.pack_trits(t.codes, last)
-        return t, PackedTernary(codes, t.scale, length=w.shape[last], **static)
-
-    return _mesh.in_auto_like(run, w)
+    if isinstance(spec.config, Int8Config):
+        return t, PackedInt8(t.codes, t.scale, **static)
+    codes = trits.pack_trits(t.codes, last)
+    return t, PackedTernary(codes, t.scale, length=w.shape[last], **static)
 
 
-def unpack(packed: Stored, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "..."]:
+def unpack(packed: Stored, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
     """The float kernel of a packed one: codes times scale.
 
     Args:
@@ -113,7 +115,7 @@ def unpack(packed: Stored, dtype: jax.typing.DTypeLike | None = None) -> Float[A
 
 
 def _require_leading_batch_axes(who: str, batch: Sequence[int]) -> None:
-    """Refuses to pack a kernel whose stacked axes are not its first."""
+    """Raises unless the stacked axes of a kernel to pack are its first."""
     if tuple(batch) != tuple(range(len(batch))):
         raise ValueError(
             f"{who}: `batch_axes` must be the leading axes of a kernel to pack, got "

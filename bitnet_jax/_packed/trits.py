@@ -49,9 +49,11 @@ def pack_trits(codes: Int8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
     axis %= codes.ndim
     length = codes.shape[axis]
     short = -length % PER_BYTE
+    # Padding is code 0, and code + 1 fits two bits.
     padded = jnp.pad(codes, [(0, short if a == axis else 0) for a in range(codes.ndim)])
     fields = (padded + jnp.int8(1)).astype(jnp.uint8)
     shape = codes.shape
+    # (..., n, ...) -> (..., n / 4, 4, ...): the four neighbours that share a byte.
     fields = fields.reshape(*shape[:axis], packed_length(length), PER_BYTE, *shape[axis + 1 :])
     parts = [jax.lax.index_in_dim(fields, i, axis + 1, keepdims=False) for i in range(PER_BYTE)]
     return parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
@@ -61,6 +63,7 @@ def fields_of(packed: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
     """The four two-bit fields of each byte, on a new axis before ``axis``."""
     axis %= packed.ndim
     shifts = np.arange(0, 8, 2, dtype=np.uint8)
+    # (..., bytes, ...) >> (0, 2, 4, 6) -> (..., 4, bytes, ...): field 0 of each byte first.
     shifts = shifts.reshape(*(1,) * axis, -1, *(1,) * (packed.ndim - axis))
     return (jnp.expand_dims(packed, axis) >> shifts) & np.uint8(3)
 
@@ -68,6 +71,7 @@ def fields_of(packed: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
 def unpack_trits(packed: UInt8[Array, "..."], axis: int, length: int) -> Int8[Array, "..."]:
     """Unpacks along ``axis`` to ``length`` codes; undoes :func:`pack_trits`."""
     axis %= packed.ndim
+    # The fields of a byte behind it, (..., bytes, 4, ...), so that they merge in order.
     fields = jnp.moveaxis(fields_of(packed, axis), axis, axis + 1)
     shape = packed.shape
     codes = fields.astype(jnp.int8) - jnp.int8(1)
@@ -84,6 +88,8 @@ def count_invalid(
     part: UInt8[np.ndarray, " n"], start: int, shape: Sequence[int], axis: int, length: int
 ) -> int:
     """How many bytes :func:`invalid` marks; finds that there are none without a large temporary."""
+    # A 3 is two bits set side by side. Eight bytes at once: the low bit of each field
+    # survives (w >> 1) & w only there.
     words = part[: part.size & ~7].view(np.uint64)
     pairs = words >> np.uint64(1)
     pairs &= words
@@ -111,7 +117,7 @@ def invalid(
     Returns:
       A mark for each byte.
     """
-    wrong = (part & (part >> 1) & ZEROS) != 0
+    wrong = (part & (part >> 1) & ZEROS) != 0  # some field is 3
     pad = _padding(length)
     marks = _last(wrong, start, shape, axis)
     for mark, row in zip(marks, _last(part, start, shape, axis), strict=True):
@@ -141,6 +147,7 @@ def _last(part: np.ndarray, start: int, shape: Sequence[int], axis: int) -> list
 def differ(a: UInt8[Array, "... n"], b: UInt8[Array, "... n"]) -> Float32[Array, ""]:
     """How many fields of two packed arrays differ; bits are counted, as in :func:`count`."""
     x = a ^ b
+    # A field differs where either of its bits does: both folded into the low one.
     bits = jax.lax.population_count((x | (x >> 1)) & np.uint8(0x55))
     return bits.astype(jnp.float32).sum()
 
@@ -157,4 +164,5 @@ def count(packed: UInt8[Array, "... n"]) -> tuple[Int32[Array, " n"], Int32[Arra
         bits = jax.lax.population_count(rows & np.uint8(mask))
         return bits.astype(jnp.float32).sum(axis=0).astype(jnp.int32)
 
+    # Code 0 is field 01, the low bit; +1 is 10, the high bit; -1 is 00.
     return ones(0x55), ones(0xAA)

@@ -14,9 +14,7 @@ not depend on its order, so both are the same bits everywhere.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,103 +23,12 @@ from jaxtyping import Array, Float, Float32, Int8
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._quantize import kernel_axes
-
-
-def _require_bits(who: str, value: Any) -> None:
-    """Refuses an activation width that int8 codes cannot hold."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 8:
-        raise ValueError(f"{who}: `bits` must be an integer from 2 to 8, got {value!r}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class ActivationConfig:
-    """How activations are quantised, one scale per token.
-
-    Args:
-      bits: 2 to 8; codes lie in [-qmax, qmax] with qmax = 2**(bits-1) - 1.
-      eps: the smallest gamma, in units of the activations.
-
-    Raises:
-      ValueError: bits or eps out of range.
-
-    Example:
-      >>> import bitnet_jax as bj
-      >>> bj.ActivationConfig(bits=4).qmax
-      7
-    """
-
-    bits: int = 8
-    eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        _require_bits("ActivationConfig", self.bits)
-        _checks.require_epsilon("ActivationConfig", self.eps, self.qmax)
-
-    @property
-    def qmax(self) -> int:
-        """The largest code."""
-        return 2 ** (self.bits - 1) - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Int8Config:
-    """How a kernel is quantised to int8, one scale per output channel.
-
-    For heads and embeddings, which would otherwise dominate a small model's
-    bytes or its error. An embedding (vocabulary, features) has one scale per row.
-
-    Args:
-      eps: the smallest max \\|w\\| of a channel, in units of the weights.
-
-    Raises:
-      ValueError: eps out of range.
-
-    Example:
-      >>> import jax, bitnet_jax as bj
-      >>> bj.pack(jax.random.normal(jax.random.key(0), (64, 16)), bj.Int8Config())
-      PackedInt8(shape=(64, 16), scale=(1, 16), 1088 bytes)
-    """
-
-    eps: float = 1e-8
-    granularity: ClassVar[str] = "channel"
-
-    def __post_init__(self) -> None:
-        _checks.require_epsilon("Int8Config", self.eps, _LARGEST_CODE)
-
-
-INT8 = ActivationConfig()
-
-_LARGEST_CODE = 127
-
-
-def check_activations(who: str, activations: Any) -> None:
-    """Refuses what is neither a config of activations nor None (weight-only)."""
-    kinds = (ActivationConfig, type(None))
-    _checks.require_instance(who, "activations", activations, kinds, "Use ActivationConfig().")
-
-
-def _largest(x: Float32[Array, "..."], axes: tuple[int, ...]) -> Float32[Array, "..."]:
-    """max|x| over some axes, kept; Inf where one of them is NaN.
-
-    XLA's maximum on CPUs drops NaN where its input has 4096 elements or more.
-    """
-    magnitudes = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
-    return jnp.max(magnitudes, axis=axes, keepdims=True, initial=0.0)
-
-
-def quantize_channels(
-    w: Float[Array, "*b k n"], config: Int8Config
-) -> tuple[Int8[Array, "*b k n"], Float32[Array, "*b 1 n"]]:
-    """Codes in [-127, 127] of a canonical kernel and the step of each output channel."""
-    wide = w.astype(jnp.float32)
-    floor = jnp.maximum(_largest(wide, (-2,)), np.float32(config.eps))
-    codes = jnp.round(wide * (np.float32(_LARGEST_CODE) / floor)).astype(jnp.int8)
-    # The runtime 0 keeps this constant from being folded with the epilogue's.
-    return codes, floor * (np.float32(1 / _LARGEST_CODE) + floor * 0.0)
+from bitnet_jax._quantize.arrays import Activations, AnyArray, CanonicalCodes, CanonicalKernel
+from bitnet_jax._quantize.config import INT8, LARGEST_INT8, ActivationConfig, Int8Config
 
 
 def quantize_activations(
-    x: Float[Array, "..."], config: ActivationConfig = INT8, *, axes: kernel_axes.AxesLike = -1
+    x: Activations, config: ActivationConfig = INT8, *, axes: kernel_axes.AxesLike = -1
 ) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
     """Int8 codes of each token, and its scale gamma.
 
@@ -151,38 +58,48 @@ def quantize_activations(
       Ma et al., arXiv:2402.17764, section 2, without the clip, which a code
       scaled by its own maximum never reaches.
     """
-    return quantize_activations_as("quantize_activations", x, config, axes)
+    shared = token_axes("quantize_activations", x, config, axes)
+    run = functools.partial(activation_codes, config=config, shared=shared)
+    return _mesh.in_auto_like(run, jax.lax.stop_gradient(x))
 
 
-def quantize_activations_as(
-    who: str, x: Float[Array, "..."], config: ActivationConfig, axes: kernel_axes.AxesLike = -1
-) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
-    """:func:`quantize_activations` on behalf of another function, which its errors name."""
+def token_axes(
+    who: str, x: Activations, config: ActivationConfig, axes: kernel_axes.AxesLike
+) -> tuple[int, ...]:
+    """The axes that share one gamma; raises unless x can be quantised so."""
     _checks.require_instance(who, "config", config, ActivationConfig, "Use bj.ActivationConfig().")
     _checks.require_float_array(who, "x", x)
-    shared = _checks.normalize_axes(who, "axes", axes, x.ndim)
-    run = functools.partial(_token_codes, config=config, shared=shared)
-    return _mesh.in_auto_like(run, jax.lax.stop_gradient(x))
+    return _checks.normalize_axes(who, "axes", axes, x.ndim)
+
+
+def check_activations(who: str, activations: object) -> None:
+    """Raises unless it is a config of activations or None (weight-only)."""
+    kinds = (ActivationConfig, type(None))
+    _checks.require_instance(who, "activations", activations, kinds, "Use ActivationConfig().")
 
 
 # Traced once for all layers of a shape.
 @functools.partial(jax.jit, static_argnames=("config", "shared"))
-def _token_codes(x: jax.Array, config: ActivationConfig, shared: tuple[int, ...]):
+def activation_codes(
+    x: Activations, config: ActivationConfig, shared: tuple[int, ...]
+) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
+    """Codes of x, and gamma over the ``shared`` axes, kept."""
     gamma = gamma_of(x, config, shared)
     return codes_at(x, gamma, config), gamma
 
 
 def gamma_of(
-    x: Float[Array, "..."], config: ActivationConfig, shared: tuple[int, ...]
+    x: Activations, config: ActivationConfig, shared: tuple[int, ...]
 ) -> Float32[Array, "..."]:
     """``max(max|x|, eps)`` over some axes, kept."""
     return jnp.maximum(_largest(x.astype(jnp.float32), shared), np.float32(config.eps))
 
 
 def codes_at(
-    x: Float[Array, "..."], gamma: Float32[Array, "..."], config: ActivationConfig
+    x: Activations, gamma: Float32[Array, "..."], config: ActivationConfig
 ) -> Int8[Array, "..."]:
     """``round(x * (qmax / gamma))``."""
+    # One quotient for the token, then products: x / gamma * qmax would round otherwise.
     return jnp.round(x.astype(jnp.float32) * (np.float32(config.qmax) / gamma)).astype(jnp.int8)
 
 
@@ -191,3 +108,23 @@ def dequantize_activations(
 ) -> Float32[Array, "..."]:
     """Codes times their step ``gamma * float32(1 / qmax)``."""
     return codes.astype(jnp.float32) * (gamma * np.float32(1 / config.qmax))
+
+
+def quantize_channels(
+    w: CanonicalKernel, config: Int8Config
+) -> tuple[CanonicalCodes, Float32[Array, "*b 1 n"]]:
+    """Codes in [-127, 127] of a canonical kernel and the step of each output channel."""
+    wide = w.astype(jnp.float32)
+    floor = jnp.maximum(_largest(wide, (-2,)), np.float32(config.eps))
+    codes = jnp.round(wide * (np.float32(LARGEST_INT8) / floor)).astype(jnp.int8)
+    # The runtime 0 keeps this constant from being folded with the epilogue's.
+    return codes, floor * (np.float32(1 / LARGEST_INT8) + floor * 0.0)
+
+
+def _largest(x: Float[AnyArray, "..."], axes: tuple[int, ...]) -> Float32[Array, "..."]:
+    """max|x| over some axes, kept; Inf where one of them is NaN.
+
+    XLA's maximum on CPUs drops NaN where its input has 4096 elements or more.
+    """
+    magnitudes = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+    return jnp.max(magnitudes, axis=axes, keepdims=True, initial=0.0)

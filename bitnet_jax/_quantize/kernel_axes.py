@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
+from jaxtyping import Shaped
 
 from bitnet_jax import _checks
+from bitnet_jax._quantize.arrays import AnyArray
 
 AxesLike = int | Sequence[int]
 
@@ -34,7 +36,7 @@ class KernelAxes(NamedTuple):
         return self.batch + self.contracting + self.outputs
 
     def split(self, shape: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
-        """What is said of each axis, a length or a sharding: batch, contracting, output axes."""
+        """Sorts one value per axis, lengths or shardings, into batch, contracting, output axes."""
         b, c, o = (
             tuple(shape[a] for a in axes) for axes in (self.batch, self.contracting, self.outputs)
         )
@@ -42,13 +44,16 @@ class KernelAxes(NamedTuple):
 
 
 def resolve(
-    who: str, w: jax.Array, contracting_axes: AxesLike | None, batch_axes: AxesLike
+    who: str,
+    w: AnyArray | jax.ShapeDtypeStruct,
+    contracting_axes: AxesLike | None,
+    batch_axes: AxesLike,
 ) -> KernelAxes:
     """Names every axis of ``w``; a 2-D kernel (in, out) needs no help."""
     batch = _checks.normalize_axes(who, "batch_axes", batch_axes, w.ndim)
     rest = [axis for axis in range(w.ndim) if axis not in batch]
     if contracting_axes is None:
-        _require_known_axes(who, w, len(batch))
+        _require_known_axes(who, w.shape, len(batch))
         contracting = (rest[0],)
     else:
         contracting = _checks.normalize_axes(who, "contracting_axes", contracting_axes, w.ndim)
@@ -57,40 +62,46 @@ def resolve(
     return KernelAxes(contracting, batch, outputs)
 
 
-def to_canonical(w: jax.Array, axes: KernelAxes) -> jax.Array:
+def to_canonical(w: Shaped[AnyArray, "..."], axes: KernelAxes) -> Shaped[AnyArray, "*b k n"]:
     """Brings a kernel to ``(*batch, K, N)``."""
     batch, contraction, outputs = axes.split(w.shape)
+    # Batch first, then what meets x, then outputs; each of the last two flattened in C order.
     return w.transpose(axes.order).reshape(*batch, math.prod(contraction), math.prod(outputs))
 
 
 def from_canonical(
-    c: jax.Array, axes: KernelAxes, contraction: Sequence[int], outputs: Sequence[int]
-):
+    c: Shaped[AnyArray, "*b k n"],
+    axes: KernelAxes,
+    contraction: Sequence[int],
+    outputs: Sequence[int],
+) -> Shaped[AnyArray, "..."]:
     """Undoes :func:`to_canonical`, for an array with these lengths of the two parts."""
     lead = c.shape[:-2]
     inverse = sorted(range(len(axes.order)), key=axes.order.__getitem__)
     return c.reshape(*lead, *contraction, *outputs).transpose(inverse)
 
 
-def group_grid(who: str, contraction: Sequence[int], group: int) -> tuple[int, ...]:
-    """How many groups of ``group`` adjacent weights lie along each contracting axis."""
+def group_grid(contraction: Sequence[int], group: int) -> tuple[int, ...] | None:
+    """How many groups of ``group`` adjacent weights lie along each contracting axis.
+
+    None where groups do not tile the contraction: a group is a run along the last
+    axis, or whole last axes times a run along the one before.
+    """
     grid, left = [], group
     for length in reversed(contraction):
-        if left % length == 0:
+        if left % length == 0:  # this axis lies inside one group
             grid.append(1)
             left //= length
-        elif length % left == 0:
+        elif length % left == 0:  # groups start and end along this axis
             grid.append(length // left)
             left = 1
         else:
-            _raise_group_remainder(who, group, contraction)
-    if left != 1:
-        _raise_group_remainder(who, group, contraction)
-    return tuple(reversed(grid))
+            return None
+    return tuple(reversed(grid)) if left == 1 else None
 
 
 def _require_disjoint_axes(who: str, contracting: Sequence[int], batch: Sequence[int]) -> None:
-    """Refuses an axis that is both contracted and a batch axis."""
+    """Raises where an axis is both contracted and a batch axis, or none is contracted."""
     both = sorted(set(contracting) & set(batch))
     if both:
         raise ValueError(
@@ -101,20 +112,11 @@ def _require_disjoint_axes(who: str, contracting: Sequence[int], batch: Sequence
         raise ValueError(f"{who}: `contracting_axes` is empty. Name the axes that x meets.")
 
 
-def _require_known_axes(who: str, w: Any, batch_count: int) -> None:
-    """Refuses to guess which axes of a kernel of rank 3 or more are contracted."""
-    if w.ndim - batch_count != 2:
+def _require_known_axes(who: str, shape: Sequence[int], batch_count: int) -> None:
+    """Raises unless the kernel is 2-D beside its batch axes, so that its axes are known."""
+    if len(shape) - batch_count != 2:
         raise ValueError(
-            f"{who}: a kernel of shape {tuple(w.shape)} does not tell which axes are "
+            f"{who}: a kernel of shape {tuple(shape)} does not tell which axes are "
             "contracted (it may be a convolution, an attention or a stacked kernel). "
             "Pass contracting_axes=, and batch_axes= for stacked layers or experts."
         )
-
-
-def _raise_group_remainder(who: str, group: int, contraction: Sequence[int]) -> None:
-    """Reports a group size that does not tile the contraction."""
-    raise ValueError(
-        f"{who}: `granularity`={group} does not divide the contraction "
-        f"{tuple(contraction)}. Pass a group size that divides its last axis, or a multiple "
-        "of that axis that divides the whole."
-    )

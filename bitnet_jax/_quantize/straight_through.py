@@ -29,18 +29,17 @@ from jaxtyping import Array, Float, Float32
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.int8 import (
-    INT8,
-    ActivationConfig,
-    dequantize_activations,
-    quantize_activations_as,
-)
+from bitnet_jax._quantize.arrays import Activations, Kernel
+from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
+from bitnet_jax._quantize.int8 import activation_codes, dequantize_activations, token_axes
+from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec
+from bitnet_jax._quantize.statistics import rms
 from bitnet_jax._quantize.strength import Strength
-from bitnet_jax._quantize.ternary import B158, KernelConfig, quantize_as, rms
+from bitnet_jax._quantize.ternary import dequantize, quantize_kernel
 
 
 def fake_quantize(
-    w: Float[Array, "..."],
+    w: Kernel,
     config: KernelConfig = B158,
     *,
     contracting_axes: kernel_axes.AxesLike | None = None,
@@ -77,28 +76,21 @@ def fake_quantize(
     References:
       Bengio et al., arXiv:1308.3432; Ma et al., arXiv:2402.17764.
     """
-    return fake_quantize_as("fake_quantize", w, config, contracting_axes, batch_axes, strength)
+    spec = kernel_spec("fake_quantize", w, config, contracting_axes, batch_axes)
+    phase = traced_strength("fake_quantize", strength)
+    return _mesh.in_auto_like(functools.partial(fake_quantize_kernel, spec=spec), w, phase)
 
 
-def fake_quantize_as(
-    who: str,
-    w: Float[Array, "..."],
-    config: KernelConfig,
-    contracting_axes: kernel_axes.AxesLike | None,
-    batch_axes: kernel_axes.AxesLike,
-    strength: Strength,
+def fake_quantize_kernel(
+    w: Kernel, phase: Float32[Array, ""] | None, spec: KernelSpec
 ) -> Float[Array, "..."]:
-    """:func:`fake_quantize` for a function that its errors name."""
-
-    def run(w: jax.Array, phase: jax.Array | None) -> jax.Array:
-        t = quantize_as(who, w, config, contracting_axes, batch_axes)
-        return straight_through(w, t.dequantize(), phase)
-
-    return _mesh.in_auto_like(run, w, traced_strength(who, strength))
+    """:func:`fake_quantize` of a checked kernel; ``phase`` None: at strength 1."""
+    t = quantize_kernel(lax.stop_gradient(w), spec)
+    return straight_through(w, dequantize(t.codes, t.scale), phase)
 
 
 def fake_quantize_activations(
-    x: Float[Array, "..."],
+    x: Activations,
     config: ActivationConfig = INT8,
     *,
     axes: kernel_axes.AxesLike = -1,
@@ -128,9 +120,10 @@ def fake_quantize_activations(
       Ma et al., arXiv:2402.17764, section 2.
     """
     who = "fake_quantize_activations"
+    shared = token_axes(who, x, config, axes)
 
-    def run(x: jax.Array, phase: jax.Array | None) -> jax.Array:
-        codes, gamma = quantize_activations_as(who, x, config, axes)
+    def run(x: Activations, phase: Float32[Array, ""] | None) -> Float[Array, "..."]:
+        codes, gamma = activation_codes(lax.stop_gradient(x), config, shared)
         return straight_through(x, dequantize_activations(codes, gamma, config), phase)
 
     return _mesh.in_auto_like(run, x, traced_strength(who, strength))

@@ -7,24 +7,20 @@ A layer takes ``strength=``; a model made of layers rarely passes it down.
 from __future__ import annotations
 
 import contextlib
-import contextvars
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Hashable, Iterator
 
 import jax
 import numpy as np
 from jax import core
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float
 
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
+from bitnet_jax._context import Ambient
 
-Strength = float | Float32[Array, ""]
+Strength = float | int | np.number | Float[Array | np.ndarray, ""]
 
-_ambient: contextvars.ContextVar[Strength] = contextvars.ContextVar("strength", default=1.0)
-
-# A function that was traced under one strength is not run from the cache under another.
-_cache_key = jax.make_user_context(1.0)
+_ambient: Ambient[Strength] = Ambient("strength", 1.0, key=1.0)
 
 
 @contextlib.contextmanager
@@ -66,20 +62,16 @@ def phase_in(strength: Strength) -> Iterator[None]:
       >>> bool((forward(0.5) == layer.apply(params, x)).all())
       False
     """
-    _require_scalar("phase_in", "strength", strength)
+    _require_scalar(strength)
     if isinstance(strength, core.Tracer):
-        key: object = object()
+        key: Hashable = object()  # another trace, another tracer
     else:
         if isinstance(strength, (jax.Array, np.ndarray, np.generic)):
             strength = float(strength)
         _checks.require_static_strength("phase_in", strength)
         key = strength
-    token = _ambient.set(strength)
-    try:
-        with _cache_key(key):
-            yield
-    finally:
-        _ambient.reset(token)
+    with _ambient.set(strength, key):
+        yield
 
 
 def ambient(strength: Strength | None) -> Strength:
@@ -87,11 +79,11 @@ def ambient(strength: Strength | None) -> Strength:
     return _ambient.get() if strength is None else strength
 
 
-def _require_scalar(who: str, name: str, value: Any) -> None:
-    """Refuses what is neither a number nor an array of one."""
+def _require_scalar(value: object) -> None:
+    """Raises unless it is a number or an array of one."""
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not ok and (getattr(value, "shape", None) != () or not hasattr(value, "dtype")):
         raise ValueError(
-            f"{who}: `{name}` must be a number or a scalar array, got {describe(value)}. Pass "
+            f"phase_in: `strength` must be a number or a scalar array, got {describe(value)}. Pass "
             "one value, for example schedule(step)."
         )

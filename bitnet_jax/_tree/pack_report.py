@@ -19,7 +19,7 @@ from bitnet_jax._display import blank_figure, plain, size_text, table
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Stored
 from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax._quantize.ternary import KernelConfig, Ternary
+from bitnet_jax._quantize.ternary import KernelConfig, Ternary, dequantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ def measure(w: jax.Array, t: Ternary, packed: Stored) -> dict[str, jax.Array]:
     wide = w.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide))
     unit = 1.0 / jnp.maximum(largest, jnp.float32(1e-30))
-    lost = jnp.square((wide - t.dequantize()) * unit).sum()
+    lost = jnp.square((wide - dequantize(*t)) * unit).sum()
     return {
         "zero": zero,
         "plus": plus,

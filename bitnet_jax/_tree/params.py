@@ -17,11 +17,12 @@ from jax import core
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._checks import describe
 from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
-from bitnet_jax._packed.pack import axes_to_pack, pack_quantized
-from bitnet_jax._quantize.kernel_axes import AxesLike, KernelAxes
-from bitnet_jax._quantize.straight_through import fake_quantize_as
+from bitnet_jax._packed.pack import pack_quantized, packing_spec
+from bitnet_jax._quantize.config import B158, KernelConfig
+from bitnet_jax._quantize.kernel_axes import AxesLike
+from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec, require_kernel_config
+from bitnet_jax._quantize.straight_through import fake_quantize_kernel, traced_strength
 from bitnet_jax._quantize.strength import Strength
-from bitnet_jax._quantize.ternary import B158, KernelConfig, check_config
 from bitnet_jax._tree.leaves import Leaf, flatten, is_box, rebox
 from bitnet_jax._tree.pack_report import PackReport, layer_report, measure, nbytes
 from bitnet_jax._tree.select import AxesOf, Select, axes_for, choose
@@ -73,13 +74,13 @@ def pack_params(
     who = "pack_params"
     chosen, treedef = chosen_leaves(who, params, config, select)
     axes = axes_for(select, axes)
-    resolved = [c and axes_of_leaf(who, leaf, c, axes) for leaf, c in chosen]
+    specs = [c and spec_of_leaf(who, leaf, c, axes) for leaf, c in chosen]
     traced = any(isinstance(leaf.value, core.Tracer) for leaf, _ in chosen)
     done, rows = [], []
-    for (leaf, c), found in zip(chosen, resolved, strict=True):
+    for (leaf, _), spec in zip(chosen, specs, strict=True):
         packed = leaf.value
-        if found is not None:
-            run = functools.partial(_pack_measured, config=c, axes=found)
+        if spec is not None:
+            run = functools.partial(_pack_measured, spec=spec)
             packed, measured = _mesh.in_auto_like(run, leaf.value)
             if not traced:
                 rows.append(layer_report(who, leaf.where, leaf.value, packed, measured))
@@ -92,15 +93,15 @@ def pack_params(
     return tree, PackReport(tuple(rows), nbytes(before), nbytes(done))
 
 
-def axes_of_leaf(who: str, leaf: Leaf, config: KernelConfig, axes: AxesOf | None) -> KernelAxes:
-    """The axes of one kernel to pack; all that can be refused by its shape is refused here."""
+def spec_of_leaf(who: str, leaf: Leaf, config: KernelConfig, axes: AxesOf | None) -> KernelSpec:
+    """The spec of one kernel to pack; raises all that its shape can be refused for."""
     contracting, batch = named_axes(who, leaf, axes)
-    return axes_to_pack(f"{who}: {leaf.where}", leaf.value, config, contracting, batch)
+    return packing_spec(f"{who}: {leaf.where}", leaf.value, config, contracting, batch)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "axes"))
-def _pack_measured(w, config, axes):
-    t, packed = pack_quantized(w, config, axes)
+@functools.partial(jax.jit, static_argnames="spec")
+def _pack_measured(w, spec):
+    t, packed = pack_quantized(w, spec)
     return packed, measure(w, t, packed)
 
 
@@ -175,21 +176,24 @@ def fake_quantize_params(
     who = "fake_quantize_params"
     chosen, treedef = chosen_leaves(who, params, config, select)
     axes = axes_for(select, axes)
+    phase = traced_strength(who, strength)
     done = []
     for leaf, c in chosen:
         if c is None:
             done.append(leaf.boxed)
             continue
         contracting, batch = named_axes(who, leaf, axes)
-        name = f"{who}: {leaf.where}"
-        w = fake_quantize_as(name, leaf.value, c, contracting, batch, strength)
+        spec = kernel_spec(f"{who}: {leaf.where}", leaf.value, c, contracting, batch)
+        w = _mesh.in_auto_like(
+            functools.partial(fake_quantize_kernel, spec=spec), leaf.value, phase
+        )
         done.append(rebox(leaf.boxed, w))
     return jax.tree.unflatten(treedef, done)
 
 
 def chosen_leaves(who: str, params: Any, config: KernelConfig, select: Select | None):
     """Every leaf with its config or None, and the structure; all checked."""
-    check_config(who, config)
+    require_kernel_config(who, config)
     leaves, treedef = flatten(who, "params", params)
     chosen = choose(who, [(leaf.path, leaf.value) for leaf in leaves], config, select)
     for leaf, c in zip(leaves, chosen, strict=True):

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from bitnet_jax import _display
 from bitnet_jax._checks import describe
-from bitnet_jax._packed.pack import pack_quantized
+from bitnet_jax._packed.pack import pack_kernel
 from bitnet_jax._quantize.strength import phase_in
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._tree.leaves import rebox
-from bitnet_jax._tree.params import axes_of_leaf, chosen_leaves
+from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import AxesOf, Select, axes_for
 
 
@@ -154,7 +154,7 @@ def sensitivity(
     chosen, treedef = chosen_leaves(who, params, config, select)
     axes = axes_for(select, axes)
     picked = [
-        (i, leaf, c, axes_of_leaf(who, leaf, c, axes))
+        (i, leaf, c, spec_of_leaf(who, leaf, c, axes))
         for i, (leaf, c) in enumerate(chosen)
         if c is not None
     ]
@@ -163,8 +163,8 @@ def sensitivity(
     base = run(jax.tree.unflatten(treedef, boxed))
     _require_finite_loss(who, base)
     rows, together = [], list(boxed)
-    for i, leaf, c, kernel_axes in picked:
-        packed = pack_quantized(leaf.value, c, kernel_axes)[1]
+    for i, leaf, c, spec in picked:
+        packed = pack_kernel(leaf.value, spec)
         together[i] = rebox(leaf.boxed, _like(leaf.value, packed.dequantize()))
         loss = run(jax.tree.unflatten(treedef, [*boxed[:i], together[i], *boxed[i + 1 :]]))
         saved = leaf.value.nbytes - packed.nbytes

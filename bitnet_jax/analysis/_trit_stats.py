@@ -26,14 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import _checks, _display
+from bitnet_jax import _checks, _display, _mesh
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import PackedTernary
 from bitnet_jax._packed.pack import pack_quantized
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, quantize_activations
+from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._quantize.ternary import B158, TernaryConfig, ratio_canonical
-from bitnet_jax._tree.params import axes_of_leaf, chosen_leaves
+from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import AxesOf, Select, axes_for
 
 Snapshot = dict[str, dict[str, jax.Array]]
@@ -179,7 +180,7 @@ def watched(
         if c is not None:
             remedy = f"Leave {leaf.where} out of `select`: int8 codes do not flip."
             _checks.require_instance(who, "config", c, TernaryConfig, remedy)
-            kernels[leaf.where] = (leaf.value, c, axes_of_leaf(who, leaf, c, axes))
+            kernels[leaf.where] = (leaf.value, c, spec_of_leaf(who, leaf, c, axes).axes)
     return kernels
 
 
@@ -207,7 +208,8 @@ def measure(
     near: jax.typing.ArrayLike,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """A kernel's snapshot, and its statistics as float32 scalars."""
-    t, packed = pack_quantized(w, config, axes)
+    run = functools.partial(pack_quantized, spec=KernelSpec(config, axes))
+    t, packed = _mesh.in_auto_like(run, w)
     assert isinstance(packed, PackedTernary)
     zero = trits.count(packed.codes)[0].astype(jnp.float32).sum()
     padding = trits.PER_BYTE * packed.codes.size - w.size

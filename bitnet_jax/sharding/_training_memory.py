@@ -33,11 +33,11 @@ from bitnet_jax._ops.gather import gather_of
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import PackedTernary, Stored, is_stored
 from bitnet_jax._packed.pack import pack_quantized
-from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.int8 import Int8Config
+from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
-from bitnet_jax._tree.params import axes_of_leaf, chosen_leaves
+from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import AxesOf, Path, Select, axes_for
 from bitnet_jax.sharding import _partition_specs
 
@@ -205,8 +205,8 @@ def training_memory(
         shards.append(jax.ShapeDtypeStruct(_cut(w.shape, entries, mesh), w.dtype))
         forms = [w, w]
         if c is not None:
-            found = axes_of_leaf(who, leaf, c, axes)
-            forms = [_packed(w, Int8Config(), found), _packed(w, c, found)]
+            kernel = spec_of_leaf(who, leaf, c, axes)
+            forms = [_packed(w, kernel._replace(config=Int8Config())), _packed(w, kernel)]
             rows = _rows(who, leaf, tokens)
             if rows:
                 kernels.append(_kernel(who, forms[1], entries, mesh, rows))
@@ -280,9 +280,9 @@ def _cut(shape: Sequence[int], entries: Iterable[_mesh.Entry], mesh: AbstractMes
 
 
 @functools.cache
-def _packed(w: jax.ShapeDtypeStruct, config: KernelConfig, axes: kernel_axes.KernelAxes) -> Stored:
-    """The shapes of a packed kernel; cached, because a network has few different ones."""
-    return jax.eval_shape(lambda w: pack_quantized(w, config, axes)[1], w)
+def _packed(w: jax.ShapeDtypeStruct, spec: KernelSpec) -> Stored:
+    """The shapes of a packed kernel; a network has few different ones."""
+    return jax.eval_shape(lambda w: pack_quantized(w, spec)[1], w)
 
 
 def _rows(who: str, leaf: Leaf, tokens: Tokens) -> int:

@@ -120,7 +120,7 @@ def test_one_layer_over_shapes_and_presets(shape):
 def test_low_precision_layers_are_the_same_packed(dtype):
     x, w = gaussian((9, 24)).astype(dtype), gaussian((24, 10), 1).astype(dtype)
     for config in (bj.B158, bj.TWN, CONFIGS["groups"]):
-        want = jax.jit(functools.partial(bj.ternary_dot, config=config))(x, w)
+        want = jax.jit(functools.partial(bj.ternary_dot, weights=config))(x, w)
         same(want, oracles.dot32(x, w, config, INT8).astype(dtype), "oracle")
         same(bj.ternary_dot(x, w, config), want, "eager")
         packed = bj.pack(w, config)
@@ -176,7 +176,7 @@ def test_nets_have_one_set_of_bits(name, preset):
     x, params = gaussian((9, widths[0])), make(widths)
     packed = [(bj.pack(w, config), b) for w, b in params]
     prepared = bj.prepare(packed)
-    dot = functools.partial(bj.ternary_dot, config=config)
+    dot = functools.partial(bj.ternary_dot, weights=config)
     train, serve = functools.partial(net, dot), functools.partial(net, bj.matmul)
     want = net_oracle(x, params, config)
     one = want[4:5]
@@ -216,7 +216,7 @@ def test_nets_have_one_set_of_bits(name, preset):
 def test_data_as_a_constant_gives_the_same_bits(config):
     # A closed-over batch: XLA then knows gamma while it compiles, and no longer the weights.
     x, params = gaussian((9, 24)), make((24, 24, 24))
-    dot = functools.partial(bj.ternary_dot, config=config)
+    dot = functools.partial(bj.ternary_dot, weights=config)
     want = net_oracle(x, params, config)
     same(jax.jit(lambda params: net(dot, x, params))(params), want, "training")
 
@@ -235,7 +235,7 @@ def test_data_as_a_constant_gives_the_same_bits(config):
 def test_data_and_kernels_as_constants_and_biases_as_arguments(config):
     x, params = gaussian((9, 24)), make((24, 24, 24))
     kernels, biases = zip(*params, strict=True)
-    dot = functools.partial(bj.ternary_dot, config=config)
+    dot = functools.partial(bj.ternary_dot, weights=config)
 
     def run(biases):
         return net(dot, x, list(zip(kernels, biases, strict=True)))
@@ -246,7 +246,7 @@ def test_data_and_kernels_as_constants_and_biases_as_arguments(config):
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
 def test_scan_over_layers_is_the_loop(config):
     x, params = gaussian((9, 24)), make((24, 24, 24, 24, 24))
-    want = net(functools.partial(bj.ternary_dot, config=config), x, params, relu_last=True)
+    want = net(functools.partial(bj.ternary_dot, weights=config), x, params, relu_last=True)
     kernels, biases = (np.stack(part) for part in zip(*params, strict=True))
     packed = bj.pack(kernels, config, batch_axes=0)
 
@@ -257,7 +257,7 @@ def test_scan_over_layers_is_the_loop(config):
 
         return jax.lax.scan(layer, x, (kernels, biases))[0]
 
-    dot = functools.partial(bj.ternary_dot, config=config)
+    dot = functools.partial(bj.ternary_dot, weights=config)
     same(jax.jit(functools.partial(scanned, dot))(x, kernels), want, "training")
     remat = jax.checkpoint(dot)
     y = jax.jit(lambda x, k: jax.vjp(functools.partial(scanned, remat), x, k)[0])(x, kernels)
@@ -271,7 +271,7 @@ def test_scan_over_layers_is_the_loop(config):
 @pytest.mark.parametrize("config", [bj.B158, CONFIGS["groups"]], ids=["b158", "groups"])
 def test_a_net_trained_for_some_steps_serves_the_same_bits(config):
     x, params = gaussian((17, 16)), make((16, 32, 32, 8), 3)
-    train = functools.partial(net, functools.partial(bj.ternary_dot, config=config))
+    train = functools.partial(net, functools.partial(bj.ternary_dot, weights=config))
 
     @jax.jit
     def step(params, x):
@@ -296,7 +296,7 @@ def test_a_net_trained_for_some_steps_serves_the_same_bits(config):
 def test_experts_and_their_slices_are_the_same():
     x, w = gaussian((3, 9, 16)), gaussian((3, 16, 24), 1)
     for config in (bj.PHASE4, CONFIGS["groups"]):
-        dot = functools.partial(bj.ternary_dot, config=config)
+        dot = functools.partial(bj.ternary_dot, weights=config)
         whole = jax.jit(functools.partial(dot, batch_axes=0))(x, w)
         packed = bj.pack(w, config, batch_axes=0)
         each = np.stack([oracles.dot32(a, b, config, INT8) for a, b in zip(x, w, strict=True)])
@@ -314,7 +314,7 @@ def test_experts_and_their_slices_are_the_same():
 @pytest.mark.parametrize("config", [bj.B158, CONFIGS["groups"]], ids=["b158", "groups"])
 def test_a_training_step_and_a_packed_apply_lower_everywhere(platform, config):
     x, params = gaussian((8, 16)), make((16, 16, 8))
-    train = functools.partial(net, functools.partial(bj.ternary_dot, config=config))
+    train = functools.partial(net, functools.partial(bj.ternary_dot, weights=config))
 
     def step(params, x, strength):
         def loss(params):

@@ -68,7 +68,7 @@ def test_dtypes_of_output_and_gradients(x_dtype, w_dtype):
 def test_the_output_has_the_dtype_that_x_and_w_promote_to(x_dtype, w_dtype):
     x, w = gaussian((5, 24), dtype=x_dtype), gaussian((24, 10), 1, w_dtype)
     for activations in (INT8, None):
-        y = ternary_dot(x, w, bj.B158, activations)
+        y = ternary_dot(x, w, bj.B158, activations=activations)
         assert y.dtype == jnp.promote_types(x_dtype, w_dtype)
 
 
@@ -76,7 +76,7 @@ def test_the_output_has_the_dtype_that_x_and_w_promote_to(x_dtype, w_dtype):
 def test_activation_widths(bits):
     config = bj.ActivationConfig(bits=bits)
     x, w, g = gaussian((5, 24)), gaussian((24, 10), 1), gaussian((5, 10), 2)
-    y, dx, dw = vjp(x, w, g, bj.B158, config)
+    y, dx, dw = vjp(x, w, g, activations=config)
     oracles.assert_same_bits(y, oracles.dot32(x, w, bj.B158, config))
     want_dx, want_dw = oracles.gradients64(x, w, g, bj.B158, config)
     np.testing.assert_allclose(dx, want_dx, rtol=1e-5, atol=1e-5)
@@ -100,13 +100,15 @@ def test_groups_are_added_in_ascending_order():
 def test_weight_only_is_a_float_product_with_the_grid():
     x, w, g = gaussian((5, 24)), gaussian((24, 10), 1), gaussian((5, 10), 2)
     for config in CONFIGS.values():
-        y, dx, dw = vjp(x, w, g, config, None)
+        y, dx, dw = vjp(x, w, g, config, activations=None)
         exact = oracles.quantize32(w, config)
         hat = exact.codes.astype(np.float64) * exact.scale
         np.testing.assert_allclose(y, x @ hat, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(dx, g @ hat.T, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(dw, x.T.astype(np.float64) @ g, rtol=1e-5, atol=1e-5)
-    y = ternary_dot(gaussian((3, 6, 8)), gaussian((3, 8, 5), 1), bj.TWN, None, batch_axes=0)
+    y = ternary_dot(
+        gaussian((3, 6, 8)), gaussian((3, 8, 5), 1), bj.TWN, activations=None, batch_axes=0
+    )
     exact = oracles.quantize32(gaussian((3, 8, 5), 1), bj.TWN, None, 0)
     want = gaussian((3, 6, 8)) @ (exact.codes.astype(np.float64) * exact.scale)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
@@ -163,13 +165,13 @@ def test_a_traced_strength_has_no_gradient_and_works_weight_only():
     for activations in (INT8, None):
 
         def loss(strength, activations=activations):
-            return bj.ternary_dot(x, w, bj.B158, activations, strength=strength).sum()
+            return bj.ternary_dot(x, w, bj.B158, activations=activations, strength=strength).sum()
 
         assert jax.grad(loss)(jnp.float32(0.5)) == 0.0
     for dtype in DTYPES.values():
         w16 = w.astype(dtype)
-        y = ternary_dot(x.astype(dtype), w16, bj.B158, None)
-        one = jax.jit(lambda x, w, s: bj.ternary_dot(x, w, bj.B158, None, strength=s))
+        y = ternary_dot(x.astype(dtype), w16, bj.B158, activations=None)
+        one = jax.jit(lambda x, w, s: bj.ternary_dot(x, w, bj.B158, activations=None, strength=s))
         oracles.assert_same_bits(one(x.astype(dtype), w16, jnp.float32(1)), y)
 
 

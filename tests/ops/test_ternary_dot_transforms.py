@@ -16,7 +16,7 @@ import bitnet_jax as bj
 def test_vmap_over_x_over_w_and_over_both():
     x, w = gaussian((3, 6, 24)), gaussian((3, 24, 10), 1)
     for config in (bj.B158, GROUPS):
-        dot = functools.partial(bj.ternary_dot, config=config)
+        dot = functools.partial(bj.ternary_dot, weights=config)
         one = [[oracles.dot32(a, b, config, INT8) for b in w] for a in x]
         over_x = jax.jit(jax.vmap(dot, (0, None)))(x, w[0])
         over_w = jax.jit(jax.vmap(dot, (None, 0)))(x[0], w)

@@ -73,7 +73,7 @@ def test_empty_batches():
     for shape in ((0, 24), (2, 0, 24)):
         x = np.zeros(shape, np.float32)
         for activations in (INT8, None):
-            y = bj.ternary_dot(x, w, bj.B158, activations)
+            y = bj.ternary_dot(x, w, bj.B158, activations=activations)
             assert (y.shape, y.dtype) == ((*shape[:-1], 10), jnp.float32)
         gradient = jax.grad(lambda w, x=x: bj.ternary_dot(x, w).sum())(w)
         assert not np.asarray(gradient).any()
@@ -100,8 +100,8 @@ CUBE = np.ones((2, 4, 3), np.float32)
     [
         (TypeError, (X.astype(np.int8), W), {}, r"`x` must be floating .*int8.*Cast it"),
         (TypeError, (X, W.astype(np.int8)), {}, r"`w` must be floating point .*int8"),
-        (TypeError, (X, W, "b158"), {}, r"`config` must be a TernaryConfig.*bj.B158"),
-        (TypeError, (X, W, bj.B158, 8), {}, r"`activations` .*got int 8. Use ActivationConfig"),
+        (TypeError, (X, W, "b158"), {}, r"`weights` must be a TernaryConfig.*bj.B158"),
+        (TypeError, (X, W), {"activations": 8}, r"`activations` .*got int 8. Use ActivationConfig"),
         (ValueError, (X, W[0]), {}, r"`w` needs at least 2 axes"),
         (ValueError, (X, W[:0]), {}, r"`w` has no elements"),
         (ValueError, (X[:, :3], W), {}, r"`x` must end .*\(4,\), got shape \(2, 3\). Check"),

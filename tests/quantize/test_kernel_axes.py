@@ -5,7 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+import bitnet_jax as bj
 from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.kernel_spec import kernel_spec
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4])
@@ -56,7 +58,10 @@ def test_group_grid_counts_runs_of_adjacent_weights(contraction):
                 want = want.repeat(length // have, axis) if tiles else want
             tiles = tiles and np.array_equal(want, boxes)
         if tiles:
-            assert kernel_axes.group_grid("test", contraction, group) == tuple(grid)
+            assert kernel_axes.group_grid(contraction, group) == tuple(grid)
         else:
+            assert kernel_axes.group_grid(contraction, group) is None
+            w, config = np.ones((*contraction, 2), np.float32), bj.TernaryConfig(granularity=group)
+            axes = tuple(range(len(contraction)))
             with pytest.raises(ValueError, match=f"^test: `granularity`={group} does not divide"):
-                kernel_axes.group_grid("test", contraction, group)
+                kernel_spec("test", w, config, axes, ())

@@ -160,7 +160,7 @@ def test_what_gather_codes_refuses():
     ):
         pass
     with bj.sharding.gather_codes("data"):
-        with pytest.raises(ValueError, match="does not know how this kernel lies on the mesh"):
+        with pytest.raises(ValueError, match="does not know how this kernel is sharded"):
             bj.ternary_dot(x, w)
         with pytest.raises(ValueError, match="needs a mesh, and there is none"):
             bj.ternary_dot(x, w, kernel_spec=P("data"))

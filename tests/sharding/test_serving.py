@@ -170,7 +170,7 @@ def test_shards_are_not_prepared(kind):
     packed = {"w": placed(mesh, bj.pack(gaussian(1, K, N)), P(None, "model"))}
     assert bj.prepare(packed)["w"] is packed["w"]
     for name in ("cpu", "xla"):
-        with pytest.raises(NotImplementedError, match=r"prepare: \['w'\] lies in shards"):
+        with pytest.raises(NotImplementedError, match=r"prepare: \['w'\] is in shards"):
             bj.prepare(packed, name)
 
 

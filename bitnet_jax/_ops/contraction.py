@@ -1,0 +1,228 @@
+"""A product of codes and its gradients: one pair of ``jax.custom_vjp`` for every layer.
+
+What differs between a dense layer and a convolution is the operator
+(``product.Product``, ``convolution.Convolution``). Only int8 codes and scales are saved
+for the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int8
+
+from bitnet_jax._ops.convolution import Convolution
+from bitnet_jax._ops.gather import Gather
+from bitnet_jax._ops.product import Product, align_scale, group_epilogue
+from bitnet_jax._quantize.arrays import (
+    Activations,
+    AnyArray,
+    CanonicalCodes,
+    CanonicalKernel,
+    CanonicalScale,
+    DTypeLike,
+)
+from bitnet_jax._quantize.config import ActivationConfig, KernelConfig
+from bitnet_jax._quantize.int8 import activation_codes, dequantize_activations
+from bitnet_jax._quantize.straight_through import blend, straight_through
+from bitnet_jax._quantize.ternary import quantize_canonical
+
+Operator = Product | Convolution
+
+Gamma = Float32[Array, "..."]
+
+
+class Contraction(NamedTuple):
+    """What is static about a contraction of x with a canonical kernel.
+
+    Attributes:
+      operator: the product or the convolution.
+      config: the kernel's quantiser.
+      activations: that of the activations; None: a float product.
+      backward_dtype: of the backward products' operands.
+      gather: brings the kernel's shards together; None: they stay where they are.
+    """
+
+    operator: Operator
+    config: KernelConfig
+    activations: ActivationConfig | None
+    backward_dtype: np.dtype
+    gather: Gather | None
+
+    @property
+    def qmax(self) -> int:
+        """The largest code of x."""
+        return self._int8().qmax
+
+    def quantized(self, x: Activations) -> tuple[Int8[Array, "..."], Gamma]:
+        """The codes of x and their gammas."""
+        return activation_codes(x, self._int8(), self.operator.token_axes)
+
+    def dequantized(self, x: Activations) -> Float32[Array, "..."]:
+        """x rounded to its int8 grid."""
+        return dequantize_activations(*self.quantized(x), self._int8())
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[object]:
+        """The gather's mesh, on which its specs mean something.
+
+        A custom_vjp is traced outside of its caller's contexts.
+        """
+        if self.gather is None:
+            return contextlib.nullcontext()
+        return jax.sharding.use_abstract_mesh(self.gather.mesh)
+
+    def whole(
+        self, w_codes: CanonicalCodes, scale: CanonicalScale
+    ) -> tuple[CanonicalCodes, CanonicalScale]:
+        """Gathers w's codes and scale. Only this device's shard is kept as a residual."""
+        return (w_codes, scale) if self.gather is None else self.gather(w_codes, scale)
+
+    def _int8(self) -> ActivationConfig:
+        assert self.activations is not None  # contract sends weight-only to the float product
+        return self.activations
+
+
+def contract(
+    spec: Contraction,
+    x: Activations,
+    w: CanonicalKernel,
+    phase: Float32[Array, ""] | None,
+    dtype: DTypeLike,
+    precision: lax.PrecisionLike,
+) -> Float[Array, "..."]:
+    """x times a canonical kernel, by a path for each kind of activations and strength."""
+    if spec.activations is None:
+        with spec.on_mesh():
+            quantized = quantize_canonical(lax.stop_gradient(w), spec.config)
+            w_hat = straight_through(w, dequantize_canonical(*spec.whole(*quantized)), phase)
+        return spec.operator.apply(x.astype(dtype), w_hat.astype(dtype), precision)
+    y = _int8_dot(spec, x, w) if phase is None else _phased_dot(spec, x, w, phase)
+    return cast(jax.Array, y).astype(dtype)  # custom_vjp loses the type
+
+
+def dequantize_canonical(codes: CanonicalCodes, scale: CanonicalScale) -> Float32[Array, "*b k n"]:
+    """Codes (*b, K, N) times scale (*b, G, 1 or N), in float32."""
+    groups = scale.shape[-2]
+    if groups > 1:  # each group's scale beside every code of it
+        scale = jnp.repeat(scale, codes.shape[-2] // groups, axis=-2)
+    return codes.astype(jnp.float32) * scale
+
+
+# Codes and gamma of x, codes and scale of w, and an empty array of each one's dtype.
+_Residuals = tuple[
+    Int8[Array, "..."], Gamma, CanonicalCodes, CanonicalScale, tuple[jax.Array, jax.Array]
+]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _int8_dot(spec: Contraction, x: Activations, w: CanonicalKernel) -> Float32[Array, "..."]:
+    return _int8_dot_forward(spec, x, w)[0]
+
+
+def _int8_dot_forward(
+    spec: Contraction, x: Activations, w: CanonicalKernel
+) -> tuple[Float32[Array, "..."], _Residuals]:
+    with spec.on_mesh():
+        codes, gamma = spec.quantized(x)
+        w_codes, scale = quantize_canonical(w, spec.config)
+        y = contract_codes(spec.operator, codes, gamma, *spec.whole(w_codes, scale), spec.qmax)
+    # An empty array carries a dtype through the residuals at no cost.
+    dtypes = jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype)
+    # The codes before whole: under a gather, the shard is saved and gathered again.
+    return y, (codes, gamma, w_codes, scale, dtypes)
+
+
+def _int8_dot_backward(
+    spec: Contraction, residuals: _Residuals, g: Float32[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    codes, gamma, w_codes, scale, (x_like, w_like) = residuals
+    # dw = x_q^T g: x_q = codes * step, and the step is applied to g, one product fewer.
+    step = gamma * np.float32(1 / spec.qmax)
+    to_kernel, dtype = spec.operator.to_kernel, spec.backward_dtype
+    with spec.on_mesh():
+        dw = to_kernel(codes, g * step, w_codes.shape, dtype)
+        dx = input_gradient(spec.operator, g, *spec.whole(w_codes, scale), codes.shape, dtype)
+    return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
+
+
+_int8_dot.defvjp(_int8_dot_forward, _int8_dot_backward)
+
+
+def contract_codes(
+    operator: Operator,
+    codes: Int8[Array, "..."],
+    gamma: Gamma,
+    w_codes: CanonicalCodes,
+    scale: CanonicalScale,
+    qmax: int,
+) -> Float32[Array, "..."]:
+    """The integer sums of codes, and the epilogue."""
+    sums = operator.sums(codes, w_codes, scale.shape[-2])
+    return group_epilogue(sums, gamma, scale, qmax)
+
+
+def input_gradient(
+    operator: Operator,
+    g: Float[Array, "..."],
+    codes: CanonicalCodes,
+    scale: CanonicalScale,
+    x_shape: tuple[int, ...],
+    dtype: DTypeLike = jnp.float32,
+) -> Float32[Array, "..."]:
+    """``g w_q^T``; a scale without groups is applied to g, which is smaller than w."""
+    if scale.shape[-2] == 1:
+        return operator.to_input(g * align_scale(scale, g.ndim), codes, x_shape, dtype)
+    return operator.to_input(g, dequantize_canonical(codes, scale), x_shape, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _phased_dot(
+    spec: Contraction, x: Activations, w: CanonicalKernel, strength: Float32[Array, ""]
+) -> Float32[Array, "..."]:
+    """The int8 path at strength 1, else a float product of the blends.
+
+    The choice lies inside the custom_vjp: a cond outside would save the
+    residuals of both branches.
+    """
+    return lax.cond(
+        strength >= 1.0,
+        lambda x, w: _int8_dot_forward(spec, x, w)[0],
+        lambda x, w: spec.operator.apply(*_blends(spec, x, w, strength)),
+        x,
+        w,
+    )
+
+
+def _blends(
+    spec: Contraction, x: Activations, w: CanonicalKernel, strength: Float32[Array, ""]
+) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
+    """x and w on their way from float to codes."""
+    w_hat = dequantize_canonical(*quantize_canonical(w, spec.config))
+    return blend(x, spec.dequantized(x), strength), blend(w, w_hat, strength)
+
+
+def _phased_dot_forward(
+    spec: Contraction, x: Activations, w: CanonicalKernel, strength: Float32[Array, ""]
+) -> tuple[Float32[Array, "..."], tuple[AnyArray, AnyArray, Float32[Array, ""]]]:
+    return _phased_dot(spec, x, w, strength), (x, w, strength)
+
+
+def _phased_dot_backward(
+    spec: Contraction,
+    residuals: tuple[AnyArray, AnyArray, Float32[Array, ""]],
+    g: Float32[Array, "..."],
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float32[Array, ""]]:
+    x, w, strength = residuals
+    x_mix, w_mix = _blends(spec, x, w, strength)
+    dw = spec.operator.to_kernel(x_mix, g, w.shape, spec.backward_dtype)
+    dx = spec.operator.to_input(g, w_mix, x.shape, spec.backward_dtype)
+    return dx.astype(x.dtype), dw.astype(w.dtype), jnp.zeros_like(strength)
+
+
+_phased_dot.defvjp(_phased_dot_forward, _phased_dot_backward)

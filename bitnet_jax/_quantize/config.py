@@ -1,0 +1,140 @@
+"""How kernels and activations are quantised: three small frozen dataclasses, and presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from bitnet_jax import _checks
+
+LARGEST_INT8 = 127  # the largest code of an int8 kernel
+
+
+def _require_granularity(value: object) -> None:
+    """Raises unless it is a name or a group size."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(
+                f"TernaryConfig: `granularity` as a group size must be >= 1, got {value}."
+            )
+        return
+    if not isinstance(value, str) or value not in ("tensor", "channel"):
+        raise ValueError(
+            "TernaryConfig: `granularity` must be 'tensor', 'channel' or a group size (int), "
+            f"got {value!r}."
+        )
+
+
+def _require_bits(value: object) -> None:
+    """Raises unless int8 codes can hold activations of this width."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= 8:
+        raise ValueError(f"ActivationConfig: `bits` must be an integer from 2 to 8, got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TernaryConfig:
+    """How a kernel is quantised to {-1, 0, +1} times a scale.
+
+    Args:
+      scale: the statistic behind the scale. ``"absmean"``: mean of \\|w\\|.
+        ``"absmedian"``: median of \\|w\\|. ``"survivors"``: the threshold is set
+        by mean \\|w\\|, and the scale is the mean over the weights above it.
+      threshold: a weight is 0 up to this many times the statistic (the mean,
+        or the median for ``"absmedian"``).
+      granularity: what shares one scale. ``"tensor"``: the kernel.
+        ``"channel"``: each output channel. An int: each run of so many weights
+        along the contraction, in each output channel.
+      eps: the smallest statistic, in units of the weights.
+
+    Raises:
+      ValueError: a name, threshold, group size or eps out of range.
+
+    Example:
+      >>> import bitnet_jax as bj
+      >>> bj.TernaryConfig(granularity="channel")
+      TernaryConfig(scale='absmean', threshold=0.5, granularity='channel', eps=1e-05)
+      >>> bj.TernaryConfig(scale="absmaen")
+      Traceback (most recent call last):
+        ...
+      ValueError: TernaryConfig: `scale` must be one of 'absmean', 'absmedian', 'survivors', \
+got 'absmaen'. Did you mean 'absmean'?
+    """
+
+    scale: Literal["absmean", "absmedian", "survivors"] = "absmean"
+    threshold: float = 0.5
+    granularity: Literal["tensor", "channel"] | int = "tensor"
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        scales = ("absmean", "absmedian", "survivors")
+        _checks.require_one_of("TernaryConfig", "scale", self.scale, scales)
+        _checks.require_positive("TernaryConfig", "threshold", self.threshold)
+        _require_granularity(self.granularity)
+        _checks.require_epsilon("TernaryConfig", self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Config:
+    """How a kernel is quantised to int8, one scale per output channel.
+
+    For heads and embeddings, which would otherwise dominate a small model's
+    bytes or its error. An embedding (vocabulary, features) has one scale per row.
+
+    Args:
+      eps: the smallest max \\|w\\| of a channel, in units of the weights.
+
+    Raises:
+      ValueError: eps out of range.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> bj.pack(jax.random.normal(jax.random.key(0), (64, 16)), bj.Int8Config())
+      PackedInt8(shape=(64, 16), scale=(1, 16), 1088 bytes)
+    """
+
+    eps: float = 1e-8
+    granularity: ClassVar[str] = "channel"
+
+    def __post_init__(self) -> None:
+        _checks.require_epsilon("Int8Config", self.eps, LARGEST_INT8)
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationConfig:
+    """How activations are quantised, one scale per token.
+
+    Args:
+      bits: 2 to 8; codes lie in [-qmax, qmax] with qmax = 2**(bits-1) - 1.
+      eps: the smallest gamma, in units of the activations.
+
+    Raises:
+      ValueError: bits or eps out of range.
+
+    Example:
+      >>> import bitnet_jax as bj
+      >>> bj.ActivationConfig(bits=4).qmax
+      7
+    """
+
+    bits: int = 8
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _require_bits(self.bits)
+        _checks.require_epsilon("ActivationConfig", self.eps, self.qmax)
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+
+KernelConfig = TernaryConfig | Int8Config
+
+B158 = TernaryConfig()
+
+PHASE4 = TernaryConfig(threshold=0.1, granularity="channel", eps=1e-8)
+
+TWN = TernaryConfig(scale="survivors", threshold=0.7, granularity="channel")
+
+INT8 = ActivationConfig()

@@ -1,0 +1,95 @@
+"""``KernelSpec``: how one kernel is quantised, checked once, where the kernel comes in.
+
+Public functions make one with :func:`kernel_spec` (or :func:`contraction_spec`, or
+``pack.packing_spec``), which raises all that a kernel's type, shape, axes and config can
+be refused for. Code that takes a spec checks nothing more.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+
+from bitnet_jax import _checks
+from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.arrays import AnyArray
+from bitnet_jax._quantize.config import Int8Config, KernelConfig, TernaryConfig
+from bitnet_jax._quantize.kernel_axes import AxesLike, KernelAxes
+
+
+class KernelSpec(NamedTuple):
+    """A kernel's quantiser and its axes. Static: ``jax.jit`` may take it as such.
+
+    Attributes:
+      config: the quantiser.
+      axes: which axes are contracted, carry slices, are outputs.
+    """
+
+    config: KernelConfig
+    axes: KernelAxes
+
+    def scale_grid(self, contraction: tuple[int, ...]) -> tuple[int, ...]:
+        """The lengths of a scale along the contracting axes."""
+        if not isinstance(self.config.granularity, int):
+            return (1,) * len(contraction)
+        grid = kernel_axes.group_grid(contraction, self.config.granularity)
+        assert grid is not None  # kernel_spec has looked
+        return grid
+
+
+def kernel_spec(
+    who: str,
+    w: AnyArray | jax.ShapeDtypeStruct,
+    config: KernelConfig,
+    contracting_axes: AxesLike | None,
+    batch_axes: AxesLike,
+) -> KernelSpec:
+    """The spec of a kernel to quantise; raises what its type, shape and config are refused for."""
+    require_kernel_config(who, config)
+    _checks.require_kernel(who, w)
+    axes = kernel_axes.resolve(who, w, contracting_axes, batch_axes)
+    _require_whole_groups(who, config, axes.split(w.shape)[1])
+    return KernelSpec(config, axes)
+
+
+def contraction_spec(
+    who: str,
+    w: AnyArray | jax.ShapeDtypeStruct,
+    config: KernelConfig,
+    contracting_axes: AxesLike | None,
+    batch_axes: AxesLike,
+) -> KernelSpec:
+    """:func:`kernel_spec` of a kernel whose codes are to be summed in int32."""
+    spec = kernel_spec(who, w, config, contracting_axes, batch_axes)
+    if isinstance(config, Int8Config):
+        _require_int32_sums(who, math.prod(spec.axes.split(w.shape)[1]))
+    return spec
+
+
+def require_kernel_config(who: str, config: object, name: str = "config") -> None:
+    """Raises unless it is a config of kernels."""
+    kinds = (TernaryConfig, Int8Config)
+    _checks.require_instance(who, name, config, kinds, "Use bj.B158 or your own.")
+
+
+def _require_whole_groups(who: str, config: KernelConfig, contraction: tuple[int, ...]) -> None:
+    """Raises where a group size does not tile the contraction."""
+    group = config.granularity
+    if isinstance(group, int) and kernel_axes.group_grid(contraction, group) is None:
+        raise ValueError(
+            f"{who}: `granularity`={group} does not divide the contraction {contraction}. Pass a "
+            "group size that divides its last axis, or a multiple of that axis that divides the "
+            "whole."
+        )
+
+
+def _require_int32_sums(who: str, length: int) -> None:
+    """Raises where the integer sums of an int8 kernel could leave int32."""
+    most = (2**31 - 1) // (127 * 127)
+    if length > most:
+        raise ValueError(
+            f"{who}: an int8 kernel may contract over {most} weights, got {length}; more could "
+            "overflow the int32 sums. Use a TernaryConfig, or leave this kernel in float."
+        )
