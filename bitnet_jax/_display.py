@@ -39,12 +39,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def size_text(n: int) -> str:
     """Bytes in units that are read at a glance."""
-    value, units = float(n), ("B", "kB", "MB", "GB", "TB")
-    for unit in units:
-        if value < 1000 or unit == units[-1]:
-            return f"{n} B" if unit == "B" else f"{value:.1f} {unit}"
+    if n < 1000:
+        return f"{n} B"
+    value, units = n / 1000, ["kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
         value /= 1000
-    raise AssertionError
+        del units[0]
+    return f"{value:.1f} {units[0]}"
 
 
 def blank_figure(who: str, size: tuple[float, float]) -> Any:

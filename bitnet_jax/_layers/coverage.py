@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 from bitnet_jax._display import table
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax._tree.pack_report import kind
-from bitnet_jax._tree.select import Patterns
-
-Path = tuple[str, ...]
+from bitnet_jax._tree.select import Path, Patterns, Select
 
 
 def stacked_axes(
     stacks: int, contracting: tuple[int, ...], batch: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
-    """A kernel's axes as the keywords of ``bj.pack``, counted under so many stacked axes."""
+    """A layer's axes as the keywords of ``bj.pack``, for a kernel with stacked axes in front."""
     return {
         "contracting_axes": tuple(a + stacks for a in contracting),
         "batch_axes": (*range(stacks), *(a + stacks for a in batch)),
@@ -24,7 +22,7 @@ def stacked_axes(
 
 
 def settle(
-    who: str, path: Path, layer: str, config: KernelConfig, why: str | None, select: Any
+    who: str, path: Path, layer: str, config: KernelConfig, why: str | None, select: Select | None
 ) -> tuple[KernelConfig | None, str]:
     """A selected kernel's config, or None where ``why`` says that its layer has no ternary form.
 
@@ -45,8 +43,8 @@ class Covered:
       path: names joined by ``/``.
       layer: the class that owns it.
       shape: of the parameter, stacked axes included.
-      config: how it is quantised; None: it stays float.
-      why: what decided it.
+      config: the quantiser; None: the kernel stays float.
+      why: ``"selected"``, or the reason that it stays float.
     """
 
     path: str
@@ -58,7 +56,7 @@ class Covered:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """What of a model is ternary; ``print`` it or read its rows.
+    """Which kernels of a model are quantised; ``print`` it or read its rows.
 
     Attributes:
       rows: one :class:`Covered` for each kernel of rank 2 or more.
@@ -99,7 +97,7 @@ class Coverage:
         return table(("path", "layer", "shape", "kernel", "why"), rows)
 
 
-def _raise_cannot_ternarize(who: str, path: str, kind: str, why: str) -> None:
+def _raise_cannot_ternarize(who: str, path: str, kind: str, why: str) -> NoReturn:
     """Reports a layer that a selector names and that has no ternary form."""
     raise NotImplementedError(
         f"{who}: {path} ({kind}) cannot be ternarised: {why}. Leave it out of `select`, or write "

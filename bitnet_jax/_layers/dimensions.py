@@ -1,15 +1,15 @@
-"""How one call of a layer meets its kernel: axes, order, window.
+"""Dimension numbers of a layer call: axes, their order, a convolution's window.
 
-Every layer comes down to x (*batch, *rows, *contraction) and a kernel whose axes
-are named, or to a convolution, channels last. A call holds what that takes, from
-shapes alone; both Flax front ends make them, and learn axes from them.
+Every layer is a product of x (*batch, *rows, *contraction) with a kernel whose axes
+are named, or a convolution, channels last. A call is made from shapes alone. Both
+Flax front ends make calls, and read the kernels' axes from them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,18 @@ from bitnet_jax import _checks
 from bitnet_jax._ops.convolution import Convolution
 
 Shape = tuple[int, ...]
+
+Pairs = tuple[tuple[int, int], ...]
+
+PerAxis = int | Sequence[int] | None
+
+Padding = str | int | Sequence[int | Sequence[int]]
+
+# As lax.DotDimensionNumbers: the contracting axes of x and of the kernel, then the batch axes.
+DimensionNumbers = tuple[
+    tuple[Sequence[int], Sequence[int]],
+    tuple[Sequence[int], Sequence[int]],
+]
 
 
 class DotCall(NamedTuple):
@@ -43,11 +55,11 @@ class DotCall(NamedTuple):
 
     @property
     def features(self) -> int:
-        """How many of x's last axes are features, once it has entered."""
+        """How many of the last axes of a canonical x are contracted."""
         return len(self.contracting_axes)
 
     def to_canonical(self, x: jax.Array) -> jax.Array:
-        """The input in the order of the contraction."""
+        """The input as (*batch, *rows, *contraction)."""
         return x.transpose(self.x_order)
 
     def from_canonical(self, y: jax.Array, x_shape: Shape) -> jax.Array:
@@ -88,7 +100,7 @@ class ConvCall(NamedTuple):
 
     @property
     def bias_spread(self) -> Shape:
-        """Broadcasts over every output of this rank."""
+        """Broadcasts over the last axis of the output."""
         return self.kernel_shape[-1:]
 
     @property
@@ -97,8 +109,9 @@ class ConvCall(NamedTuple):
         return 1
 
     def to_canonical(self, x: jax.Array) -> jax.Array:
-        """The input as (examples, *space, channels), padded where XLA cannot."""
-        space = len(self.kernel_shape) - 1
+        """The input as (examples, *space, channels), padded in the modes that XLA has not."""
+        space = len(self.kernel_shape) - 1  # the axes of space, and the channels
+        # Any number of batch axes becomes one.
         x = x.reshape(math.prod(x.shape[: x.ndim - space]), *x.shape[x.ndim - space :])
         return x if self.pad_mode is None else jnp.pad(x, self.pad, mode=self.pad_mode)
 
@@ -118,7 +131,10 @@ def dense(x_shape: Shape, features: int) -> DotCall:
 def general(
     x_shape: Shape, axis: Sequence[int], batch_dims: Sequence[int], features: Shape
 ) -> DotCall:
-    """``nn.DenseGeneral``, ``nnx.LinearGeneral``: some axes, ascending, and leading batch axes."""
+    """``nn.DenseGeneral``, ``nnx.LinearGeneral``: any axes, ascending, and batch axes.
+
+    Flax makes the kernel (*batch, *contraction, *features), its batch axes first.
+    """
     ndim = len(x_shape)
     axis = _checks.normalize_axes("DenseGeneral", "axis", axis, ndim)
     batch = _checks.normalize_axes("DenseGeneral", "batch_dims", batch_dims, ndim)
@@ -133,13 +149,14 @@ def general(
 
 
 def table(shape: Shape, x_ndim: int) -> DotCall:
-    """``Embed.attend``: a table (vocabulary, features) met over its features."""
+    """``Embed.attend``: contracts the features of a table (vocabulary, features)."""
     return dot_general(x_ndim, shape, (((x_ndim - 1,), (1,)), ((), ())))
 
 
-def dot_general(x_ndim: int, kernel_shape: Shape, dimensions: Any) -> DotCall:
+def dot_general(x_ndim: int, kernel_shape: Shape, dimensions: DimensionNumbers) -> DotCall:
     """The product that ``lax.dot_general`` describes, without a bias; axes are not negative."""
     (x_axes, w_axes), (x_batch, w_batch) = dimensions
+    # The axis of x that goes with each contracting or batch axis of the kernel.
     x_of = dict(zip((*w_axes, *w_batch), (*x_axes, *x_batch), strict=True))
     contracting, batch = tuple(sorted(w_axes)), tuple(sorted(w_batch))
     rows = [a for a in range(x_ndim) if a not in x_of.values()]
@@ -147,7 +164,9 @@ def dot_general(x_ndim: int, kernel_shape: Shape, dimensions: Any) -> DotCall:
         kernel_shape=kernel_shape,
         contracting_axes=contracting,
         batch_axes=batch,
+        # x follows the kernel: its batch and contraction in the order of the kernel's axes.
         x_order=(*(x_of[a] for a in batch), *rows, *(x_of[a] for a in contracting)),
+        # lax.dot_general's result is (*batch, *rows, *outputs) already.
         y_order=tuple(range(len(rows) + len(kernel_shape) - len(contracting))),
         bias_shape=(),
         bias_spread=(),
@@ -157,11 +176,12 @@ def dot_general(x_ndim: int, kernel_shape: Shape, dimensions: Any) -> DotCall:
 def einsum(x_shape: Shape, kernel_shape: Shape, equation: str) -> DotCall:
     """``nn.Einsum``, ``nnx.Einsum``: an equation of two operands, the kernel second."""
     x, w, out = _letters(equation.replace(" ", ""), len(x_shape), len(kernel_shape))
+    # A letter that x and w share is contracted, or a batch axis if the result has it too.
     both = [c for c in w if c in x]
     batch, contracted = [c for c in both if c in out], [c for c in both if c not in out]
     rows, outputs = [c for c in x if c not in w], [c for c in w if c not in x]
     _require_einsum_contracts(equation, contracted, [*rows, *outputs], x, w, out)
-    y = [*batch, *rows, *outputs]
+    y = [*batch, *rows, *outputs]  # what the product returns; y_order makes it the result
     length = dict(zip(w, kernel_shape, strict=True))
     return DotCall(
         kernel_shape=tuple(kernel_shape),
@@ -175,10 +195,11 @@ def einsum(x_shape: Shape, kernel_shape: Shape, equation: str) -> DotCall:
 
 
 def _letters(equation: str, x_ndim: int, w_ndim: int) -> tuple[str, str, str]:
-    """The operands and the result of an equation, an ellipsis spelt out."""
+    """The operands and the result of an equation, with letters for an ellipsis."""
     _require_two_operands(equation)
     operands, out = equation.split("->")
     x, w = operands.split(",")
+    # As many unused letters as the ellipsis stands for axes of x.
     free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
     dots = "".join(free[: max(0, x_ndim - len(x.replace("...", "")))])
     x, out = x.replace("...", dots), out.replace("...", dots)
@@ -191,10 +212,10 @@ def conv(
     features: int,
     kernel_size: int | Sequence[int],
     *,
-    strides: Any,
-    padding: Any,
-    input_dilation: Any,
-    kernel_dilation: Any,
+    strides: PerAxis,
+    padding: Padding,
+    input_dilation: PerAxis,
+    kernel_dilation: PerAxis,
     feature_group_count: int,
 ) -> ConvCall:
     """``nn.Conv``, ``nnx.Conv``: channels last."""
@@ -224,34 +245,35 @@ def conv_of(layer: Any, x_shape: Shape, features: int) -> ConvCall:
     )
 
 
-def _per_axis(value: Any, rank: int) -> Shape:
+def _per_axis(value: PerAxis, rank: int) -> Shape:
+    """One number for each axis of space."""
     if value is None:
         return (1,) * rank
     return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
-def _padding(padding: Any, size: Shape, dilation: Shape):
-    """Padding as XLA takes it, and what has to be padded before."""
+def _padding(padding: Padding, size: Shape, dilation: Shape) -> tuple[Any, Pairs, str | None]:
+    """Padding for XLA; and padding and mode for ``jnp.pad`` before it, or None."""
     rank = len(size)
     if padding in ("SAME", "VALID", "SAME_LOWER"):
         return padding, (), None
+    # How far a dilated window reaches beyond its first place.
     reach = [(k - 1) * d for k, d in zip(size, dilation, strict=True)]
     if padding in ("CIRCULAR", "REFLECT"):
         around = tuple((r // 2, (r + 1) // 2) for r in reach)
         mode = "wrap" if padding == "CIRCULAR" else "reflect"
-        return "VALID", ((0, 0), *around, (0, 0)), mode
+        return "VALID", ((0, 0), *around, (0, 0)), mode  # examples and channels: not padded
     if padding == "CAUSAL" and rank == 1:
         return ((reach[0], 0),), (), None
     if isinstance(padding, int):
         return ((padding, padding),) * rank, (), None
-    if isinstance(padding, Sequence) and not isinstance(padding, str) and len(padding) == rank:
-        return tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding), (), None
-    _raise_padding_unknown(padding, rank)
-    raise AssertionError  # padding always raises
+    if isinstance(padding, str) or not isinstance(padding, Sequence) or len(padding) != rank:
+        _raise_padding_unknown(padding, rank)
+    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding), (), None
 
 
 def _require_two_operands(equation: str) -> None:
-    """Refuses an equation that is not of two operands and a result."""
+    """Raises unless an equation has two operands and a result."""
     if equation.count(",") != 1 or equation.count("->") != 1:
         raise ValueError(
             f"Einsum: `einsum_str` must have two operands and a result, got {equation!r}. Write "
@@ -260,7 +282,7 @@ def _require_two_operands(equation: str) -> None:
 
 
 def _require_einsum_ranks(equation: str, named: Sequence[int], got: Sequence[int]) -> None:
-    """Refuses operands of another rank than the equation's."""
+    """Raises unless the operands have the ranks that the equation names."""
     if tuple(named) != tuple(got):
         raise ValueError(
             f"Einsum: {equation!r} names {named[0]} axes of the input and {named[1]} of the "
@@ -271,18 +293,18 @@ def _require_einsum_ranks(equation: str, named: Sequence[int], got: Sequence[int
 def _require_einsum_contracts(
     equation: str, contracted: Sequence[str], free: Sequence[str], x: str, w: str, out: str
 ) -> None:
-    """Refuses an equation that is no contraction of the input with the kernel."""
+    """Raises unless an equation contracts the input with the kernel."""
     once = all(len(set(part)) == len(part) for part in (x, w, out))
     if not contracted or not once or any(c not in out for c in free):
         raise NotImplementedError(
-            f"Einsum: {equation!r} is no contraction of an input with a kernel: an axis is "
-            "repeated, or summed in one operand alone, or none is contracted. Leave this layer in "
+            f"Einsum: {equation!r} does not contract an input with a kernel: an axis is repeated, "
+            "or summed in one operand alone, or none is contracted. Leave this layer in "
             "float (select=bj.exclude(...))."
         )
 
 
 def _require_conv_input(x_shape: Sequence[int], rank: int, groups: int) -> None:
-    """Refuses an input that a convolution cannot take."""
+    """Raises unless an input has the rank and the channels for a convolution."""
     if len(x_shape) < rank + 1:
         raise ValueError(
             f"Conv: the input needs {rank} axes of space and one of channels, got shape "
@@ -295,8 +317,8 @@ def _require_conv_input(x_shape: Sequence[int], rank: int, groups: int) -> None:
         )
 
 
-def _raise_padding_unknown(value: Any, rank: int) -> None:
-    """Reports a padding that no convolution knows."""
+def _raise_padding_unknown(value: object, rank: int) -> NoReturn:
+    """Reports a padding that is not one of ``nn.Conv``'s."""
     raise ValueError(
         f"Conv: `padding` must be 'SAME', 'VALID', 'CIRCULAR', 'REFLECT', 'CAUSAL' (1-D), an "
         f"integer, or {rank} integers or pairs, got {value!r}."

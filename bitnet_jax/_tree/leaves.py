@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 from flax.core import meta
 from jax.sharding import PartitionSpec
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._packed.kernel import is_packed
@@ -35,13 +37,13 @@ class Leaf(NamedTuple):
 def flatten(
     who: str,
     name: str,
-    tree: Any,
+    tree: PyTree,
     *,
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> tuple[list[Leaf], Any]:
-    """The leaves of a tree, packed kernels whole, and its structure; refuses an empty one."""
+    """The leaves of a tree, packed kernels whole, and its structure; raises for an empty tree."""
 
-    def whole(leaf: Any) -> bool:
+    def whole(leaf: object) -> bool:
         return is_packed(leaf) or is_box(leaf) or (is_leaf is not None and is_leaf(leaf))
 
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)
@@ -49,19 +51,20 @@ def flatten(
     return [Leaf(_names(path), leaf, unbox(leaf)) for path, leaf in flat], treedef
 
 
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+def _names(path: KeyPath) -> tuple[str, ...]:
+    """A path as names: dict keys, attributes and indices alike."""
     keys = ("key", "name", "idx")
     return tuple(
         next((str(getattr(part, k)) for k in keys if hasattr(part, k)), str(part)) for part in path
     )
 
 
-def is_box(leaf: Any) -> bool:
+def is_box(leaf: object) -> bool:
     """Whether a leaf is a box around a value."""
     return isinstance(leaf, meta.AxisMetadata) or _is_variable(leaf)
 
 
-def unbox(leaf: Any) -> Any:
+def unbox(leaf: PyTree) -> Any:
     """The value in a box; any other leaf as it is. No sharding constraint is applied."""
     if _is_variable(leaf):
         return leaf.get_value()
@@ -70,14 +73,14 @@ def unbox(leaf: Any) -> Any:
     return leaf.unbox() if isinstance(leaf, meta.AxisMetadata) else leaf
 
 
-def rebox(box: Any, value: Any) -> Any:
+def rebox(box: PyTree, value: PyTree) -> Any:
     """``value`` in a box like ``box``; where there was none, the value itself."""
     if _is_variable(box):
         return box.replace(value)
     return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
 
 
-def placement(box: Any) -> PartitionSpec | None:
+def placement(box: PyTree) -> PartitionSpec | None:
     """How Flax's metadata says the value of a box lies on a mesh; None where it says nothing.
 
     Logical names go through the rules of the box, or of ``nn.logical_axis_rules``.
@@ -95,13 +98,13 @@ def placement(box: Any) -> PartitionSpec | None:
     return box.get_partition_spec() if isinstance(box, meta.Partitioned) else None
 
 
-def _is_variable(leaf: Any) -> bool:
+def _is_variable(leaf: object) -> bool:
     nnx = sys.modules.get("flax.nnx")  # whoever holds a Variable has imported it
     return nnx is not None and isinstance(leaf, nnx.Variable)
 
 
-def _require_logical_rules(who: str, names: Sequence[Any], known: bool) -> None:
-    """Refuses logical axis names that nothing maps to a mesh."""
+def _require_logical_rules(who: str, names: Sequence[object], known: bool) -> None:
+    """Raises if logical axis names are used and no rules map them to a mesh."""
     if not known and any(names):
         raise ValueError(
             f"{who}: the logical axes {tuple(names)} of a kernel map to no mesh axes. Put the "

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bitnet_jax import _checks
 from bitnet_jax._display import blank_figure, plain, size_text, table
@@ -220,9 +221,9 @@ def _int8_count(packed: PackedInt8) -> tuple[jax.Array, jax.Array]:
 
 
 def layer_report(
-    who: str, path: str, w: jax.Array, packed: Stored, measured: dict[str, jax.Array]
+    who: str, path: str, w: jax.Array | np.ndarray, packed: Stored, measured: dict[str, jax.Array]
 ) -> LayerReport:
-    """Reads the measured numbers; refuses weights that are not finite."""
+    """The measured numbers of one kernel; raises for weights that are not finite."""
     values = jax.device_get(measured)
     if not values["finite"]:
         _checks.raise_not_finite(who, path, int((~jnp.isfinite(w)).sum()))
@@ -253,9 +254,9 @@ def _dense_bytes(packed: Stored) -> int:
     return packed.nbytes - packed.codes.nbytes + trits.dense_length(packed.codes.nbytes)
 
 
-def nbytes(leaves: Iterable[Any]) -> int:
+def nbytes(leaves: Iterable[object]) -> int:
     """Bytes of arrays and packed kernels."""
-    return sum(leaf.nbytes if hasattr(leaf, "nbytes") else 0 for leaf in leaves)
+    return sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
@@ -278,7 +279,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
 def _draw(report: PackReport) -> Any:
     layers = report.rows[::-1]
     names = [f"{x.path} (int8)" if x.kind == "int8" else x.path for x in layers]
-    figure = blank_figure("PackReport.plot", (11, 1.8 + 0.32 * len(layers)))
+    figure = blank_figure("PackReport.plot", (11.0, 1.8 + 0.32 * len(layers)))
     codes, error, size = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 2))
 
     start = [0.0] * len(layers)

@@ -13,15 +13,23 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 from jax import core
+from jaxtyping import Array, Float, PyTree
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._checks import describe
+<<<<<<< ours
 from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
 from bitnet_jax._packed.pack import pack_quantized, packing_spec
 from bitnet_jax._quantize.config import B158, KernelConfig
 from bitnet_jax._quantize.kernel_axes import AxesLike
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec, require_kernel_config
 from bitnet_jax._quantize.straight_through import fake_quantize_kernel, traced_strength
+=======
+from bitnet_jax._packed.kernel import Prepared, Stored, is_packed, is_stored
+from bitnet_jax._packed.pack import axes_to_pack, pack_quantized
+from bitnet_jax._quantize.kernel_axes import AxesLike, KernelAxes
+from bitnet_jax._quantize.straight_through import fake_quantize_as
+>>>>>>> theirs
 from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._tree.leaves import Leaf, flatten, is_box, rebox
 from bitnet_jax._tree.pack_report import PackReport, layer_report, measure, nbytes
@@ -29,16 +37,16 @@ from bitnet_jax._tree.select import AxesOf, Select, axes_for, choose
 
 
 def pack_params(
-    params: Any,
+    params: PyTree,
     config: KernelConfig = B158,
     *,
     select: Select | None = None,
     axes: AxesOf | None = None,
-) -> tuple[Any, PackReport]:
-    """Rewrites the kernels of a parameter tree to two bits, and says what that did.
+) -> tuple[PyTree, PackReport | Any]:
+    """Rewrites the kernels of a parameter tree to two bits, and reports what that did.
 
-    Kernels that two bits would hurt, a head or an embedding, may have eight: the
-    selector returns an ``Int8Config`` for them.
+    A head or an embedding that two bits would hurt can have eight: the selector
+    returns an ``Int8Config`` for it.
 
     Args:
       params: a tree of arrays. It is not changed.
@@ -88,24 +96,37 @@ def pack_params(
     boxed = [rebox(leaf.boxed, v) for (leaf, _), v in zip(chosen, done, strict=True)]
     tree = jax.tree.unflatten(treedef, boxed)
     if traced:
-        return tree, None  # pyright: ignore[reportReturnType]
+        return tree, None  # the annotation's Any: callers would test for None in vain
     before = [leaf.value for leaf, _ in chosen]
     return tree, PackReport(tuple(rows), nbytes(before), nbytes(done))
 
 
+<<<<<<< ours
 def spec_of_leaf(who: str, leaf: Leaf, config: KernelConfig, axes: AxesOf | None) -> KernelSpec:
     """The spec of one kernel to pack; raises all that its shape can be refused for."""
+=======
+def axes_of_leaf(who: str, leaf: Leaf, config: KernelConfig, axes: AxesOf | None) -> KernelAxes:
+    """The axes of one kernel to pack, checked against its shape and config."""
+>>>>>>> theirs
     contracting, batch = named_axes(who, leaf, axes)
     return packing_spec(f"{who}: {leaf.where}", leaf.value, config, contracting, batch)
 
 
+<<<<<<< ours
 @functools.partial(jax.jit, static_argnames="spec")
 def _pack_measured(w, spec):
     t, packed = pack_quantized(w, spec)
+=======
+@functools.partial(jax.jit, static_argnames=("config", "axes"))
+def _pack_measured(
+    w: Float[Array, "..."], config: KernelConfig, axes: KernelAxes
+) -> tuple[Stored, dict[str, jax.Array]]:
+    t, packed = pack_quantized(w, config, axes)
+>>>>>>> theirs
     return packed, measure(w, t, packed)
 
 
-def unpack_params(packed: Any, *, dtype: jax.typing.DTypeLike | None = None) -> Any:
+def unpack_params(packed: PyTree, *, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
     """The float tree of a packed one: every kernel as codes times scale.
 
     Args:
@@ -140,13 +161,13 @@ def unpack_params(packed: Any, *, dtype: jax.typing.DTypeLike | None = None) -> 
 
 
 def fake_quantize_params(
-    params: Any,
+    params: PyTree,
     config: KernelConfig = B158,
     *,
     select: Select | None = None,
     axes: AxesOf | None = None,
     strength: Strength = 1.0,
-) -> Any:
+) -> PyTree:
     """The tree with its kernels fake-quantised, straight-through, for use inside a loss.
 
     Quantisation-aware training of any library's model: the forward pass sees
@@ -191,9 +212,17 @@ def fake_quantize_params(
     return jax.tree.unflatten(treedef, done)
 
 
+<<<<<<< ours
 def chosen_leaves(who: str, params: Any, config: KernelConfig, select: Select | None):
     """Every leaf with its config or None, and the structure; all checked."""
     require_kernel_config(who, config)
+=======
+def chosen_leaves(
+    who: str, params: PyTree, config: KernelConfig, select: Select | None
+) -> tuple[list[tuple[Leaf, KernelConfig | None]], Any]:
+    """Every leaf with its config, None where it stays float, and the tree's structure."""
+    check_config(who, config)
+>>>>>>> theirs
     leaves, treedef = flatten(who, "params", params)
     chosen = choose(who, [(leaf.path, leaf.value) for leaf in leaves], config, select)
     for leaf, c in zip(leaves, chosen, strict=True):
@@ -216,7 +245,7 @@ def named_axes(who: str, leaf: Leaf, axes: AxesOf | None) -> tuple[AxesLike | No
     return given.get("contracting_axes"), given.get("batch_axes", ())
 
 
-def partition(params: Any) -> tuple[Any, Any]:
+def partition(params: PyTree) -> tuple[PyTree, PyTree]:
     """Splits a tree into what can be trained and what cannot.
 
     Packed kernels and integer arrays have no gradient. Differentiate with
@@ -253,7 +282,7 @@ def partition(params: Any) -> tuple[Any, Any]:
     return jax.tree.unflatten(treedef, trainable), jax.tree.unflatten(treedef, frozen)
 
 
-def combine(trainable: Any, frozen: Any) -> Any:
+def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
     """Puts together what :func:`partition` split.
 
     Args:
@@ -272,14 +301,14 @@ def combine(trainable: Any, frozen: Any) -> Any:
       {'a': 1.0, 'b': 2.0}
     """
 
-    def is_leaf(leaf: Any) -> bool:
+    def is_leaf(leaf: object) -> bool:
         return leaf is None or is_packed(leaf) or is_box(leaf)
 
     return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=is_leaf)
 
 
 def _raise_axes_unknown(who: str, path: str, shape: Sequence[int]) -> NoReturn:
-    """Refuses a kernel whose axes the shape cannot tell."""
+    """Reports a kernel whose axes are needed: its shape does not tell them."""
     raise ValueError(
         f"{who}: {path} has shape {tuple(shape)}; only a 2-D kernel (in, out) tells its axes "
         "by its shape. Pass axes= (a function of path and leaf that returns "
@@ -288,8 +317,8 @@ def _raise_axes_unknown(who: str, path: str, shape: Sequence[int]) -> NoReturn:
     )
 
 
-def _require_axis_keywords(who: str, path: str, value: Any) -> None:
-    """Refuses an answer of an axis function that names no axes."""
+def _require_axis_keywords(who: str, path: str, value: object) -> None:
+    """Raises unless an axis function returned the axis keywords of ``pack``."""
     known = {"contracting_axes", "batch_axes"}
     if not isinstance(value, Mapping) or not set(value) <= known:
         raise TypeError(
@@ -298,8 +327,8 @@ def _require_axis_keywords(who: str, path: str, value: Any) -> None:
         )
 
 
-def _require_axes_function(who: str, value: Any) -> None:
-    """Refuses axes that are neither a function nor None."""
+def _require_axes_function(who: str, value: object) -> None:
+    """Raises unless ``axes`` is a function or None."""
     if value is not None and not callable(value):
         raise TypeError(
             f"{who}: `axes` must be a function of path and leaf, got {describe(value)}. Write for "

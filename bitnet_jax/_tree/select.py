@@ -36,7 +36,7 @@ class Patterns:
     patterns: tuple[str, ...]
     keep: bool
 
-    def __call__(self, path: Path, leaf: Any) -> bool:
+    def __call__(self, path: Path, leaf: object) -> bool:
         """Whether the leaf at ``path`` is to be quantised."""
         if not self.keep:
             return is_kernel(path, leaf) and not any(match(p, path) for p in self.patterns)
@@ -117,12 +117,12 @@ class Kernels:
 
     uses: dict[Path, KernelUse]
 
-    def __call__(self, path: Path, leaf: Any) -> KernelConfig | None:
+    def __call__(self, path: Path, leaf: object) -> KernelConfig | None:
         """The config of a kernel; None for a leaf that stays float."""
         del leaf
         return self.uses[path].config if path in self.uses else None
 
-    def axes(self, path: Path, leaf: Any) -> Mapping[str, tuple[int, ...]] | None:
+    def axes(self, path: Path, leaf: object) -> Mapping[str, tuple[int, ...]] | None:
         """The axes of a kernel, as the keywords of ``bj.pack``; None for other leaves."""
         del leaf
         return self.uses[path].axes if path in self.uses else None
@@ -153,11 +153,11 @@ def axes_for(select: Select | None, axes: AxesOf | None) -> AxesOf | None:
     return select.axes if axes is None and isinstance(select, Kernels) else axes
 
 
-def is_kernel(path: Path, leaf: Any) -> bool:
+def is_kernel(path: Path, leaf: object) -> bool:
     """Whether a leaf is a float array of rank 2 or more, named ``kernel`` as Flax names it."""
     dtype = getattr(leaf, "dtype", None)
     floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-    return path[-1:] == ("kernel",) and floating and leaf.ndim >= 2
+    return path[-1:] == ("kernel",) and floating and getattr(leaf, "ndim", 0) >= 2
 
 
 def match(pattern: str, path: Path) -> bool:
@@ -169,18 +169,18 @@ def match(pattern: str, path: Path) -> bool:
 
 def choose(
     who: str,
-    leaves: Sequence[tuple[Path, Any]],
+    leaves: Sequence[tuple[Path, object]],
     config: KernelConfig,
     select: Select | None,
 ) -> list[KernelConfig | None]:
-    """The config of each leaf, or None; refuses a selection that matches nothing."""
+    """The config of each leaf, or None; raises if the selection matches nothing."""
     chosen = [decide(who, path, leaf, config, select) for path, leaf in leaves]
     matched(who, [path for path, _ in leaves], any(chosen), select)
     return chosen
 
 
 def decide(
-    who: str, path: Path, leaf: Any, config: KernelConfig, select: Select | None
+    who: str, path: Path, leaf: object, config: KernelConfig, select: Select | None
 ) -> KernelConfig | None:
     """The config of one leaf, or None."""
     _checks.require_selector(who, select)
@@ -193,7 +193,7 @@ def decide(
 
 
 def matched(who: str, paths: Sequence[Path], some: bool, select: Select | None) -> None:
-    """Refuses a selection that chose nothing, and patterns that match no path."""
+    """Raises if a selection chose nothing, or a pattern of it matches no path."""
     names = ["/".join(path) for path in paths]
     patterns = select.patterns if isinstance(select, Patterns) else ()
     for pattern in patterns:
@@ -215,8 +215,8 @@ def _nonempty(who: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
     return patterns
 
 
-def _raise_not_a_selection(who: str, path: str, value: Any) -> NoReturn:
-    """Reports a selector that returned something that is no decision."""
+def _raise_not_a_selection(who: str, path: str, value: object) -> NoReturn:
+    """Reports a selector that returned something else than a decision."""
     raise TypeError(
         f"{who}: `select` returned {describe(value)} for {path}. Return True or a "
         "TernaryConfig or an Int8Config to quantise the leaf, False or None to leave it."

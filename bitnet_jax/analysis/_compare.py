@@ -1,4 +1,4 @@
-"""What became of a model's answers: float parameters against packed ones."""
+"""Compares a model's outputs from float parameters with those from packed ones."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import nn
+from jaxtyping import Array, PyTree, Shaped
 
 from bitnet_jax import _display
 from bitnet_jax._checks import describe
@@ -21,11 +22,11 @@ from bitnet_jax._tree.leaves import flatten
 
 
 class ComparisonRow(NamedTuple):
-    """One line of a comparison; ``float`` is None where a number is of both models."""
+    """One line of a comparison; ``of_float`` is None where a number is of both models."""
 
     name: str
-    float: float | None
-    packed: float
+    of_float: float | None
+    of_packed: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Comparison:
         def cell(row: ComparisonRow, value: float | None) -> str:
             return "" if value is None else format(value, formats.get(row.name, ".3g"))
 
-        cells = [(row.name, cell(row, row.float), cell(row, row.packed)) for row in self.rows]
+        cells = [(row.name, cell(row, row.of_float), cell(row, row.of_packed)) for row in self.rows]
         names, floats, packed = zip(*cells, strict=True)
         columns = (
             [f"over {self.examples} examples", *names],
@@ -89,12 +90,12 @@ class Comparison:
 
 
 def compare(
-    model: Any,
-    float_params: Any,
-    packed: Any,
-    batches: Iterable[Any],
+    model: object,
+    float_params: PyTree,
+    packed: PyTree,
+    batches: Iterable[PyTree],
     *,
-    apply: Callable[[Any, Any], Any] | None = None,
+    apply: Callable[[PyTree, PyTree], Any] | None = None,
 ) -> Comparison:
     """What packing changed in a model's answers: loss, accuracy, KL, agreement.
 
@@ -170,11 +171,18 @@ def compare(
     return Comparison(examples=examples, max_difference=largest, **means)
 
 
-def _apply_linen(model: Any, params: Any, x: Any) -> Any:
+def _apply_linen(model: Any, params: PyTree, x: PyTree) -> Any:
     return model.apply({"params": params}, x)
 
 
-def _step(who: str, apply: Callable[[Any, Any], Any], float_params, packed, x, labels):
+def _step(
+    who: str,
+    apply: Callable[[PyTree, PyTree], Any],
+    float_params: PyTree,
+    packed: PyTree,
+    x: PyTree,
+    labels: Shaped[Array, "..."] | None,
+) -> dict[str, jax.Array]:
     """The numbers of one batch, a row an example; runs inside jit."""
     with phase_in(0.0):
         a = apply(float_params, x)
@@ -207,8 +215,8 @@ def _step(who: str, apply: Callable[[Any, Any], Any], float_params, packed, x, l
     return values
 
 
-def _require_apply(who: str, model: Any) -> None:
-    """Refuses a model that does not say how to run it."""
+def _require_apply(who: str, model: object) -> None:
+    """Raises unless a model has an ``apply`` method."""
     if not callable(getattr(model, "apply", None)):
         raise TypeError(
             f"{who}: `model` must have linen's apply(variables, x), got {type(model).__name__}. "
@@ -217,16 +225,16 @@ def _require_apply(who: str, model: Any) -> None:
         )
 
 
-def _raise_float_params_packed(who: str, path: str) -> None:
-    """Refuses a packed kernel on the float side of a comparison."""
+def _raise_float_params_packed(who: str, path: str) -> NoReturn:
+    """Reports a packed kernel on the float side of a comparison."""
     raise ValueError(
         f"{who}: `float_params` must be the float tree, and {path} is packed. Pass the params as "
         "they were before bj.pack_params: unpacked ones are as ternary as the packed ones."
     )
 
 
-def _require_batches(who: str, value: Any) -> None:
-    """Refuses one array, or one dict, where batches are to be iterated."""
+def _require_batches(who: str, value: object) -> None:
+    """Raises for one array or one dict instead of an iterable of batches."""
     if hasattr(value, "dtype") or isinstance(value, Mapping) or not isinstance(value, Iterable):
         raise TypeError(
             f"{who}: `batches` must be an iterable of x or of (x, labels), got "
@@ -234,8 +242,8 @@ def _require_batches(who: str, value: Any) -> None:
         )
 
 
-def _split_batch(who: str, batch: Any) -> tuple[Any, Any]:
-    """The x and the labels, or None, of a batch; refuses tuples of another length."""
+def _split_batch(who: str, batch: PyTree) -> tuple[PyTree, np.ndarray | None]:
+    """The x and the labels (or None) of a batch; raises for tuples of another length."""
     if not isinstance(batch, (tuple, list)):
         return batch, None
     if len(batch) != 2:
@@ -248,7 +256,7 @@ def _split_batch(who: str, batch: Any) -> tuple[Any, Any]:
 
 
 def _require_labels_in_all(who: str, first: bool, now: bool) -> None:
-    """Refuses batches of which some have labels and some have none."""
+    """Raises if some batches have labels and some have none."""
     if first != now:
         raise ValueError(
             f"{who}: `batches` must have labels in every batch or in none, got both. Leave the "
@@ -256,8 +264,8 @@ def _require_labels_in_all(who: str, first: bool, now: bool) -> None:
         )
 
 
-def _require_same_logits(who: str, a: Any, b: Any) -> None:
-    """Refuses outputs that are not two arrays of the same shape, classes last."""
+def _require_same_logits(who: str, a: object, b: object) -> None:
+    """Raises unless both outputs are arrays of one shape (..., classes)."""
     for side, value in (("float_params", a), ("packed", b)):
         if not hasattr(value, "dtype") or not hasattr(value, "shape"):
             raise TypeError(
@@ -265,16 +273,17 @@ def _require_same_logits(who: str, a: Any, b: Any) -> None:
                 f"{type(value).__name__} for `{side}`. Pass apply=, a function of params and x "
                 "that returns the logits alone."
             )
-    if a.shape != b.shape or a.ndim < 1 or a.shape[-1] < 1:
+    shapes = [tuple(getattr(logits, "shape", ())) for logits in (a, b)]
+    if shapes[0] != shapes[1] or not shapes[0] or shapes[0][-1] < 1:
         raise ValueError(
-            f"{who}: the logits must be (..., classes) of one shape, got {tuple(a.shape)} for "
-            f"`float_params` and {tuple(b.shape)} for `packed`. Check that both trees belong to "
+            f"{who}: the logits must be (..., classes) of one shape, got {shapes[0]} for "
+            f"`float_params` and {shapes[1]} for `packed`. Check that both trees belong to "
             "this model."
         )
 
 
-def _require_class_indices(who: str, value: Any, shape: Sequence[int]) -> None:
-    """Refuses labels that are no class indices, one for each row of logits."""
+def _require_class_indices(who: str, value: Shaped[Array, "..."], shape: Sequence[int]) -> None:
+    """Raises unless there is one integer label for each row of logits."""
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(
             f"{who}: `batches` must yield integer labels, got {describe(value)}. Pass class "
@@ -288,7 +297,7 @@ def _require_class_indices(who: str, value: Any, shape: Sequence[int]) -> None:
 
 
 def _require_labels_in_range(who: str, count: int, classes: int) -> None:
-    """Reports labels that name no class; ``count`` was read from the values."""
+    """Raises if labels are out of range; ``count`` was read from the values."""
     if count:
         raise ValueError(
             f"{who}: `batches` has {count} labels outside 0 to {classes - 1}. If they mark "
@@ -297,7 +306,7 @@ def _require_labels_in_range(who: str, count: int, classes: int) -> None:
 
 
 def _require_examples(who: str, count: int) -> None:
-    """Refuses to average over nothing."""
+    """Raises if there were no examples."""
     if count == 0:
         raise ValueError(
             f"{who}: `batches` yielded no examples. Pass at least one batch; a generator that was "

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._display import plain, table
@@ -64,7 +65,7 @@ class GradientFlow:
         return table(("path", "norm", "largest", "state"), rows)
 
 
-def gradient_flow(grads: Any, *, exploding: float = 1e3) -> GradientFlow:
+def gradient_flow(grads: PyTree, *, exploding: float | int = 1e3) -> GradientFlow:
     """Names the leaves that gradients do not reach, or reach badly.
 
     Args:
@@ -96,7 +97,7 @@ def gradient_flow(grads: Any, *, exploding: float = 1e3) -> GradientFlow:
     return GradientFlow(tuple(_leaf_gradient(leaf.where, leaf.value, exploding) for leaf in leaves))
 
 
-def _leaf_gradient(path: str, g: Any, exploding: float) -> LeafGradient:
+def _leaf_gradient(path: str, g: PyTree, exploding: float | int) -> LeafGradient:
     if g is None or is_packed(g) or g.dtype == jax.dtypes.float0:
         return LeafGradient(path, math.nan, math.nan, "missing")
     parts = (jnp.real(g), jnp.imag(g)) if jnp.iscomplexobj(g) else (g,)

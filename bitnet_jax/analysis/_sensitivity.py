@@ -1,4 +1,4 @@
-"""Whether a network survives its quantisation, kernel by kernel: before it is packed."""
+"""The change in loss when each kernel alone is quantised: what to leave in float."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
 
 from bitnet_jax import _display
 from bitnet_jax._checks import describe
@@ -45,7 +47,7 @@ class LayerSensitivity:
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """Which kernels the loss minds; see :func:`sensitivity`. ``print`` it or ``plot`` it.
+    """The change in loss for each kernel; see :func:`sensitivity`. ``print`` it or ``plot`` it.
 
     Attributes:
       rows: one :class:`LayerSensitivity` for each selected kernel, the worst first.
@@ -95,15 +97,15 @@ class Sensitivity:
 
 
 def sensitivity(
-    loss_fn: Callable[[Any], Any],
-    params: Any,
+    loss_fn: Callable[[PyTree], Any],
+    params: PyTree,
     config: KernelConfig = B158,
     *,
     select: Select | None = None,
     axes: AxesOf | None = None,
     jit: bool = True,
 ) -> Sensitivity:
-    """How much the loss minds each kernel alone, the worst first.
+    """The change in loss when each kernel alone is quantised, the worst first.
 
     ``change[i] = loss(params with w[i] -> dequantize(quantize(w[i]))) - loss(params)``.
 
@@ -175,14 +177,14 @@ def sensitivity(
     return Sensitivity(tuple(rows), base, run(jax.tree.unflatten(treedef, together)))
 
 
-def _loss(who: str, loss_fn: Callable[[Any], Any], params: Any) -> float:
+def _loss(who: str, loss_fn: Callable[[PyTree], Any], params: PyTree) -> float:
     with phase_in(0.0):
         loss = loss_fn(params)
     _require_scalar_loss(who, loss)
     return float(loss)
 
 
-def _like(w: Any, hat: jax.Array) -> jax.Array:
+def _like(w: jax.Array | np.ndarray, hat: jax.Array) -> jax.Array:
     """``hat`` where ``w`` is, so that the loss compiles once on a mesh too."""
     return jax.device_put(hat, w.sharding) if isinstance(w, jax.Array) else hat
 
@@ -193,7 +195,7 @@ def _signed(change: float) -> str:
 
 def _draw(found: Sensitivity) -> Any:
     layers = found.rows[::-1]
-    figure = _display.blank_figure("Sensitivity.plot", (9, 1.4 + 0.26 * len(layers)))
+    figure = _display.blank_figure("Sensitivity.plot", (9.0, 1.4 + 0.26 * len(layers)))
     bars = figure.subplots()
     widths = [layer.change if math.isfinite(layer.change) else 0.0 for layer in layers]
     colors = ["#c8553d" if width > 0 else "#2a9d6f" for width in widths]
@@ -211,8 +213,8 @@ def _draw(found: Sensitivity) -> Any:
     return figure
 
 
-def _require_scalar_loss(who: str, value: Any) -> None:
-    """Refuses a loss that is not one real number."""
+def _require_scalar_loss(who: str, value: object) -> None:
+    """Raises unless a loss is one real number."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     array = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and shape == ()
@@ -224,7 +226,7 @@ def _require_scalar_loss(who: str, value: Any) -> None:
 
 
 def _require_finite_loss(who: str, value: float) -> None:
-    """Refuses a float loss that nothing can be compared with."""
+    """Raises unless the loss of the float params is finite."""
     if not math.isfinite(value):
         raise ValueError(
             f"{who}: `loss_fn` of the float params is {value!r}. Check the params and the data "

@@ -20,11 +20,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks, _display, _mesh
 from bitnet_jax._packed import trits
@@ -37,7 +37,9 @@ from bitnet_jax._quantize.ternary import B158, TernaryConfig, ratio_canonical
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import AxesOf, Select, axes_for
 
-Snapshot = dict[str, dict[str, jax.Array]]
+Snapshot = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
+
+Watched = dict[str, tuple[jax.Array | np.ndarray, TernaryConfig, kernel_axes.KernelAxes]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +106,13 @@ def _cell(name: str, value: float) -> str:
 
 
 def trit_stats(
-    params: Any,
+    params: PyTree,
     config: TernaryConfig = B158,
     *,
     previous: TritStats | Snapshot | None = None,
     select: Select | None = None,
     axes: AxesOf | None = None,
-    near: float = 0.1,
+    near: float | int = 0.1,
     inputs: Mapping[str, jax.Array] | None = None,
     activations: ActivationConfig = INT8,
 ) -> TritStats:
@@ -169,11 +171,11 @@ def trit_stats(
 
 def watched(
     who: str,
-    params: Any,
+    params: PyTree,
     config: TernaryConfig,
     select: Select | None,
     axes: AxesOf | None,
-) -> dict[str, tuple[jax.Array, TernaryConfig, kernel_axes.KernelAxes]]:
+) -> Watched:
     """Path to kernel, config and axes of what is selected."""
     axes, kernels = axes_for(select, axes), {}
     for leaf, c in chosen_leaves(who, params, config, select)[0]:
@@ -184,8 +186,8 @@ def watched(
     return kernels
 
 
-def check_previous(who: str, kernels: Mapping[str, Any], last: Any) -> None:
-    """Refuses a snapshot of another tree."""
+def check_previous(who: str, kernels: Watched, last: Snapshot) -> None:
+    """Raises unless a snapshot is of these kernels."""
     shapes = {
         where: trits.packed_shape(w.shape, found.contracting[-1])
         for where, (w, _, found) in kernels.items()
@@ -202,10 +204,14 @@ def check_previous(who: str, kernels: Mapping[str, Any], last: Any) -> None:
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def measure(
     w: jax.Array,
-    last: dict[str, jax.Array] | None,
+    last: Mapping[str, jax.Array] | None,
     config: TernaryConfig,
     axes: kernel_axes.KernelAxes,
+<<<<<<< ours
     near: jax.typing.ArrayLike,
+=======
+    near: float | int,
+>>>>>>> theirs
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """A kernel's snapshot, and its statistics as float32 scalars."""
     run = functools.partial(pack_quantized, spec=KernelSpec(config, axes))
@@ -239,7 +245,7 @@ def _inputs(x: jax.Array, config: ActivationConfig) -> dict[str, jax.Array]:
 def _require_same_shapes(
     who: str, path: str, shape: Sequence[int], got: Sequence[int] | None
 ) -> None:
-    """Refuses to compare a kernel with the codes of another."""
+    """Raises unless a kernel's codes have the shape they had in the snapshot."""
     if got is None or tuple(got) != tuple(shape):
         what = "has no codes of it" if got is None else f"has codes of shape {tuple(got)}"
         raise ValueError(
@@ -248,8 +254,8 @@ def _require_same_shapes(
         )
 
 
-def _require_snapshot_entry(who: str, path: str, entry: Any) -> None:
-    """Refuses what is no snapshot of a kernel."""
+def _require_snapshot_entry(who: str, path: str, entry: object) -> None:
+    """Raises unless an entry of a snapshot has codes and scale."""
     if not isinstance(entry, Mapping) or set(entry) != {"codes", "scale"}:
         raise TypeError(
             f"{who}: `previous` must hold codes and scale for {path}, got "
@@ -258,7 +264,7 @@ def _require_snapshot_entry(who: str, path: str, entry: Any) -> None:
 
 
 def _require_snapshot_paths(who: str, strangers: Sequence[str], paths: Sequence[str]) -> None:
-    """Refuses a snapshot with kernels that are not watched."""
+    """Raises if a snapshot has kernels that are not selected."""
     if strangers:
         raise ValueError(
             f"{who}: `previous` has {', '.join(strangers)}, which is no selected kernel; those "
@@ -267,7 +273,7 @@ def _require_snapshot_paths(who: str, strangers: Sequence[str], paths: Sequence[
 
 
 def _require_watched_inputs(who: str, strangers: Sequence[str], paths: Sequence[str]) -> None:
-    """Refuses the inputs of kernels that are not watched."""
+    """Raises if there are inputs of kernels that are not selected."""
     if strangers:
         raise ValueError(
             f"{who}: `inputs` has {', '.join(strangers)}, which is no selected kernel; those "

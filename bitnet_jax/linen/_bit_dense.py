@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from bitnet_jax._layers.forward import LayerConfig
@@ -15,10 +14,14 @@ from bitnet_jax.linen import _in_scope
 
 
 class _Ternary(nn.Module):
+    # Runtime type checkers (jaxtyping's hook) leave the dataclass's __init__ alone: linen
+    # annotates fields with protocols that isinstance refuses. Methods are checked.
+    __no_type_check__ = True
+
     weights: TernaryConfig = B158
     activations: ActivationConfig | None = INT8
     norm: bool = False
-    backward_dtype: Any = None
+    backward_dtype: DTypeLike | None = None
 
     def _config(self) -> LayerConfig:
         return LayerConfig(self.weights, self.activations, self.norm, self.backward_dtype)
@@ -144,8 +147,8 @@ class BitConv(_Ternary, nn.Conv):
 
     @nn.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, inputs: Float[Array, "*b *space c"], *, strength: Strength | None = None
-    ) -> Float[Array, "*b *space n"]:
+        self, inputs: Float[Array, "..."], *, strength: Strength | None = None
+    ) -> Float[Array, "..."]:
         """The layer's output.
 
         Args:

@@ -12,12 +12,14 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
+from jax.nn.initializers import Initializer
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._layers import dimensions
@@ -30,7 +32,11 @@ from bitnet_jax._tree.leaves import unbox
 
 Observer = Callable[..., None]
 
-# Called with every contraction: (module, name of the leaf, call, config or None, the leaf).
+# The layers that have a ternary form; nn.ConvLocal has nn.Conv's __call__.
+LinenLayer = nn.Dense | nn.DenseGeneral | nn.Conv | nn.ConvLocal | nn.Einsum
+
+# Called with every layer: (module, name of the leaf, its call or None, its config or the
+# reason why it stays float, the leaf).
 observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
 
 
@@ -39,8 +45,8 @@ class Layer(NamedTuple):
 
     Attributes:
       kind: the class.
-      call: (module, inputs, ...) -> how the inputs meet the kernel.
-      unused: fields that a ternary contraction brings along, and cannot replace.
+      call: (module, inputs, ...) -> the dimension numbers of the call.
+      unused: fields that replace the product, which a ternary layer cannot use.
       flat: whether the initialisers see flattened shapes.
     """
 
@@ -50,11 +56,11 @@ class Layer(NamedTuple):
     flat: bool = False
 
 
-def _dense(module: Any, inputs: jax.Array) -> Call:
+def _dense(module: nn.Dense, inputs: jax.Array) -> Call:
     return dimensions.dense(inputs.shape, module.features)
 
 
-def _general(module: Any, inputs: jax.Array) -> Call:
+def _general(module: nn.DenseGeneral, inputs: jax.Array) -> Call:
     axis, batch, features = (
         (v,) if isinstance(v, int) else tuple(v)
         for v in (module.axis, module.batch_dims, module.features)
@@ -62,11 +68,11 @@ def _general(module: Any, inputs: jax.Array) -> Call:
     return dimensions.general(inputs.shape, axis, batch, features)
 
 
-def _conv(module: Any, inputs: jax.Array) -> Call:
+def _conv(module: nn.Conv | nn.ConvLocal, inputs: jax.Array) -> Call:
     return dimensions.conv_of(module, inputs.shape, module.features)
 
 
-def _einsum(module: Any, inputs: jax.Array, einsum_str: str | None = None) -> Call:
+def _einsum(module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None) -> Call:
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
     return dimensions.einsum(inputs.shape, tuple(module.shape), equation)
 
@@ -84,8 +90,8 @@ CONV = Layer(nn.Conv, _conv, _CONV)
 EINSUM = Layer(nn.Einsum, _einsum, ("promote_dtype", "preferred_element_type"))
 
 
-def raw(method: Any) -> Any:
-    """The function inside Flax's wrappers, which is what an interceptor is told of."""
+def raw(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The function inside Flax's wrappers: what an interceptor's context holds."""
     return inspect.unwrap(method)
 
 
@@ -93,20 +99,20 @@ LAYERS = {raw(layer.kind.__call__): layer for layer in (DENSE, GENERAL, CONV, EI
 
 
 def replaced_field(module: nn.Module, layer: Layer) -> str | None:
-    """The first field that replaces what a ternary contraction brings along."""
+    """The first field that is set and that a ternary layer cannot use; None if there is none."""
     defaults = {f.name: f.default for f in dataclasses.fields(layer.kind)}
     given = (name for name in layer.unused if getattr(module, name) is not defaults[name])
     return next(given, None)
 
 
 def forward(
-    module: Any,
+    module: LinenLayer,
     layer: Layer,
     config: LayerConfig,
-    inputs: Any,
-    *args: Any,
+    inputs: jax.typing.ArrayLike,
+    *args: str | None,
     strength: Strength | None = None,
-    **kwargs: Any,
+    **kwargs: str | None,
 ) -> jax.Array:
     """The output of a ternary layer, with its parameters in the module's own scope."""
     who, where = type(module).__name__, "/".join((*module.path, "kernel"))
@@ -128,8 +134,8 @@ def forward(
     )
 
 
-def left_float(module: Any, name: str, why: str) -> None:
-    """Tells who observes that a kernel stays float; refuses one that is packed all the same."""
+def left_float(module: nn.Module, name: str, why: str) -> None:
+    """Tells the observer that a kernel stays float; raises if it is packed."""
     leaf = packed_leaf(module, name)
     if leaf is not None:
         where = "/".join((*module.path, name))
@@ -137,15 +143,16 @@ def left_float(module: Any, name: str, why: str) -> None:
     _tell(module, name, None, why)
 
 
-def _tell(module: Any, name: str, call: Call | None, config: Any) -> None:
+def _tell(module: nn.Module, name: str, call: Call | None, config: LayerConfig | str) -> None:
+    """Calls the observer, if there is one."""
     tell = observer.get()
     if tell is not None:
         has = module.has_variable("params", name)
         tell(module, name, call, config, module.get_variable("params", name) if has else None)
 
 
-def packed_leaf(module: Any, name: str) -> Any:
-    """The packed leaf of this name; None where there is none, or a float one."""
+def packed_leaf(module: nn.Module, name: str) -> Any:
+    """The packed leaf of this name; None if there is none, or if it is float."""
     if not module.has_variable("params", name):
         return None
     # Opened without its sharding constraint, which is the float kernel's.
@@ -153,18 +160,21 @@ def packed_leaf(module: Any, name: str) -> Any:
     return leaf if is_packed(leaf) or isinstance(leaf, Adapted) else None
 
 
-def _param(module: Any, name: str, init: Any, call: Call, flat: bool) -> jax.Array:
+def _param(module: LinenLayer, name: str, init: Initializer, call: Call, flat: bool) -> jax.Array:
+    """A parameter of the layer, as the float layer makes it."""
     shape = call.kernel_shape if name == "kernel" else call.bias_shape
     if flat:
         init = _flattened(init, name, call)
     return module.param(name, init, shape, module.param_dtype)
 
 
-def _flattened(init: Any, name: str, call: Call) -> Any:
+def _flattened(init: Initializer, name: str, call: Call) -> Callable[..., PyTree]:
     """An initialiser that sees what ``nn.DenseGeneral`` shows it: (fan in, fan out), or (n,)."""
     split = len(call.batch_axes) + len(call.contracting_axes)
 
-    def reshaped(rng: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    def reshaped(
+        rng: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike | None
+    ) -> PyTree:
         parts = (shape[:split], shape[split:]) if name == "kernel" else (shape,)
         value = init(rng, tuple(math.prod(part) for part in parts), dtype)
         if isinstance(value, meta.AxisMetadata):
@@ -175,7 +185,7 @@ def _flattened(init: Any, name: str, call: Call) -> Any:
 
 
 def take_packed_table(module: nn.Embed) -> bool:
-    """``nn.Embed.setup`` with a packed table, which Flax would hold against the float shape."""
+    """``nn.Embed.setup`` with a packed table, whose shape Flax would refuse."""
     table = packed_leaf(module, "embedding")
     if table is None:
         return False
@@ -183,7 +193,7 @@ def take_packed_table(module: nn.Embed) -> bool:
     return True
 
 
-def embed(module: nn.Embed, config: LayerConfig, inputs: Any) -> jax.Array:
+def embed(module: nn.Embed, config: LayerConfig, inputs: jax.typing.ArrayLike) -> jax.Array:
     """The look-up of ``nn.Embed``, from an int8 table."""
     inputs, where = jnp.asarray(inputs), "/".join((*module.path, "embedding"))
     shape = (module.num_embeddings, module.features)
@@ -192,7 +202,7 @@ def embed(module: nn.Embed, config: LayerConfig, inputs: Any) -> jax.Array:
     return embed_lookup(where, config.weights, module.embedding, inputs, module.dtype, None)
 
 
-def attend(module: nn.Embed, config: LayerConfig, query: Any) -> jax.Array:
+def attend(module: nn.Embed, config: LayerConfig, query: jax.typing.ArrayLike) -> jax.Array:
     """``query @ embedding.T`` of ``nn.Embed``, from an int8 table."""
     query, where = jnp.asarray(query), "/".join((*module.path, "embedding"))
     call = dimensions.table((module.num_embeddings, module.features), query.ndim)
@@ -203,8 +213,8 @@ def attend(module: nn.Embed, config: LayerConfig, query: Any) -> jax.Array:
     )
 
 
-def _raise_packed_but_float(who: str, path: str, why: str) -> None:
-    """Refuses a packed kernel in a layer that the model leaves in float."""
+def _raise_packed_but_float(who: str, path: str, why: str) -> NoReturn:
+    """Reports a packed kernel in a layer that stays float."""
     raise ValueError(
         f"{who}: the kernel at {path} is packed, and this model leaves it in float ({why}). "
         "Ternarise the model with the `select` that the kernels were packed with."

@@ -1,11 +1,12 @@
-"""Any linen model made ternary, without an edit and with the same parameters.
+"""``ternarize`` of a linen model, which is not edited and keeps its parameters.
 
 :func:`ternarize` gives a model a class of its own, derived from the one it had.
 While a method of that class runs, an interceptor replaces the ``__call__`` of
 every layer that has a ternary form by the functional core, in the layer's own
-scope: same parameter paths, same initialisers, same random keys. Every method
-comes by ``_call_wrapped_method``, so ``method="encode"`` and a model inside
-another model are covered, which overriding ``apply`` or ``__call__`` would miss.
+scope: same parameter paths, same initialisers, same random keys. Flax
+calls every method through ``_call_wrapped_method``. Overriding that covers
+``method="encode"`` and a model inside another model, which overriding ``apply`` or
+``__call__`` would miss.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import contextvars
 import copyreg
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,14 +24,22 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import unfreeze
+from flax.linen.module import InterceptorContext
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._layers import coverage
 from bitnet_jax._layers.forward import LayerConfig, layer_config
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
-from bitnet_jax._quantize.ternary import B158, KernelConfig, TernaryConfig
+from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._tree.select import Select, decide, matched
 from bitnet_jax.linen import _in_scope
+from bitnet_jax.linen._in_scope import Layer, LinenLayer
+
+Args = tuple[PyTree, ...]
+
+Kwargs = Mapping[str, PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +58,12 @@ def ternarize(
     model: nn.Module,
     *,
     select: Select | None = None,
-    weights: TernaryConfig = B158,
+    weights: KernelConfig = B158,
     activations: ActivationConfig | None = INT8,
     norm: bool = False,
-    backward_dtype: Any = None,
+    backward_dtype: DTypeLike | None = None,
 ) -> nn.Module:
-    """A model whose layers are ternary, with the parameters of the one given.
+    """A model with ternary layers and the parameters of the given one.
 
     ``Dense``, ``DenseGeneral`` (so attention), ``Conv`` and ``Einsum`` compute as
     ``BitDense`` and its kin do, wherever they are: in submodules, shared, under
@@ -79,7 +88,7 @@ def ternarize(
       arguments give the same class, and it pickles as its model does.
 
     Raises:
-      TypeError: ``model`` is no linen module.
+      TypeError: ``model`` is not a linen module.
       ValueError: a bound or ternarised model. When it is initialised or called: a selector
         that matches nothing.
       NotImplementedError: when it is called: a layer that :func:`only` asks for
@@ -126,9 +135,9 @@ class _Meta(type(nn.Module)):
     """The metaclass of ternarised classes, by which they pickle."""
 
 
-def _reduce_class(kind: Any) -> tuple[Any, ...]:
+def _reduce_class(kind: type[nn.Module]) -> str | tuple[Any, ...]:
     if "_bitnet_plan" in vars(kind):
-        return ternarized_class, (kind.__base__, kind._bitnet_plan)
+        return ternarized_class, (kind.__base__, vars(kind)["_bitnet_plan"])
     return kind.__qualname__  # a class that a user derived: by its name
 
 
@@ -140,12 +149,14 @@ def ternarized_class(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
     """The class derived from ``kind`` whose methods run under ``plan``."""
 
     @nn.nowrap
-    def _call_wrapped_method(self: Any, fun: Any, args: Any, kwargs: Any) -> Any:
+    def _call_wrapped_method(
+        self: nn.Module, fun: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Any:
         run = functools.partial(super(made, self)._call_wrapped_method, fun, args, kwargs)
         return run() if _current.get() is plan else _run(self, plan, run, fun)
 
     @nn.nowrap
-    def __reduce__(self: Any) -> Any:
+    def __reduce__(self: nn.Module) -> tuple[Any, ...]:
         return _rebuild, (kind, plan, _fields(self))
 
     body = {
@@ -169,7 +180,8 @@ _jit_key = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def _set(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+def _set(variable: contextvars.ContextVar[Any], value: object) -> Iterator[None]:
+    """Sets a context variable for a block."""
     token = variable.set(value)
     try:
         yield
@@ -185,11 +197,11 @@ class JitKeys(contextlib.ExitStack):
     there on JAX's caches are told another key, until the stack is closed.
     """
 
-    def __init__(self, name: Any = None):
+    def __init__(self, name: Plan | None = None):
         super().__init__()
         self._name, self._count = name, 0
 
-    def meet(self, context: Any) -> None:
+    def meet(self, context: InterceptorContext) -> None:
         """To be called with the context of every intercepted method."""
         if context.method_name != "__call__" and _is_jitted(type(context.module)):
             self._count += 1
@@ -198,8 +210,8 @@ class JitKeys(contextlib.ExitStack):
             self.enter_context(_jit_key(one))
 
 
-def _run(model: nn.Module, plan: Plan, run: Callable[[], Any], fun: Any) -> Any:
-    """Runs a method of a ternarised model, and refuses a plan that chose nothing."""
+def _run(model: nn.Module, plan: Plan, run: Callable[[], Any], fun: Callable[..., Any]) -> Any:
+    """Runs a method of a ternarised model; raises if the plan selects nothing in it."""
     chosen: list[bool] = []
     keys = JitKeys(plan)
     with keys, _set(_current, plan), nn.intercept_methods(_interceptor(plan, chosen, keys)):
@@ -210,16 +222,20 @@ def _run(model: nn.Module, plan: Plan, run: Callable[[], Any], fun: Any) -> Any:
 
 
 def _check_chosen(model: nn.Module, plan: Plan, some: bool, whole: bool) -> None:
-    """Refuses patterns that match nothing (at init, where all is there), and an empty choice."""
+    """Raises for an empty selection, and at init, when all is there, for unmatched patterns."""
     if model.is_initializing() or (whole and not some):
         own = traverse_util.flatten_dict(unfreeze(dict(model.variables.get("params", {}))))
         paths = [(*model.path, *map(str, path)) for path in own]
         matched("ternarize", paths, some or not whole, plan.select)
 
 
-def _interceptor(plan: Plan, chosen: list[bool], keys: JitKeys) -> Any:
-    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module, method = context.module, context.orig_method.func
+def _interceptor(plan: Plan, chosen: list[bool], keys: JitKeys) -> Callable[..., Any]:
+    def intercept(
+        next_fun: Callable[..., Any], args: Args, kwargs: Kwargs, context: InterceptorContext
+    ) -> Any:
+        module: Any = context.module
+        bound: Any = context.orig_method
+        method = bound.func
         if _current.get() is not plan:  # inside a model that was ternarised on its own
             return next_fun(*args, **kwargs)
         if isinstance(module, (nn.WeightNorm, nn.SpectralNorm)):
@@ -247,7 +263,12 @@ def _interceptor(plan: Plan, chosen: list[bool], keys: JitKeys) -> Any:
 
 
 def _decide(
-    plan: Plan, module: Any, layer: Any, name: str, args: Any, kwargs: Any
+    plan: Plan,
+    module: LinenLayer | nn.Embed,
+    layer: Layer | None,
+    name: str,
+    args: Args,
+    kwargs: Kwargs,
 ) -> tuple[KernelConfig | None, str]:
     """A kernel's config, or None and the reason."""
     path = (*module.path, name)
@@ -265,7 +286,8 @@ def _decide(
     return coverage.settle("ternarize", path, type(module).__name__, weights, why, plan.select)
 
 
-def _why_not(module: Any, layer: Any, weights: KernelConfig) -> str | None:
+def _why_not(module: nn.Module, layer: Layer | None, weights: KernelConfig) -> str | None:
+    """Why a selected kernel has no ternary form; None if it has one."""
     if layer is None:
         return None if isinstance(weights, Int8Config) else "Embed takes an Int8Config"
     if isinstance(module, nn.ConvLocal):
@@ -280,11 +302,12 @@ def _is_jitted(kind: type[nn.Module]) -> bool:
     return any(_made_by_jit(method) for method in vars(kind).values() if callable(method))
 
 
-def _made_by_jit(method: Any) -> bool:
+def _made_by_jit(method: Callable[..., Any] | None) -> bool:
     while method is not None:
         code = getattr(method, "__code__", None)
         if code is not None and "transform" in code.co_freevars:
-            cell = method.__closure__[code.co_freevars.index("transform")]
+            cells: Any = method.__closure__
+            cell = cells[code.co_freevars.index("transform")]
             return getattr(cell.cell_contents, "__name__", None) == "jit"
         method = getattr(method, "__wrapped__", None)
     return False
@@ -299,7 +322,7 @@ _EMBED = {
 
 
 def _require_unbound(who: str, bound: bool, name: str) -> None:
-    """Refuses a module that belongs to a scope or a parent already."""
+    """Raises if a module belongs to a scope or a parent already."""
     if bound:
         raise ValueError(
             f"{who}: `model` ({name}) is bound to a parent or a scope. Pass the whole model, or "
@@ -308,7 +331,7 @@ def _require_unbound(who: str, bound: bool, name: str) -> None:
 
 
 def _require_not_ternarized(who: str, already: bool, name: str) -> None:
-    """Refuses a model that is ternarised already."""
+    """Raises if a model is ternarised already."""
     if already:
         raise ValueError(
             f"{who}: `model` ({name}) is ternarised already. Pass the model it was made from; a "

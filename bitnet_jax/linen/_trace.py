@@ -1,4 +1,4 @@
-"""What a linen model says about its kernels: which are ternary, and over which axes.
+"""Which kernels of a linen model are quantised, and over which axes.
 
 A kernel's shape does not tell a convolution from a stacked or an attention
 kernel; the layer that uses it does. So the model runs once, abstractly
@@ -11,39 +11,44 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from flax import linen as nn
 from flax import struct
 from flax.core import meta
+from flax.linen.module import InterceptorContext
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._layers import coverage
 from bitnet_jax._layers.dimensions import Call
 from bitnet_jax._layers.forward import LayerConfig
+from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax._tree.leaves import Leaf, flatten
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import combine, pack_params
-from bitnet_jax._tree.select import Kernels, KernelUse
+from bitnet_jax._tree.select import Kernels, KernelUse, Path
 from bitnet_jax.linen import _in_scope, _interception
+from bitnet_jax.linen._interception import Args, Kwargs
 
-Path = tuple[str, ...]
+# As of model.apply: a name, a function of the module, or None for __call__.
+Method = str | Callable[..., Any] | None
 
 
 def pack(
     model: nn.Module,
-    params: Any,
-    *example_args: Any,
-    method: Any = None,
-    rngs: Any = None,
-    variables: Mapping[str, Any] | None = None,
+    params: PyTree,
+    *example_args: PyTree,
+    method: Method = None,
+    rngs: PyTree = None,
+    variables: Mapping[str, PyTree] | None = None,
     calls: Sequence[Callable[[Any], Any]] = (),
-    **example_kwargs: Any,
-) -> tuple[Any, PackReport]:
-    """Packs every kernel that a model uses as ternary, by axes learned from the model.
+    **example_kwargs: PyTree,
+) -> tuple[PyTree, PackReport | Any]:
+    """Packs every kernel that a model uses as ternary, over the axes of its layers.
 
-    Nothing is computed to learn them: the example's shapes and dtypes are enough.
+    The example's shapes and dtypes are enough: the model is traced, nothing is computed.
 
     Args:
       model: a linen module with ternary layers, or from :func:`ternarize`.
@@ -62,7 +67,7 @@ def pack(
       same ``apply`` runs from it, with the same bits.
 
     Raises:
-      TypeError: ``params`` is no mapping, or a kernel is packed already.
+      TypeError: ``params`` is not a mapping, or a kernel is packed already.
       ValueError: a model without ternary layers, an example that does not fit
         the model, params of other shapes than the model's, a kernel that no
         call reaches, that is used over two sets of axes, or that is stacked
@@ -87,13 +92,13 @@ def pack(
 
 def kernels(
     model: nn.Module,
-    params: Any,
-    *example_args: Any,
-    method: Any = None,
-    rngs: Any = None,
-    variables: Mapping[str, Any] | None = None,
+    params: PyTree,
+    *example_args: PyTree,
+    method: Method = None,
+    rngs: PyTree = None,
+    variables: Mapping[str, PyTree] | None = None,
     calls: Sequence[Callable[[Any], Any]] = (),
-    **example_kwargs: Any,
+    **example_kwargs: PyTree,
 ) -> Kernels:
     """The kernels that a model uses as quantised: a selector that brings their axes.
 
@@ -129,12 +134,20 @@ def kernels(
     return _kernels("kernels", model, params, examples, rngs, variables)
 
 
-def _examples(args: Any, kwargs: Any, method: Any, calls: Sequence[Any]) -> list[_Example]:
+def _examples(
+    args: Args, kwargs: Kwargs, method: Method, calls: Sequence[Callable[[Any], Any]]
+) -> list[_Example]:
+    """The calls that the model is traced with."""
     return [_Example(method, args, kwargs), *(_Example(call, (), {}) for call in calls)]
 
 
 def _kernels(
-    who: str, model: Any, params: Any, examples: Sequence[_Example], rngs: Any, variables: Any
+    who: str,
+    model: nn.Module,
+    params: PyTree,
+    examples: Sequence[_Example],
+    rngs: PyTree,
+    variables: Mapping[str, PyTree] | None,
 ) -> Kernels:
     _checks.require_instance(who, "model", model, nn.Module, "Pass a linen module.")
     _checks.require_instance(who, "params", params, Mapping, "Pass the tree under 'params'.")
@@ -153,10 +166,10 @@ def _kernels(
 
 def explain(
     model: nn.Module,
-    *example_args: Any,
-    method: Any = None,
-    rngs: Any = None,
-    **example_kwargs: Any,
+    *example_args: PyTree,
+    method: Method = None,
+    rngs: PyTree = None,
+    **example_kwargs: PyTree,
 ) -> coverage.Coverage:
     """Which kernels of a model are ternary, and why the others are not.
 
@@ -188,7 +201,7 @@ def explain(
     _checks.require_instance(who, "model", model, nn.Module, "Pass a linen module.")
     keys = {"params": jax.random.key(0)} if rngs is None else rngs
 
-    def init(*args: Any, **kwargs: Any) -> Any:
+    def init(*args: PyTree, **kwargs: PyTree) -> Any:
         return model.init(keys, *args, method=method, **kwargs)
 
     params = _abstract(who, init, example_args, example_kwargs).get("params", {})
@@ -221,15 +234,22 @@ def _row(leaf: Leaf, seen: _Seen) -> coverage.Covered:
 class _Example(NamedTuple):
     """One call of a model."""
 
-    method: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    method: Method
+    args: Args
+    kwargs: Kwargs
 
 
 class _Use(NamedTuple):
-    """What one kernel is used for."""
+    """How one kernel is used.
 
-    config: Any
+    Attributes:
+      config: its quantiser; None: it stays float.
+      why: ``"selected"``, or the reason that it stays float.
+      call: the dimension numbers of the call; None: it stays float.
+      stacked: the axes that were taken off the leaf on the way to its layer.
+    """
+
+    config: KernelConfig | None
     why: str
     call: Call | None
     stacked: tuple[int, ...]
@@ -256,14 +276,14 @@ class _Probe(struct.PyTreeNode, meta.AxisMetadata[Any]):
     def unbox(self) -> Any:
         return self.value
 
-    def replace_boxed(self, val: Any) -> _Probe:
+    def replace_boxed(self, val: PyTree) -> _Probe:
         return self.replace(value=val)
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> _Probe:
+    def add_axis(self, index: int, params: Mapping[Any, Any]) -> _Probe:
         del index, params
         return self.replace(removed=self.removed[:-1])
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> _Probe:
+    def remove_axis(self, index: int, params: Mapping[Any, Any]) -> _Probe:
         del params
         return self.replace(removed=(*self.removed, index))
 
@@ -271,12 +291,12 @@ class _Probe(struct.PyTreeNode, meta.AxisMetadata[Any]):
 def _watch(
     who: str,
     model: nn.Module,
-    params: Any,
+    params: PyTree,
     examples: Sequence[_Example],
-    rngs: Any,
-    variables: Mapping[str, Any],
+    rngs: PyTree,
+    variables: Mapping[str, PyTree],
 ) -> _Seen:
-    """Runs every call abstractly and collects what became of each kernel.
+    """Runs every call abstractly and collects how each kernel is used.
 
     Twice where leaves are stacked: only those are boxed, for a box is a node that
     a layer may trip over (``nn.WeightNorm`` names its own parameters by their paths).
@@ -301,14 +321,16 @@ def _watch(
 def _watch_once(
     who: str,
     model: nn.Module,
-    everything: Any,
+    everything: PyTree,
     examples: Sequence[_Example],
-    rngs: Any,
+    rngs: PyTree,
     leaves: Sequence[Leaf],
 ) -> _Seen:
     seen = _Seen({}, {})
 
-    def observe(module: Any, name: str, call: Call | None, config: Any, leaf: Any) -> None:
+    def observe(
+        module: nn.Module, name: str, call: Call | None, config: LayerConfig | str, leaf: PyTree
+    ) -> None:
         stacked = leaf.removed if isinstance(leaf, _Probe) else ()
         if isinstance(config, LayerConfig):
             use = _Use(config.weights, "selected", call, stacked)
@@ -318,7 +340,9 @@ def _watch_once(
         seen.modules[module.path] = type(module).__name__
         _check_same(who, path, seen.uses.setdefault(path, use), use)
 
-    def visit(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def visit(
+        next_fun: Callable[..., Any], args: Args, kwargs: Kwargs, context: InterceptorContext
+    ) -> Any:
         seen.modules.setdefault(context.module.path, type(context.module).__name__)
         jit_keys.meet(context)
         return next_fun(*args, **kwargs)
@@ -341,9 +365,9 @@ def _watch_once(
 
 
 def _check_shapes(
-    who: str, model: nn.Module, leaves: Sequence[Leaf], example: _Example, keys: Any
+    who: str, model: nn.Module, leaves: Sequence[Leaf], example: _Example, keys: PyTree
 ) -> None:
-    """Names the parameter whose shape is not the model's own, where that is what went wrong."""
+    """Raises if a parameter has another shape than the model makes, and names it."""
     init = functools.partial(model.init, keys, method=example.method)
     token = _in_scope.observer.set(None)
     try:
@@ -359,19 +383,19 @@ def _check_shapes(
         _checks.require_param_shape(who, leaf.where, got, wanted.get(leaf.path, got))
 
 
-def _abstract(who: str, function: Any, args: Any, kwargs: Any) -> Any:
-    """``jax.eval_shape``, its errors with the name of who asked and a remedy."""
+def _abstract(who: str, function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """``jax.eval_shape``; errors of the model get this library's prefix and a remedy."""
     from_us = (NotImplementedError, ValueError, TypeError)
 
-    def only(arrays: bool) -> Any:
-        def kept(leaf: Any) -> Any:
+    def only(arrays: bool) -> PyTree:
+        def kept(leaf: PyTree) -> PyTree:
             return leaf if (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) == arrays else None
 
         return jax.tree.map(kept, (args, kwargs))
 
     static = only(arrays=False)
 
-    def call(arrays: Any) -> Any:
+    def call(arrays: PyTree) -> Any:
         args, kwargs = combine(arrays, static)
         return function(*args, **kwargs)
 
@@ -384,7 +408,7 @@ def _abstract(who: str, function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _check_same(who: str, path: Path, first: _Use, use: _Use) -> None:
-    """Refuses a kernel that two calls use over different axes, or by different rules."""
+    """Raises if two calls use a kernel over different axes or with different configs."""
     if first.call is None or use.call is None:
         if (first.config is None) != (use.config is None):
             _checks.raise_used_two_ways(who, "/".join(path), "as ternary and as float")
@@ -396,7 +420,8 @@ def _check_same(who: str, path: Path, first: _Use, use: _Use) -> None:
         _checks.raise_used_two_ways(who, "/".join(path), how)
 
 
-def _check_reached(who: str, params: Any, seen: _Seen) -> None:
+def _check_reached(who: str, params: PyTree, seen: _Seen) -> None:
+    """Raises if no example call uses a kernel."""
     missed = [
         leaf.where
         for leaf in flatten(who, "params", params)[0]
@@ -409,7 +434,7 @@ def _check_reached(who: str, params: Any, seen: _Seen) -> None:
 
 
 def _example_refused(who: str, error: Exception) -> ValueError:
-    """What to raise where the model does not run on the example."""
+    """The error for a model that does not run on the example."""
     return ValueError(
         f"{who}: the model does not run on `example_args` with these params: "
         f"{type(error).__name__}: {error} Pass what model.apply takes (method=, rngs= and "
@@ -417,7 +442,7 @@ def _example_refused(who: str, error: Exception) -> ValueError:
     )
 
 
-def _raise_never_reached(who: str, paths: Sequence[str]) -> None:
+def _raise_never_reached(who: str, paths: Sequence[str]) -> NoReturn:
     """Reports kernels that no example call uses."""
     raise ValueError(
         f"{who}: no call reaches the kernels {', '.join(paths)}. Pass calls=[lambda m: ...] that "
@@ -426,7 +451,7 @@ def _raise_never_reached(who: str, paths: Sequence[str]) -> None:
 
 
 def _require_stacked_first(who: str, path: str, removed: Sequence[int]) -> None:
-    """Refuses layers that are stacked along another axis than the first."""
+    """Raises unless layers are stacked along their first axis."""
     if any(axis != 0 for axis in removed):
         raise ValueError(
             f"{who}: {path} is stacked along axes {tuple(removed)}; a packed kernel is stacked "

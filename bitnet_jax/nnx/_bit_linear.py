@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._layers import dimensions
@@ -18,6 +20,9 @@ from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._quantize.ternary import B158, TernaryConfig
+
+# What nnx layers take; a ternary one takes None alone.
+OutSharding = NamedSharding | PartitionSpec | None
 
 
 class _Ternary(nnx.Module):
@@ -28,13 +33,13 @@ class _Ternary(nnx.Module):
     weights: TernaryConfig
     activations: ActivationConfig | None
     norm: bool
-    backward_dtype: Any
+    backward_dtype: DTypeLike | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__init__ is not _Ternary.__init__:
             return
-        # What help() and an editor show: the float layer's arguments, and these four.
+        # help() and editors show the float layer's arguments and these four.
         own = inspect.signature(_Ternary.__init__).parameters.values()
         extra = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
         float_ = [*inspect.signature(cls._float.__init__).parameters.values()][1:]
@@ -42,12 +47,12 @@ class _Ternary(nnx.Module):
 
     def __init__(
         self,
-        *args: Any,
+        *args: PyTree,
         weights: TernaryConfig = B158,
         activations: ActivationConfig | None = INT8,
         norm: bool = False,
-        backward_dtype: Any = None,
-        **rest: Any,
+        backward_dtype: DTypeLike | None = None,
+        **rest: PyTree,
     ):
         for name in self._unused:
             default = default_of(self._float, name)
@@ -60,8 +65,13 @@ class _Ternary(nnx.Module):
         self.backward_dtype = backward_dtype
 
     def _forward(
-        self, call_of: Callable[..., dimensions.Call], inputs: Any, *args: Any, strength: Any
+        self,
+        call_of: Callable[..., dimensions.Call],
+        inputs: ArrayLike,
+        *args: str | None,
+        strength: Strength | None,
     ) -> jax.Array:
+        """The layer's output, by the dimension numbers that ``call_of`` gives its inputs."""
         inputs = jnp.asarray(inputs)
         config = LayerConfig(self.weights, self.activations, self.norm, self.backward_dtype)
         module: Any = self
@@ -123,7 +133,7 @@ class BitLinear(_Ternary, nnx.Linear):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         inputs: Float[Array, "*m k"],
-        out_sharding: Any = None,
+        out_sharding: OutSharding = None,
         *,
         strength: Strength | None = None,
     ) -> Float[Array, "*m n"]:
@@ -174,7 +184,11 @@ class BitLinearGeneral(_Ternary, nnx.LinearGeneral):
     _unused = ("promote_dtype", "dot_general", "dot_general_cls", "preferred_element_type")
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, inputs: Float[Array, "..."], out_sharding: Any = None, *, strength: Any = None
+        self,
+        inputs: Float[Array, "..."],
+        out_sharding: OutSharding = None,
+        *,
+        strength: Strength | None = None,
     ) -> Float[Array, "..."]:
         """The layer's output.
 
@@ -221,8 +235,12 @@ class BitConv(_Ternary, nnx.Conv):
     _unused = ("promote_dtype", "conv_general_dilated", "mask", "preferred_element_type")
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, inputs: Float[Array, "*b *s c"], out_sharding: Any = None, *, strength: Any = None
-    ) -> Float[Array, "*b *s n"]:
+        self,
+        inputs: Float[Array, "..."],
+        out_sharding: OutSharding = None,
+        *,
+        strength: Strength | None = None,
+    ) -> Float[Array, "..."]:
         """The layer's output.
 
         Args:
@@ -269,9 +287,9 @@ class BitEinsum(_Ternary, nnx.Einsum):
         self,
         inputs: Float[Array, "..."],
         einsum_str: str | None = None,
-        out_sharding: Any = None,
+        out_sharding: OutSharding = None,
         *,
-        strength: Any = None,
+        strength: Strength | None = None,
     ) -> Float[Array, "..."]:
         """The layer's output.
 
@@ -292,23 +310,25 @@ class BitEinsum(_Ternary, nnx.Einsum):
         return self._forward(einsum_call, inputs, einsum_str, strength=strength)
 
 
-def linear_call(module: Any, x_shape: tuple[int, ...]) -> dimensions.Call:
-    """How inputs of a shape meet the kernel of ``nnx.Linear``."""
+def linear_call(module: nnx.Linear, x_shape: tuple[int, ...]) -> dimensions.Call:
+    """The dimension numbers of a call of ``nnx.Linear``."""
     return dimensions.dense((*x_shape[:-1], module.in_features), module.out_features)
 
 
-def general_call(module: Any, x_shape: tuple[int, ...]) -> dimensions.Call:
-    """How inputs of a shape meet the kernel of ``nnx.LinearGeneral``."""
+def general_call(module: nnx.LinearGeneral, x_shape: tuple[int, ...]) -> dimensions.Call:
+    """The dimension numbers of a call of ``nnx.LinearGeneral``."""
     return dimensions.general(x_shape, module.axis, tuple(module.batch_axis), module.out_features)
 
 
-def conv_call(module: Any, x_shape: tuple[int, ...]) -> dimensions.Call:
-    """How inputs of a shape meet the kernel of ``nnx.Conv``."""
+def conv_call(module: nnx.Conv, x_shape: tuple[int, ...]) -> dimensions.Call:
+    """The dimension numbers of a call of ``nnx.Conv``."""
     return dimensions.conv_of(module, (*x_shape[:-1], module.in_features), module.out_features)
 
 
-def einsum_call(module: Any, x_shape: tuple[int, ...], einsum_str: str | None = None):
-    """How inputs of a shape meet the kernel of ``nnx.Einsum``."""
+def einsum_call(
+    module: nnx.Einsum, x_shape: tuple[int, ...], einsum_str: str | None = None
+) -> dimensions.Call:
+    """The dimension numbers of a call of ``nnx.Einsum``."""
     return dimensions.einsum(x_shape, tuple(module.kernel_shape), einsum_str or module.einsum_str)
 
 
@@ -318,7 +338,7 @@ class Int8Embed(nnx.Embed):
     weights: Int8Config
     activations: ActivationConfig | None
 
-    def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, inputs: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """The rows of the table that ``inputs`` names."""
         _checks.require_unset("Int8Embed", "out_sharding", out_sharding, None)
         inputs = jnp.asarray(inputs)
@@ -326,7 +346,7 @@ class Int8Embed(nnx.Embed):
         table = self.embedding.get_value()
         return embed_lookup("`embedding`", self.weights, table, inputs, self.dtype, None)
 
-    def attend(self, query: Any, out_sharding: Any = None) -> jax.Array:
+    def attend(self, query: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """``query @ embedding.T``."""
         _checks.require_unset("Int8Embed", "out_sharding", out_sharding, None)
         table, query = self.embedding.get_value(), jnp.asarray(query)
@@ -343,7 +363,7 @@ class Int8Embed(nnx.Embed):
         )
 
 
-def trainable(path: tuple[Any, ...], variable: Any) -> bool:
+def trainable(path: tuple[Any, ...], variable: object) -> bool:
     """An nnx filter: parameters that have a gradient, packed kernels left out.
 
     Args:

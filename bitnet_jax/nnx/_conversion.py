@@ -1,4 +1,4 @@
-"""Any NNX model made ternary in place, and packed by the axes of its own layers.
+"""``ternarize`` of an NNX model in place, and ``pack`` over the axes of its layers.
 
 An NNX layer is an object that holds its parameters, so :func:`ternarize` changes
 its class and leaves everything else: the graph, the parameters, whoever holds a
@@ -8,20 +8,23 @@ reference to it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
+from jax.typing import DTypeLike
 
 from bitnet_jax import _checks
 from bitnet_jax._layers import coverage, dimensions
 from bitnet_jax._layers.forward import LayerConfig, layer_config
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
-from bitnet_jax._quantize.ternary import B158, KernelConfig, TernaryConfig
+from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
 from bitnet_jax._tree.select import Kernels, KernelUse, Path, Select, choose
 from bitnet_jax.nnx import _bit_linear
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 _TERNARY: dict[type, type] = {
     nnx.Linear: _bit_linear.BitLinear,
@@ -41,17 +44,17 @@ class _Site(NamedTuple):
     path: Path
     module: Any
     variable: Any
-    inside: str | None  # what changes the kernel on its way to the layer
+    inside: str | None  # the module that changes the kernel on its way to the layer
 
 
 def ternarize(
     model: nnx.Module,
     *,
     select: Select | None = None,
-    weights: TernaryConfig = B158,
+    weights: KernelConfig = B158,
     activations: ActivationConfig | None = INT8,
     norm: bool = False,
-    backward_dtype: Any = None,
+    backward_dtype: DTypeLike | None = None,
 ) -> coverage.Coverage:
     """Makes the layers of a model ternary, in place, and says which.
 
@@ -73,7 +76,7 @@ def ternarize(
       A table, one row for each parameter of rank 2 or more.
 
     Raises:
-      TypeError: ``model`` is no NNX module.
+      TypeError: ``model`` is not an NNX module.
       ValueError: a selector that matches nothing.
       NotImplementedError: a layer that :func:`only` asks for by name and that
         has no ternary form. In all of these, nothing is changed.
@@ -81,6 +84,7 @@ def ternarize(
     Example:
       >>> import jax, bitnet_jax as bj
       >>> from flax import nnx
+    from jax.typing import DTypeLike
       >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
       >>> print(bj.nnx.ternarize(model, select=bj.exclude("out")))
       path          layer           shape  kernel   why
@@ -122,8 +126,10 @@ def _sites(model: nnx.Module) -> Iterator[_Site]:
                 yield _Site((*map(str, path), name), module, variable, inside)
 
 
-def _decide(who: str, site: _Site, config: KernelConfig | None, select: Any):
-    """A kernel's config, or None; and why."""
+def _decide(
+    who: str, site: _Site, config: KernelConfig | None, select: Select | None
+) -> tuple[KernelConfig | None, str]:
+    """A kernel's config, or None; and the reason."""
     if config is None:
         return None, "not selected"
     if is_packed(site.variable.get_value()):
@@ -133,6 +139,7 @@ def _decide(who: str, site: _Site, config: KernelConfig | None, select: Any):
 
 
 def _why_not(site: _Site, config: KernelConfig) -> str | None:
+    """Why a kernel has no ternary form; None if it has one."""
     kind = type(site.module)
     if site.inside is not None:
         return f"{site.inside} changes the kernel before it is used"
@@ -146,7 +153,9 @@ def _why_not(site: _Site, config: KernelConfig) -> str | None:
     return None
 
 
-def _change(module: Any, config: LayerConfig) -> None:
+def _change(layer: nnx.Module, config: LayerConfig) -> None:
+    """Gives a float layer the class of its ternary form, and that class's fields."""
+    module: Any = layer
     kind = type(module)
     if kind in (nnx.Embed, _bit_linear.Int8Embed):
         module.__class__ = _bit_linear.Int8Embed
@@ -158,7 +167,7 @@ def _change(module: Any, config: LayerConfig) -> None:
     module.activations = config.activations
 
 
-def pack(model: nnx.Module) -> tuple[Any, PackReport]:
+def pack(model: Model) -> tuple[Model, PackReport | Any]:
     """A model that runs from packed kernels, and the report of what packing did.
 
     Args:
@@ -179,6 +188,7 @@ def pack(model: nnx.Module) -> tuple[Any, PackReport]:
     Example:
       >>> import jax, bitnet_jax as bj
       >>> from flax import nnx
+    from jax.typing import DTypeLike
       >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
       >>> table = bj.nnx.ternarize(model)
       >>> packed, report = bj.nnx.pack(model)
@@ -212,6 +222,7 @@ def kernels(model: nnx.Module) -> Kernels:
     Example:
       >>> import bitnet_jax as bj
       >>> from flax import nnx
+    from jax.typing import DTypeLike
       >>> model = bj.nnx.BitConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
       >>> stats = bj.analysis.trit_stats(nnx.state(model, nnx.Param), select=bj.nnx.kernels(model))
       >>> [row.path for row in stats.rows]
@@ -231,11 +242,12 @@ def explain(model: nnx.Module) -> coverage.Coverage:
       scale, as ``bj.linen.explain`` returns it.
 
     Raises:
-      TypeError: ``model`` is no NNX module.
+      TypeError: ``model`` is not an NNX module.
 
     Example:
       >>> import bitnet_jax as bj
       >>> from flax import nnx
+    from jax.typing import DTypeLike
       >>> rngs = nnx.Rngs(0)
       >>> body, head = bj.nnx.BitLinear(64, 32, rngs=rngs), nnx.Linear(32, 10, rngs=rngs)
       >>> print(bj.nnx.explain(nnx.Sequential(body, head)))
@@ -299,7 +311,7 @@ def _axes(who: str, where: str, site: _Site) -> dict[str, tuple[int, ...]]:
     return coverage.stacked_axes(n, contracting, batch)
 
 
-def _own_axes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _own_axes(module: nnx.Module) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """A kernel's shape, contracting and batch axes, from the layer's own fields."""
     if isinstance(module, _bit_linear.Int8Embed):
         call: dimensions.Call = dimensions.table((module.num_embeddings, module.features), 1)
@@ -314,5 +326,6 @@ def _own_axes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int,
     elif isinstance(module, nnx.Conv):
         call = _bit_linear.conv_call(module, (1,) * (len(module.kernel_size) + 2))
     else:
+        assert isinstance(module, nnx.Linear)  # the last of _TERNARY
         call = _bit_linear.linear_call(module, (1,))
     return call.kernel_shape, call.contracting_axes, call.batch_axes
