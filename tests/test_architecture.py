@@ -7,8 +7,11 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
+import typing
+from collections import Counter
 
 import pytest
 
@@ -132,6 +135,48 @@ def test_no_cycle_inside_a_room():
     graphlib.TopologicalSorter(below).prepare()  # raises CycleError
 
 
+def test_no_module_name_twice():
+    """A room's own name counts too: ``kernel.py`` is one file, whatever folder it is in."""
+    names = [path.stem.lstrip("_") for path in ROOT.rglob("*.py") if path.stem != "__init__"]
+    rooms = [path.name.lstrip("_") for path in ROOT.iterdir() if path.is_dir()]
+    assert [name for name, n in Counter(names + rooms).items() if n > 1] == []
+
+
+def drawn():
+    """The rooms of the drawing in the guide, room to its floor and what it points at."""
+    page = (ROOT.parent / "examples/guides/architecture.md").read_text()
+    drawing = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)[0]
+    for line in drawing.splitlines()[1:]:
+        floor, room, *_ = line.split()
+        points = line.partition("-> ")[2]
+        yield room, int(floor), set(points.split(", ")) if points else set()
+
+
+def below(room, points):
+    """All that can be reached from a room."""
+    return set().union(*({other} | below(other, points) for other in points.get(room, ())))
+
+
+def test_the_drawing_is_that_of_the_imports():
+    floors = {room: floor for room, floor, _ in drawn()}
+    points = {room: others for room, _, others in drawn()}
+    assert floors == FLOORS
+    real = set(arrows())
+    for room, others in points.items():
+        assert {(room, other) for other in others} <= real  # every arrow is an import
+        assert all(floors[other] < floors[room] for other in others)  # and goes down
+    assert {(a, b) for a, b in real if b not in below(a, points)} == set()  # none is missing
+
+
+def test_the_guide_names_files_that_are_there():
+    page = (ROOT.parent / "examples/guides/architecture.md").read_text()
+    assert len(page.splitlines()) <= 120
+    files = set(re.findall(r"`(\w+/\w+\.py)`", page)) - {"tests/test_architecture.py"}
+    files = {file for file in files if not file.startswith("bitnet_jax/")}
+    assert len(files) > 10
+    assert {file for file in files if not (ROOT / file).exists()} == set()
+
+
 def test_exports_are_frozen():
     assert sorted(EXPORTS) == sorted(bj.__all__)
     assert all(hasattr(bj, name) for name in EXPORTS)
@@ -174,6 +219,80 @@ def test_exports_are_frozen():
     ]
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         bj.nope  # noqa: B018
+
+
+def members(module):
+    """Functions and classes of a module, and what is defined in those classes."""
+    for value in vars(module).values():
+        if getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(value):
+            yield value
+            for member in vars(value).values():
+                member = getattr(member, "fget", getattr(member, "__func__", member))
+                if inspect.isfunction(inspect.unwrap(member)):
+                    yield inspect.unwrap(member)
+        elif callable(value):
+            yield inspect.unwrap(value)
+
+
+@pytest.mark.parametrize("name", ["bitnet_jax", *MODULES])
+def test_annotations_evaluate(name):
+    failed = []
+    for member in members(importlib.import_module(name)):
+        try:
+            typing.get_type_hints(member)
+        except Exception as error:
+            failed.append(f"{member.__qualname__}: {error}")
+    assert failed == []
+
+
+def functions():
+    """Every function of the package, with the file it is in."""
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield path.relative_to(ROOT), node
+
+
+def test_annotations_say_more_than_any():
+    """At most one parameter in twenty is a bare ``Any``, or without an annotation."""
+    bare, count = Counter(), 0
+    for path, node in functions():
+        args = node.args
+        more = [arg for arg in (args.vararg, args.kwarg) if arg]
+        for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, *more):
+            if arg.arg in ("self", "cls", "_"):
+                continue
+            count += 1
+            bare[str(path)] += arg.annotation is None or ast.unparse(arg.annotation) == "Any"
+    assert bare.total() <= 0.05 * count, +bare
+
+
+def test_what_always_raises_says_so():
+    """``raise_*`` is annotated NoReturn, so nobody has to write anything after a call of it."""
+    for path, node in functions():
+        if node.name.lstrip("_").startswith("raise_"):
+            assert ast.unparse(node.returns) == "NoReturn", (path, node.name)
+    for path in ROOT.rglob("*.py"):
+        assert "raise AssertionError" not in path.read_text(), path
+
+
+REPORTS = {
+    "bitnet_jax": ["PackReport"],
+    "bitnet_jax.analysis": ["Comparison", "GradientFlow", "Sensitivity", "TritStats"],
+    "bitnet_jax.sharding": ["Collectives", "TrainingMemory"],
+    "bitnet_jax._layers.coverage": ["Coverage"],
+}
+
+
+@pytest.mark.parametrize("module", REPORTS)
+def test_reports_are_alike(module):
+    for name in REPORTS[module]:
+        report = getattr(importlib.import_module(module), name)
+        assert hasattr(report, "rows") or "rows" in typing.get_type_hints(report), name
+        assert callable(report.to_dict)
+        assert report.__str__ is not object.__str__
 
 
 def public():
