@@ -1,23 +1,14 @@
-<<<<<<< ours
-"""Errors that several rooms raise, one function for each rule.
-
-An error says who refused, which argument, the rule, what arrived, and the
-remedy. ``ValueError`` is for a value or a shape, ``TypeError`` for a kind.
-All checks look at static data (types, shapes, dtypes) unless their name says
-``values``, so they cost nothing under ``jit``.
-
-``who`` is the public function that the user called. A public function checks its
-arguments where they come in, or has a function check them and return a value that
-cannot be wrong (``kernel_spec``). Code behind that takes no ``who`` and raises nothing.
-A check that only one public function uses is private in its module and names it.
-=======
 """Checks that several rooms share, one function for each rule.
 
 ``require_*`` returns or raises; ``raise_*`` always raises. An error says who
 raises, which argument, the rule, what arrived, and the remedy. ``ValueError`` is
 for a value or a shape, ``TypeError`` for a kind. Checks look at static data
 (types, shapes, dtypes), so they cost nothing under ``jit``.
->>>>>>> theirs
+
+``who`` is the public function that the user called. A public function checks its
+arguments where they come in, or has a function check them and return a value that
+cannot be wrong (``kernel_spec``). Code behind that takes no ``who`` and raises nothing.
+A check that only one public function uses is private in its module and names it.
 """
 
 from __future__ import annotations
@@ -25,22 +16,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-<<<<<<< ours
-from typing import NoReturn
-=======
 from typing import NoReturn, SupportsIndex
->>>>>>> theirs
 
 import jax.numpy as jnp
 import numpy as np
 
 
 def require_one_of(who: str, name: str, value: object, allowed: Sequence[object]) -> None:
-<<<<<<< ours
-    """Raises unless the value is one of a short list."""
-=======
     """Raises unless a value is one of a short list."""
->>>>>>> theirs
     if value not in allowed:
         near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -49,20 +32,6 @@ def require_one_of(who: str, name: str, value: object, allowed: Sequence[object]
 
 
 def require_positive(who: str, name: str, value: object) -> None:
-<<<<<<< ours
-    """Raises unless it is a finite number above zero."""
-    if (
-        not isinstance(value, (int, float))
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
-        raise ValueError(f"{who}: `{name}` must be a finite number > 0, got {value!r}.")
-
-
-def require_epsilon(who: str, value: float, most: int = 1) -> None:
-    """Raises unless float32 holds eps as a normal number, and ``most / eps`` as a finite one."""
-=======
     """Raises unless a value is a finite number above zero."""
     finite = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
     if isinstance(value, bool) or not finite:
@@ -71,7 +40,6 @@ def require_epsilon(who: str, value: float, most: int = 1) -> None:
 
 def require_epsilon(who: str, value: float | int, most: int = 1) -> None:
     """Raises unless float32 holds ``eps`` as a normal number and ``most / eps`` as a finite one."""
->>>>>>> theirs
     require_positive(who, "eps", value)
     limits = np.finfo(np.float32)
     smallest, largest = max(float(limits.tiny), most / float(limits.max)), float(limits.max)
@@ -85,11 +53,7 @@ def require_epsilon(who: str, value: float | int, most: int = 1) -> None:
 def require_instance(
     who: str, name: str, value: object, kind: type | tuple[type, ...], remedy: str
 ) -> None:
-<<<<<<< ours
-    """Raises unless an argument has one of these types."""
-=======
     """Raises unless an argument is an instance of ``kind``."""
->>>>>>> theirs
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(k.__name__ for k in kinds)
@@ -97,11 +61,7 @@ def require_instance(
 
 
 def require_float_array(who: str, name: str, value: object) -> None:
-<<<<<<< ours
-    """Raises unless it is an array of floats."""
-=======
     """Raises unless a value is an array of a floating-point dtype."""
->>>>>>> theirs
     dtype = getattr(value, "dtype", None)
     if dtype is None or getattr(value, "shape", None) is None:
         raise TypeError(
@@ -116,21 +76,13 @@ def require_float_array(who: str, name: str, value: object) -> None:
 
 
 def require_static_strength(who: str, value: float) -> None:
-<<<<<<< ours
-    """Raises for a Python strength outside [0, 1]; a traced one has no value yet."""
-=======
     """Raises unless a Python number is from 0 to 1. Values of traced arrays cannot be read."""
->>>>>>> theirs
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{who}: `strength` must be from 0 to 1, got {value!r}.")
 
 
 def describe(value: object) -> str:
-<<<<<<< ours
-    """What arrived, for an error: dtype and shape of an array, else type and value."""
-=======
     """A value in an error: dtype and shape of an array, else type and value."""
->>>>>>> theirs
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is not None and shape is not None:
         return f"{dtype} of shape {tuple(shape)}"
@@ -138,11 +90,7 @@ def describe(value: object) -> str:
 
 
 def require_leaves(who: str, name: str, count: int) -> None:
-<<<<<<< ours
-    """Raises for a tree without arrays."""
-=======
     """Raises if a tree has no leaves."""
->>>>>>> theirs
     if count == 0:
         raise ValueError(
             f"{who}: `{name}` holds no arrays. Pass the tree that model.init returned under "
@@ -174,11 +122,7 @@ def require_selector(who: str, value: object) -> None:
 
 
 def raise_already_packed(who: str, path: str) -> NoReturn:
-<<<<<<< ours
-    """Reports a leaf to quantise that is packed already."""
-=======
     """Reports a leaf that is packed already."""
->>>>>>> theirs
     raise TypeError(
         f"{who}: {path} is packed already. Pass float params, or bj.unpack_params(packed) first."
     )
@@ -201,11 +145,7 @@ def raise_not_finite(who: str, path: str, count: int) -> NoReturn:
 
 
 def require_unset(who: str, name: str, value: object, default: object) -> None:
-<<<<<<< ours
-    """Raises where a field of a float layer is set that a ternary contraction cannot use."""
-=======
     """Raises if a field of a float layer is set that the int8 product replaces."""
->>>>>>> theirs
     if value is not default:
         raise ValueError(
             f"{who}: `{name}` cannot be used, got {value!r}: the contraction is int8 x int8 -> "
@@ -231,11 +171,7 @@ def require_param_shape(who: str, path: str, got: Sequence[int], wanted: Sequenc
 
 
 def raise_used_two_ways(who: str, path: str, how: str) -> NoReturn:
-<<<<<<< ours
-    """Reports a kernel that a model uses in two ways that no packed form serves."""
-=======
     """Reports a kernel that a model uses in two ways: no packed form serves both."""
->>>>>>> theirs
     raise ValueError(
         f"{who}: the kernel at {path} is used {how}. Give each use a kernel of its own, or leave "
         "it in float (select=)."
@@ -243,28 +179,13 @@ def raise_used_two_ways(who: str, path: str, how: str) -> NoReturn:
 
 
 def require_kernel(who: str, w: object, name: str = "w") -> None:
-<<<<<<< ours
-    """Raises unless it can be a kernel: floating point, rank 2 or more, some elements."""
-=======
     """Raises unless a value is a floating-point array of rank 2 or more with elements."""
->>>>>>> theirs
     require_float_array(who, name, w)
     shape = tuple(getattr(w, "shape", ()))
     if len(shape) < 2:
         raise ValueError(
             f"{who}: `{name}` needs at least 2 axes, got shape {shape}. Pass a kernel (in, out)."
         )
-<<<<<<< ours
-    if math.prod(shape) == 0:
-        raise ValueError(
-            f"{who}: `{name}` has no elements, got shape {shape}. Every axis of a "
-            "kernel needs at least one."
-        )
-
-
-def normalize_axes(who: str, name: str, axes: int | Iterable[int], ndim: int) -> tuple[int, ...]:
-    """Axes, non-negative and ascending; raises for axes out of range and for repeats."""
-=======
     if 0 in shape:
         raise ValueError(
             f"{who}: `{name}` has no elements, got shape {shape}. Every axis of a kernel needs at "
@@ -276,7 +197,6 @@ def normalize_axes(
     who: str, name: str, axes: SupportsIndex | Iterable[SupportsIndex], ndim: int
 ) -> tuple[int, ...]:
     """Axes as non-negative and ascending; raises for axes out of range and for repeats."""
->>>>>>> theirs
     given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
     for axis in given:
         if not isinstance(axis, (int, np.integer)) or not -ndim <= axis < ndim:
@@ -293,11 +213,7 @@ def normalize_axes(
 def require_contraction(
     who: str, x_shape: Sequence[int], wanted: Sequence[int], batch: Sequence[int]
 ) -> None:
-<<<<<<< ours
-    """Raises unless activations end with the contraction and start with the batch axes."""
-=======
     """Raises unless x ends with the kernel's contraction and starts with its batch axes."""
->>>>>>> theirs
     tail = tuple(x_shape[len(x_shape) - len(wanted) :])
     head = tuple(x_shape[: len(batch)])
     if len(x_shape) < len(wanted) + len(batch) or tail != tuple(wanted) or head != tuple(batch):
@@ -309,11 +225,7 @@ def require_contraction(
 
 
 def require_embedding_lookup(who: str, index: object, shape: Sequence[int]) -> None:
-<<<<<<< ours
-    """Raises unless integers index a table (vocabulary, features)."""
-=======
     """Raises unless a table has two axes and the index is of integers."""
->>>>>>> theirs
     if len(shape) != 2:
         raise ValueError(
             f"{who}: only an embedding (vocabulary, features) has rows, got shape {tuple(shape)}."
@@ -323,11 +235,7 @@ def require_embedding_lookup(who: str, index: object, shape: Sequence[int]) -> N
 
 
 def raise_prepared(who: str, path: str, implementation: str) -> NoReturn:
-<<<<<<< ours
-    """Reports a prepared leaf where the stored layout is needed."""
-=======
     """Reports a prepared kernel where a stored one is needed."""
->>>>>>> theirs
     raise TypeError(
         f"{who}: {path} is prepared for implementation {implementation!r}, a layout that only "
         "that kernel reads. Pass the stored tree that bj.pack_params or bj.io.load returned."

@@ -223,10 +223,10 @@ def conv(
     rank = len(size)
     _require_conv_input(x_shape, rank, feature_group_count)
     each = [_per_axis(v, rank) for v in (strides, input_dilation, kernel_dilation)]
-    padding, pad, mode = _padding(padding, size, each[2])
+    for_xla, pad, mode = _padding(padding, size, each[2])
     channels = x_shape[-1] // feature_group_count
     convolution = Convolution(
-        (*size, channels), each[0], padding, each[1], each[2], feature_group_count
+        (*size, channels), each[0], for_xla, each[1], each[2], feature_group_count
     )
     return ConvCall((*size, channels, features), convolution, pad, mode)
 

@@ -17,19 +17,12 @@ from jaxtyping import Array, Float, PyTree
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._checks import describe
-<<<<<<< ours
-from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
+from bitnet_jax._packed.kernel import Prepared, Stored, is_packed, is_stored
 from bitnet_jax._packed.pack import pack_quantized, packing_spec
 from bitnet_jax._quantize.config import B158, KernelConfig
 from bitnet_jax._quantize.kernel_axes import AxesLike
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec, require_kernel_config
 from bitnet_jax._quantize.straight_through import fake_quantize_kernel, traced_strength
-=======
-from bitnet_jax._packed.kernel import Prepared, Stored, is_packed, is_stored
-from bitnet_jax._packed.pack import axes_to_pack, pack_quantized
-from bitnet_jax._quantize.kernel_axes import AxesLike, KernelAxes
-from bitnet_jax._quantize.straight_through import fake_quantize_as
->>>>>>> theirs
 from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._tree.leaves import Leaf, flatten, is_box, rebox
 from bitnet_jax._tree.pack_report import PackReport, layer_report, measure, nbytes
@@ -101,28 +94,15 @@ def pack_params(
     return tree, PackReport(tuple(rows), nbytes(before), nbytes(done))
 
 
-<<<<<<< ours
 def spec_of_leaf(who: str, leaf: Leaf, config: KernelConfig, axes: AxesOf | None) -> KernelSpec:
-    """The spec of one kernel to pack; raises all that its shape can be refused for."""
-=======
-def axes_of_leaf(who: str, leaf: Leaf, config: KernelConfig, axes: AxesOf | None) -> KernelAxes:
-    """The axes of one kernel to pack, checked against its shape and config."""
->>>>>>> theirs
+    """The spec of one kernel to pack, checked against its shape and config."""
     contracting, batch = named_axes(who, leaf, axes)
     return packing_spec(f"{who}: {leaf.where}", leaf.value, config, contracting, batch)
 
 
-<<<<<<< ours
 @functools.partial(jax.jit, static_argnames="spec")
-def _pack_measured(w, spec):
+def _pack_measured(w: Float[Array, "..."], spec: KernelSpec) -> tuple[Stored, dict[str, jax.Array]]:
     t, packed = pack_quantized(w, spec)
-=======
-@functools.partial(jax.jit, static_argnames=("config", "axes"))
-def _pack_measured(
-    w: Float[Array, "..."], config: KernelConfig, axes: KernelAxes
-) -> tuple[Stored, dict[str, jax.Array]]:
-    t, packed = pack_quantized(w, config, axes)
->>>>>>> theirs
     return packed, measure(w, t, packed)
 
 
@@ -212,17 +192,11 @@ def fake_quantize_params(
     return jax.tree.unflatten(treedef, done)
 
 
-<<<<<<< ours
-def chosen_leaves(who: str, params: Any, config: KernelConfig, select: Select | None):
-    """Every leaf with its config or None, and the structure; all checked."""
-    require_kernel_config(who, config)
-=======
 def chosen_leaves(
     who: str, params: PyTree, config: KernelConfig, select: Select | None
 ) -> tuple[list[tuple[Leaf, KernelConfig | None]], Any]:
     """Every leaf with its config, None where it stays float, and the tree's structure."""
-    check_config(who, config)
->>>>>>> theirs
+    require_kernel_config(who, config)
     leaves, treedef = flatten(who, "params", params)
     chosen = choose(who, [(leaf.path, leaf.value) for leaf in leaves], config, select)
     for leaf, c in zip(leaves, chosen, strict=True):

@@ -207,11 +207,7 @@ def measure(
     last: Mapping[str, jax.Array] | None,
     config: TernaryConfig,
     axes: kernel_axes.KernelAxes,
-<<<<<<< ours
     near: jax.typing.ArrayLike,
-=======
-    near: float | int,
->>>>>>> theirs
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """A kernel's snapshot, and its statistics as float32 scalars."""
     run = functools.partial(pack_quantized, spec=KernelSpec(config, axes))

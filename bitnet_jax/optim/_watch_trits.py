@@ -10,14 +10,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32, PyTree
 
-from bitnet_jax._quantize.kernel_axes import KernelAxes
 from bitnet_jax._quantize.ternary import B158, TernaryConfig
 from bitnet_jax._tree.select import AxesOf, Select
-from bitnet_jax.analysis._trit_stats import Snapshot, check_previous, measure, watched
+from bitnet_jax.analysis._trit_stats import Snapshot, Watched, check_previous, measure, watched
 from bitnet_jax.optim._gradients import require_params
 from bitnet_jax.optim._hyperparameters import POSITIVE, Scalar, require_integer, require_number
-
-Watched = dict[str, tuple[jax.Array, TernaryConfig, KernelAxes]]
 
 
 class WatchTritsState(NamedTuple):
