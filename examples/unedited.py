@@ -46,6 +46,7 @@ import bitnet_jax as bj
 BATCH = 64
 RAMP = 0.2  # of the steps, over which the strength goes from 0 to 1
 INT8 = bj.Int8Config()
+NAMES = ("ViT", "ConvNet", "Decoder", "ViT (NNX)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +304,7 @@ def summary(results: dict[str, list[Result]]) -> Table:
         ),
     }.items():
         rows.append([label, *(cell(runs) for runs in results.values())])
-    return Table(f"{len(results['ViT'])} seed(s)", ["", *results], rows)
+    return Table("Models that nobody edited", ["", *results], rows)
 
 
 def draw(results: dict[str, list[Result]], path: pathlib.Path) -> None:
@@ -360,30 +361,35 @@ def main(argv: list[str] | None = None) -> dict[str, list[Result]]:
     parser.add_argument("--quick", action="store_true", help="few epochs, a smoke test")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder")
     parser.add_argument("--json", help="where to record the tables")
+    parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES, help="some models")
     args = parser.parse_args(argv)
     epochs = 3 if args.quick else args.epochs
     args.out.mkdir(parents=True, exist_ok=True)
-    text, letters = zen(48)
 
-    images = {"ViT": ViT(), "ConvNet": ConvNet()}
-    results: dict[str, list[Result]] = {name: [] for name in (*images, "Decoder", "ViT (NNX)")}
-    total = epochs * (2 * args.seeds * len(images) + 3 * 2 + 2) + 2 * epochs
-    with tqdm(total=total, unit="epoch", disable=None) as bar:
-        for name, model in images.items():
-            for seed in range(args.seeds):
-                bar.set_description(name)
-                result = run(model, digits(seed), seed, epochs, args.out, bar, whole=seed == 0)
-                results[name].append(result)
-        bar.set_description("Decoder")
-        decoder = Decoder(letters, length=48)
-        results["Decoder"].append(run(decoder, text, 0, epochs, args.out, bar, whole=True))
-        bar.set_description("ViT (NNX)")
-        results["ViT (NNX)"].append(run_nnx(digits(0), 0, epochs, bar))
+    results: dict[str, list[Result]] = {name: [] for name in NAMES if name in args.only}
+    seeds = {name: args.seeds if name in ("ViT", "ConvNet") else 1 for name in results}
+    runs = sum(2 * n + (name != "ViT (NNX)") for name, n in seeds.items())
+    with tqdm(total=epochs * runs, unit="epoch", disable=None) as bar:
+        for name, seed in [(name, i) for name, count in seeds.items() for i in range(count)]:
+            bar.set_description(name)
+            if name == "ViT (NNX)":
+                results[name].append(run_nnx(digits(seed), seed, epochs, bar))
+                continue
+            text, letters = zen(48)
+            model = {"ViT": ViT(), "ConvNet": ConvNet(), "Decoder": Decoder(letters, length=48)}[
+                name
+            ]
+            task = text if name == "Decoder" else digits(seed)
+            result = run(model, task, seed, epochs, args.out, bar, whole=seed == 0)
+            results[name].append(result)
 
-    vit = results["ViT"][0]
-    print(f"\nThe transformer, ternarised:\n\n{vit.coverage}")
-    print(f"\nWhat packing one kernel alone does to the float transformer:\n\n{vit.sensitivity}")
-    print(f"\nThe float transformer, packed without training:\n\n{vit.comparison}")
+    if "ViT" in results:
+        vit = results["ViT"][0]
+        print(f"\nThe transformer, ternarised:\n\n{vit.coverage}")
+        print(
+            f"\nWhat packing one kernel alone does to the float transformer:\n\n{vit.sensitivity}"
+        )
+        print(f"\nThe float transformer, packed without training:\n\n{vit.comparison}")
     print(f"\n{args.seeds} seed(s), {epochs} epochs, {jax.devices()[0].platform}\n")
     table = summary(results)
     print(table)
