@@ -375,20 +375,16 @@ def main(argv: list[str] | None = None) -> dict[str, list[Result]]:
             if name == "ViT (NNX)":
                 results[name].append(run_nnx(digits(seed), seed, epochs, bar))
                 continue
-            text, letters = zen(48)
-            model = {"ViT": ViT(), "ConvNet": ConvNet(), "Decoder": Decoder(letters, length=48)}[
-                name
-            ]
-            task = text if name == "Decoder" else digits(seed)
+            task, letters = zen(48) if name == "Decoder" else (digits(seed), 0)
+            kinds = {"ViT": ViT, "ConvNet": ConvNet}
+            model = Decoder(letters, length=48) if letters else kinds[name]()
             result = run(model, task, seed, epochs, args.out, bar, whole=seed == 0)
             results[name].append(result)
 
     if "ViT" in results:
         vit = results["ViT"][0]
         print(f"\nThe transformer, ternarised:\n\n{vit.coverage}")
-        print(
-            f"\nWhat packing one kernel alone does to the float transformer:\n\n{vit.sensitivity}"
-        )
+        print(f"\nPacking one kernel alone in the float transformer:\n\n{vit.sensitivity}")
         print(f"\nThe float transformer, packed without training:\n\n{vit.comparison}")
     print(f"\n{args.seeds} seed(s), {epochs} epochs, {jax.devices()[0].platform}\n")
     table = summary(results)
