@@ -1,7 +1,7 @@
 """The command line, ``python -m bitnet_jax``.
 
-``doctor`` says how well it works on this machine; ``inspect`` what is in a file; ``verify``
-whether a file is whole.
+``doctor`` checks the installation on this machine, ``inspect`` lists the contents of a
+file, and ``verify`` checks that a file is intact.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(title="commands", metavar="command", required=True)
     _add_doctor(commands)
-    text = "what is in a file of bj.io.save, from its header alone"
+    text = "what a file of bj.io.save contains, reading its header only"
     _add_of_file(commands, "inspect", text, inspect)
-    text = "whether a file of bj.io.save is whole, having read all of it"
+    text = "whether a file of bj.io.save is intact, reading all of it"
     _add_of_file(commands, "verify", text, verify)
     parsed = parser.parse_args(arguments)
     return parsed.run(parsed)
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
-    """Adds ``doctor`` and what it runs."""
-    text = "what is installed, what it runs by, whether its bits are right, and how fast it is"
+    """Adds the command ``doctor``."""
+    text = "what is installed, which kernels run, whether results are right, and how fast it is"
     doctor = commands.add_parser("doctor", help=text, description=f"Prints {text}.")
     doctor.add_argument(
-        "--quick", action="store_true", help="leave out the speed, which takes ten seconds"
+        "--quick", action="store_true", help="skip the speed measurement, which takes ten seconds"
     )
     doctor.set_defaults(run=lambda parsed: _doctor.examine(speed=not parsed.quick))
 
@@ -42,9 +42,9 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
 def _add_of_file(
     commands: argparse._SubParsersAction, name: str, text: str, run: Callable[[str], int]
 ) -> None:
-    """Adds a command that looks at one file."""
+    """Adds a command that reads one file."""
     command = commands.add_parser(name, help=text, description=f"Prints {text}.")
-    command.add_argument("file", help="the file to look at")
+    command.add_argument("file", help="the file to read")
     command.set_defaults(run=lambda parsed: run(parsed.file))
 
 

@@ -1,10 +1,10 @@
-"""What ``python -m bitnet_jax doctor`` prints: is it installed well, right, and fast?
+"""``python -m bitnet_jax doctor``: checks the installation, the results and the speed.
 
-Right: small products have the bits of ``implementation="reference"``, by every
-instruction set that this processor runs. Fast: next to two limits that are measured
-in turn with it. A product with one token reads each kernel once, so its limit is how fast
-this machine reads; with 512 tokens it is how fast the instruction set multiplies what is
-in registers already.
+Results: small products must have the bits of ``implementation="reference"``, with every
+instruction set of this processor. Speed: compared with two limits, which are measured in
+turn with it. A product with one token reads each kernel once, so its limit is the memory
+bandwidth. With 512 tokens the limit is how fast the instruction set multiplies values
+that are already in registers.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from bitnet_jax._packed.kernel import Packed, PackedTernary, Prepared
 from bitnet_jax._packed.pack import pack
 from bitnet_jax._quantize.config import B158, PHASE4, Int8Config, TernaryConfig
 
-Line = tuple[str, str]  # what it is about, and what was found
+Line = tuple[str, str]  # a label and a finding
 
-Candidate = tuple[Callable[[], Any], int]  # what to time, and the bytes or operations of it
+Candidate = tuple[Callable[[], Any], int]  # a function to time, and its bytes or operations
 
 _SAME = "same bits"
 
-# A contraction that ends within a byte row and within a block, outputs within a panel.
+# Sizes that no kernel's blocks divide: K is no multiple of a block, N none of a panel.
 _SHAPE, _GROUP = (300, 100), 60
 
 _ROWS = ((1, jnp.float32), (6, jnp.bfloat16), (70, jnp.float32))
@@ -51,20 +51,20 @@ _CONFIGS = {
 
 
 class Load(NamedTuple):
-    """How much the speed is measured with; by default far more than a cache holds."""
+    """Sizes of the speed measurement; by default far larger than a cache."""
 
     side: int = 8192  # inputs and outputs of each kernel, at two bits a weight
-    kernels: int = 24  # that one token passes through
-    read: int = 16  # kernels in the array that is read
-    rows: int = 512  # tokens of the product that multiplies most of its time
-    seconds: float = 4.0  # for each of the two
+    kernels: int = 24  # kernels that one token passes through
+    read: int = 16  # kernels in the array that measures the bandwidth
+    rows: int = 512  # tokens of the product that is limited by multiplication
+    seconds: float = 4.0  # for each of the two measurements
 
 
 def examine(*, speed: bool = True, load: Load | None = None) -> int:
-    """Prints the report as it comes; returns the exit code, 1 for wrong bits."""
+    """Prints the report line by line; returns the exit code, 1 for wrong bits."""
     _show("versions", _describe_versions())
     _show("native product", _describe_native())
-    _show("preferred here", _describe_picked())
+    _show("preferred here", _describe_preferred())
     title = f"bits of {len(_CONFIGS) * len(_ROWS)} small products against 'reference'"
     wrong = [label for label, text in _show(title, check_bits()) if text != _SAME]
     if speed:
@@ -79,7 +79,7 @@ def examine(*, speed: bool = True, load: Load | None = None) -> int:
 
 
 def _show(title: str, lines: Iterable[Line]) -> list[Line]:
-    """Prints a section; each line at once, for what comes next may take long, or crash."""
+    """Prints a section, flushing each line: the next one may take long, or crash."""
     print(title, flush=True)
     shown = []
     for label, text in lines:
@@ -90,8 +90,8 @@ def _show(title: str, lines: Iterable[Line]) -> list[Line]:
 
 
 def _describe_versions() -> Iterator[Line]:
-    """What runs, and on what."""
-    # By name: a module of the package that imports the package would import upwards.
+    """Versions of the software, and the hardware."""
+    # Imported by name, because imports inside the package only go down.
     yield "bitnet_jax", importlib.import_module("bitnet_jax").__version__
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
     yield "jax", jax.__version__
@@ -103,7 +103,7 @@ def _describe_versions() -> Iterator[Line]:
 
 
 def _describe_native() -> Iterator[Line]:
-    """The library and its instruction sets, or why there is none."""
+    """The native library and its instruction sets, or why there is none."""
     found = native.load()
     if found.library is None:
         yield "library", f"none: {found.reason}"
@@ -116,12 +116,17 @@ def _describe_native() -> Iterator[Line]:
 
 
 def _native_serves() -> bool:
+<<<<<<< ours
     """Whether the native product is what None picks here."""
     return choose(pack(jnp.ones((8, 4)))) == "cpu"
+=======
+    """Whether ``implementation=None`` selects the native product here."""
+    return _choose(pack(jnp.ones((8, 4))), None) == "cpu"
+>>>>>>> theirs
 
 
 def _find_remedy() -> str:
-    """What to do where there is no library."""
+    """How to get the native library."""
     if os.environ.get(native.OFF) == "0":
         return f"unset {native.OFF}"
     if sys.platform == "win32":
@@ -132,8 +137,8 @@ def _find_remedy() -> str:
     return f"install bitnet_jax again; there is a C++ compiler, {compiler}"
 
 
-def _describe_picked() -> Iterator[Line]:
-    """The implementation that None picks, and why not those before it in the table."""
+def _describe_preferred() -> Iterator[Line]:
+    """The implementation that None selects, and why not those before it in the table."""
     for label, config in (("ternary kernel", B158), ("int8 kernel", Int8Config())):
         packed = pack(jnp.ones((8, 4)), config)
         preferred, leaf = choose(packed), prepare(packed)
@@ -142,15 +147,12 @@ def _describe_picked() -> Iterator[Line]:
         for name, row in IMPLEMENTATIONS.items():
             if name == preferred:
                 break
-            yield (
-                "",
-                row.unsupported_reason(packed)
-                or f"{name!r} would be slower here, and runs by name",
-            )
+            slower = f"{name!r} would be slower here; it runs if it is named"
+            yield "", row.unsupported_reason(packed) or slower
 
 
 def check_bits() -> Iterator[Line]:
-    """Small products by each way there is here: ``"same bits"``, or what differs."""
+    """Small products with each implementation: ``"same bits"``, or what differs."""
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.standard_normal(_SHAPE, np.float32))
     stored = {name: pack(w, config) for name, config in _CONFIGS.items()}
@@ -161,10 +163,11 @@ def check_bits() -> Iterator[Line]:
         try:
             leaves = prepare(stored, implementation)
             return _compare(_multiply_all(xs, leaves, implementation), want)
-        except Exception as error:  # whatever it is, it is what was found
+        except Exception as error:  # any error is a finding to print
             return f"FAILS: {error!r}"
 
-    # The native product by each path wherever it runs, and what is preferred where it is not.
+    # With each instruction set of the native product where it runs; and the preferred
+    # implementation where that is another one.
     if not _native_serves():
         preferred = dict.fromkeys(choose(packed, preparing=True) for packed in stored.values())
         yield ", ".join(preferred), judge(None)
@@ -179,10 +182,10 @@ def check_bits() -> Iterator[Line]:
 
 
 def _compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> str:
-    """The verdict on some products."""
+    """Compares products bit by bit; returns the finding."""
     wrong = []
     for name, y in got.items():
-        bits = f"u{y.itemsize}"  # -0 is not 0 here
+        bits = f"u{y.itemsize}"  # as integers, so that -0 and 0 differ
         count = (y.view(bits) != want[name].view(bits)).sum()
         if count:
             wrong.append(f"{count} of {y.size} outputs of {name}")
@@ -194,10 +197,10 @@ def _compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> s
 def _multiply_all(
     xs: list[jax.Array], leaves: Mapping[str, Packed], implementation: Name | None
 ) -> dict[str, np.ndarray]:
-    """Each x times each kernel, by a jit that is new each time."""
+    """Each x times each kernel, in a new jit, so that nothing is cached."""
 
     @jax.jit
-    def run(xs, leaves):
+    def run(xs: list[jax.Array], leaves: Mapping[str, Packed]) -> dict[str, jax.Array]:
         return {
             f"{name}, M = {len(x)}, {x.dtype}": matmul(
                 x, leaf, implementation=implementation, dtype=x.dtype
@@ -210,14 +213,14 @@ def _multiply_all(
 
 
 def measure_speed(load: Load) -> Iterator[Line]:
-    """The two products next to their limits, or why there is nothing to measure."""
+    """The speed of two products next to their limits, or why it is not measured."""
     if not _native_serves():
-        yield "skipped", "the native product does not serve, and these are its limits"
+        yield "skipped", "the native product is not in use, and the limits are for it"
         return
     stored = _make_kernel(load.side)
-    # This first: it takes twice its memory while it is made.
+    # First the array that takes twice its memory while it is made.
     together = _lay_out_together(stored, load.read)
-    # From prepare, each: it asks for large pages, and jnp.copy does not.
+    # Each by prepare, which asks for large pages; jnp.copy does not.
     leaves = [prepare(stored, "cpu") for _ in range(load.kernels)]
     yield "one token", _measure_reading(leaves, together, load)
     yield "", f"({load.kernels} kernels of {load.side}x{load.side}, each read once)"
@@ -225,14 +228,14 @@ def measure_speed(load: Load) -> Iterator[Line]:
 
 
 def _make_kernel(side: int) -> PackedTernary:
-    """A random kernel whose outputs are as large as its inputs: a chain stays in range."""
+    """A random kernel whose outputs are as large as its inputs, so that a chain is stable."""
     codes = np.random.default_rng(0).integers(-1, 2, (side, side), np.int8)
     scale = jnp.full((1, 1), math.sqrt(1.5 / side), jnp.float32)
     return PackedTernary(trits.pack_trits(jnp.asarray(codes), 0), scale, length=side)
 
 
 def _lay_out_together(stored: PackedTernary, count: int) -> jax.Array:
-    """The codes of so many prepared kernels as one array."""
+    """The codes of ``count`` prepared kernels as one array."""
     codes = jnp.broadcast_to(stored.codes, (count, *stored.codes.shape))
     scale = jnp.broadcast_to(stored.scale, (count, *stored.scale.shape))
     stacked = dataclasses.replace(stored, codes=codes, scale=scale)
@@ -240,10 +243,10 @@ def _lay_out_together(stored: PackedTernary, count: int) -> jax.Array:
 
 
 def _measure_reading(leaves: list[Prepared], together: jax.Array, load: Load) -> str:
-    """Bytes a second of a token that passes through all kernels, against mere reading."""
+    """Bytes a second of one token through all kernels, compared with reading alone."""
 
     @jax.jit
-    def run(x, leaves):
+    def run(x: jax.Array, leaves: list[Prepared]) -> jax.Array:
         for leaf in leaves:
             x = matmul(x, leaf)
         return x
@@ -257,11 +260,11 @@ def _measure_reading(leaves: list[Prepared], together: jax.Array, load: Load) ->
     candidates = [(lambda: run(x, leaves), streamed), *map(reader, limits.STREAMS)]
     rate, *reads = _rate_in_turn(candidates, load.seconds)
     limit = max(reads, key=lambda read: float(np.median(read)))
-    return f"{_share(rate, limit, 'GB/s')} that this machine reads"
+    return f"{_share(rate, limit, 'GB/s')} of this machine's bandwidth"
 
 
 def _measure_multiplying(leaf: Prepared, load: Load) -> str:
-    """Operations a second of a product with many tokens, against those of registers alone."""
+    """Operations a second with many tokens, compared with operations on registers alone."""
     x = np.random.default_rng(1).standard_normal((load.rows, load.side), np.float32)
     product = functools.partial(jax.jit(matmul), jnp.asarray(x), leaf)
 
@@ -279,7 +282,7 @@ def _measure_multiplying(leaf: Prepared, load: Load) -> str:
 
 
 def _rate_in_turn(candidates: list[Candidate], seconds: float) -> np.ndarray:
-    """(candidates, rounds) in 1e9 a second; A B A B, for the machine drifts."""
+    """Rates in 1e9 a second, (candidates, rounds); timed in turn, because speed drifts."""
     rounds, warm_up, end = [], 2, math.inf
     while len(rounds) < warm_up + 5 or time.perf_counter() < end:
         rounds.append([amount / _time(run) / 1e9 for run, amount in candidates])
@@ -289,14 +292,14 @@ def _rate_in_turn(candidates: list[Candidate], seconds: float) -> np.ndarray:
 
 
 def _time(run: Callable[[], Any]) -> float:
-    """Seconds until it is done."""
+    """Seconds until the result is ready."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
 
 
 def _share(rate: np.ndarray, limit: np.ndarray, unit: str) -> str:
-    """Medians; of the ratios of a round, the quartiles too."""
+    """The median rate, and the median and quartiles of its share of the limit."""
     low, middle, high = np.percentile(100 * rate / limit, (25, 50, 75))
     share = f"{middle:.0f} % ({low:.0f} to {high:.0f}) of the {np.median(limit):,.1f}"
     return f"{np.median(rate):,.1f} {unit}, {share}"

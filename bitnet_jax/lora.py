@@ -57,7 +57,7 @@ class Adapters:
       alpha: the update of a kernel is ``(alpha / rank) * a @ b``.
     """
 
-    kernels: dict[str, dict[str, jax.Array]]
+    kernels: dict[str, dict[str, Any]]  # a tree.map may put anything in the place of arrays
     alpha: float = dataclasses.field(metadata={"static": True})
 
     @property
@@ -72,7 +72,7 @@ def init(
     *,
     key: jax.Array,
     select: Select | None = None,
-    alpha: float | None = None,
+    alpha: int | float | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Adapters:
     """New adapters, whose update is zero: ``a`` is normal / sqrt(K), ``b`` is 0.

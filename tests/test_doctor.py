@@ -95,13 +95,13 @@ def test_the_command_turned_off_and_without_any_extra():
         ("library", "none: BITNET_JAX_NATIVE=0 turns it off"),
         ("remedy", "unset BITNET_JAX_NATIVE"),
     ]
-    picked = dict(section(done.stdout, "picked here"))
+    picked = dict(section(done.stdout, "preferred here"))
     assert picked["ternary kernel"] == "matmul runs 'reference', prepare lays it out for 'xla'"
     assert picked["int8 kernel"] == "matmul runs 'reference', prepare lays it out as stored"
     assert "'cpu' is not there: BITNET_JAX_NATIVE=0 turns it off" in done.stdout
     assert bits(done.stdout) == [("xla, reference", "same bits")]
     assert (
-        "the native product does not serve" in dict(section(done.stdout, "ten seconds"))["skipped"]
+        "the native product is not in use" in dict(section(done.stdout, "ten seconds"))["skipped"]
     )
 
 
@@ -187,7 +187,7 @@ def test_the_portable_path_alone_is_checked_and_does_not_serve(monkeypatch, caps
     native.load().choose(None)  # the fastest, of all of them again
     text = capsys.readouterr().out
     assert dict(section(text, "native product"))["serves"] == "none, for the reason below"
-    assert "'cpu' would be slower here, and runs by name" in text
+    assert "'cpu' would be slower here; it runs if it is named" in text
     assert bits(text) == [("xla, reference", "same bits"), ("cpu, portable", "same bits")]
     assert "skipped" in dict(section(text, "ten seconds"))
 
@@ -198,7 +198,9 @@ def test_the_speed_is_told_as_shares_of_two_limits(capsys):
     text = capsys.readouterr().out
     found = section(text, "speed, about ten seconds")
     assert [label for label, _ in found] == ["one token", "", "4 tokens"]
-    for (_, line), end in zip(found[::2], ("that this machine reads", "registers"), strict=True):
+    for (_, line), end in zip(
+        found[::2], ("of this machine's bandwidth", "registers"), strict=True
+    ):
         assert " % (" in line
         assert line.endswith(end)
     assert "GB/s" in found[0][1]

@@ -47,7 +47,7 @@ def test_training_memory_is_plain_data():
 def test_a_merge_report_is_plain_data():
     packed = {"kernel": bj.pack(jax.random.normal(jax.random.key(0), (64, 16)))}
     adapters = bj.lora.init(packed, 4, key=jax.random.key(1))
-    report = bj.lora.merge(packed, jax.tree.map(lambda a: a + jnp.float32(0.1), adapters))[1]
+    report = bj.lora.merge(packed, jax.tree.map(lambda a: a + jnp.float32(1.0), adapters))[1]
     (row,) = json.loads(json.dumps(report.to_dict()))["rows"]
     assert row["path"] == report.rows[0].path == "kernel"
     assert row["changed"] == report.rows[0].changed > 0

@@ -18,7 +18,7 @@ from jax import core
 
 from bitnet_jax._checks import describe
 
-Scalar = int | float | jax.Array
+Scalar = int | float | jax.Array | np.ndarray | np.number
 
 ScalarOrSchedule = Scalar | optax.Schedule
 

@@ -10,7 +10,7 @@ uniform gain: in front of Muon the filter only changes the direction of a gradie
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NoReturn, TypeVar, get_args
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 import jax
 import optax
@@ -160,7 +160,9 @@ def mugrokfast(
         _checks.require_one_of(who, "phase", phase, get_args(Phase))
     _require_learning_rate(who, learning_rate, phase)
     preset = PHASES[phase] if phase else MuGrokfastPhase(0.0, lamb=2.0, qk_tau=None)
-    rate = _given(learning_rate, preset.learning_rate)
+    # Any: optax's own annotations leave NumPy's scalars out, and optax takes them.
+    rate: Any = _given(learning_rate, preset.learning_rate)
+    adam_rate: Any = _given(adam_learning_rate, rate)
     decay = _given(weight_decay, preset.weight_decay)
     beta = _given(momentum, preset.momentum)
     tau = _given(qk_tau, preset.qk_tau)
@@ -179,7 +181,7 @@ def mugrokfast(
         nesterov=_given(nesterov, preset.nesterov),
         adam_b1=adam_b1,
         adam_b2=adam_b2,
-        adam_learning_rate=_given(adam_learning_rate, rate),
+        adam_learning_rate=adam_rate,
         muon_weight_dimension_numbers=lambda params: muon_dimensions(
             params, select=select, axes=axes
         ),
