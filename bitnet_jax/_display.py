@@ -43,12 +43,7 @@ def size_text(n: int) -> str:
         return f"{n} B"
     value, units = n / 1000, ["kB", "MB", "GB", "TB"]
     while value >= 1000 and len(units) > 1:
-<<<<<<< ours
-        value /= 1000
-        del units[0]
-=======
         value, units = value / 1000, units[1:]
->>>>>>> theirs
     return f"{value:.1f} {units[0]}"
 
 

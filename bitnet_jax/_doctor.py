@@ -116,13 +116,8 @@ def _describe_native() -> Iterator[Line]:
 
 
 def _native_serves() -> bool:
-<<<<<<< ours
-    """Whether the native product is what None picks here."""
-    return choose(pack(jnp.ones((8, 4)))) == "cpu"
-=======
     """Whether ``implementation=None`` selects the native product here."""
-    return _choose(pack(jnp.ones((8, 4))), None) == "cpu"
->>>>>>> theirs
+    return choose(pack(jnp.ones((8, 4)))) == "cpu"
 
 
 def _find_remedy() -> str:

@@ -189,12 +189,8 @@ def gathered(axes: str) -> list[Gathered]:
         )
         step = jax.jit(jax.value_and_grad(functools.partial(loss_of, net)), **how)
         with on(mesh) if codes else jax.set_mesh(mesh):
-<<<<<<< ours
-            told = bj.sharding.collectives(step.lower(*operands).compile()).of("all-gather").rows
-=======
             program = step.lower(*operands).compile()
         told = bj.sharding.collectives(program).of("all-gather").rows
->>>>>>> theirs
         found = [c for c in told if (c.dtype, c.shape) in kernels]
         dtypes = " ".join(sorted({c.dtype for c in found}))
         rows.append(Gathered(name, dtypes, len(found), sum(c.nbytes for c in found)))
