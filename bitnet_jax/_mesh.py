@@ -1,11 +1,11 @@
 """Runs operations on Auto and on Explicit mesh axes, with the same bits.
 
-Placement follows from JAX's own engine. With **Auto** axes the partitioner decides,
-from how the arguments are placed. With **Explicit** axes every shape has a sharding
-and every operation must say its result's; the halving tree behind a scale cannot (it
-would halve below the mesh), so :func:`in_auto` runs a whole operation with the axes
-made Auto inside and its results' shardings, which its operands decide, said outside.
-The bits are the same: codes are elementwise, the tree is order-fixed, sums are int32.
+With **Auto** axes JAX's partitioner places every operation, from how the arguments are
+placed. With **Explicit** axes every array's type has a sharding, and every operation
+must derive its result's. The halving tree behind a scale cannot: it would halve below
+the number of devices. So :func:`in_auto` makes the axes Auto for one whole operation,
+and gives its results shardings that follow from its operands'. The bits are the same:
+codes are elementwise, the tree is order-fixed, sums are int32.
 
 Public functions and layers call :func:`in_auto`, once for each operation; the functions
 that they run inside it take arrays as they are.
@@ -57,7 +57,7 @@ def spec_of(array: jax.typing.ArrayLike) -> Spec:
 
 
 def is_typed(array: jax.typing.ArrayLike) -> bool:
-    """Whether an array's type says its sharding: the mesh around it has Explicit axes."""
+    """Whether an array's type has its sharding: the mesh around it has Explicit axes."""
     sharding = getattr(jax.typeof(array), "sharding", None)
     return sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
 

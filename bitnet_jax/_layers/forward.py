@@ -53,7 +53,7 @@ def layer_config(
 
 
 class Fields(NamedTuple):
-    """What a float layer says about its arithmetic, and the box that its kernel came in."""
+    """A float layer's dtype and precision, and the box (Flax metadata) around its kernel."""
 
     dtype: DTypeLike | None
     precision: lax.PrecisionLike
@@ -224,7 +224,7 @@ def _require_same_axes(who: str, path: str, wanted: Sequence[int], packed: Seque
     if tuple(wanted) != tuple(packed):
         raise ValueError(
             f"{who}: the packed kernel at {path} contracts over its axes {tuple(packed)}, and the "
-            f"layer over {tuple(wanted)}. Pack with bj.linen.pack or bj.nnx.pack, which learn the "
+            f"layer over {tuple(wanted)}. Pack with bj.linen.pack or bj.nnx.pack, which take the "
             "axes from the model."
         )
 

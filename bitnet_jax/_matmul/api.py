@@ -96,7 +96,7 @@ def matmul(
     lead = x.shape[: x.ndim - len(contraction)]
 
     def run(x: Activations, packed: Packed) -> Float[Array, "..."]:
-        x = x.reshape(*lead, math.prod(contraction))
+        x = x.reshape(*lead, math.prod(contraction))  # (*rows, K)
         if activations is None:
             y = Product().apply(x.astype(dtype), _float_kernel(packed).astype(dtype), precision)
         else:
@@ -136,6 +136,7 @@ def _on_mesh(
     run: Callable[[Activations, Packed], Float[Array, "..."]], x: Activations, packed: Packed
 ) -> Float[Array, "..."]:
     """``run(x, packed)``; on Explicit axes the result is sharded as x's rows and the outputs."""
+    # In canonical order the outputs come last, so the result's last axes are theirs.
     outputs = split(packed)[2]
     placed: _mesh.Spec = (None,) * len(outputs)
     if is_stored(packed):  # a prepared kernel is whole wherever it is
@@ -150,7 +151,7 @@ def embedding_rows(
     if isinstance(packed, PackedInt8):
         return packed.rows(index)
     rows_of = IMPLEMENTATIONS[choose(packed)].rows_of
-    assert rows_of is not None  # whoever prepares an embedding can look it up
+    assert rows_of is not None  # a row that prepares embeddings looks them up
     _checks.require_embedding_lookup("PreparedInt8", index, packed.shape)
 
     def run(index: Int[Array, "..."], packed: PreparedInt8) -> Float[Array, "... features"]:
@@ -173,7 +174,7 @@ def prepare(tree: PyTree, implementation: Name | None = None) -> PyTree:
       implementation: None picks ``"cpu"``, the native one, where this processor has
         more than its portable path, else ``"xla"``. ``"cpu"`` pads each group to 16
         weights along the contraction (int8: to 4), and outputs to 16; ``jax.export``
-        refuses its custom calls, ``"xla"`` travels anywhere.
+        refuses its custom calls, ``"xla"`` runs everywhere.
 
     Returns:
       The tree with ``PreparedTernary`` and ``PreparedInt8`` leaves; where the
@@ -207,6 +208,7 @@ def _prepare_leaf(path: KeyPath, leaf: object, implementation: Name | None) -> o
         _checks.raise_prepared("prepare", where, leaf.implementation)
     if not is_stored(leaf):
         return leaf
+    # A layout is one flat array: made of shards, it would have to be gathered first.
     if _mesh.is_sharded(leaf.codes):
         _require_no_name(where, implementation)
         return leaf
@@ -240,6 +242,7 @@ def _matmul_backward(
     residuals: _Residuals,
     g: Float[Array, "..."],
 ) -> tuple[Float[Array, "..."], None]:
+    # None: codes have no gradient. The input's is a float product, by XLA for every row.
     del activations, name, dtype
     return _input_gradient(Product(), residuals, g.astype(jnp.float32)), None
 
@@ -253,6 +256,7 @@ def _convolve(
 ) -> Float32[Array, "..."]:
     x = jax.lax.stop_gradient(x)
     codes, gamma = activation_codes(x, activations, convolution.token_axes)
+    # Unpacked to int8 here: the window cannot be walked in packed bytes.
     w, scale = _canonical_codes(packed), _canonical_scale(packed)
     return contract_codes(convolution, codes, gamma, w, scale, activations.qmax)
 
@@ -278,6 +282,7 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 def _like(x: Activations) -> jax.Array:
     """An array without elements that remembers a shape and a dtype."""
+    # Residuals are arrays: a leading axis of 0 carries the rest through at no cost.
     return jnp.zeros((0, *x.shape), x.dtype)
 
 
@@ -293,7 +298,7 @@ def _canonical_codes(packed: Packed) -> CanonicalCodes:
     if not isinstance(packed, Prepared):
         return kernel_axes.to_canonical(packed.int8_codes(), packed.axes)
     codes_of = IMPLEMENTATIONS[choose(packed)].codes_of
-    assert codes_of is not None  # whoever prepares can undo it
+    assert codes_of is not None  # a row that prepares has both directions
     return codes_of(packed)
 
 

@@ -67,7 +67,7 @@ def preferred(packed: Packed, preparing: bool) -> bool:
 
     Not where the portable path is all there is: it is there for its bits. And not from
     a stored int8 kernel: XLA multiplies that sooner than it could be laid out, but for
-    a table, which lies the other way round.
+    a table, whose codes are (outputs, contraction).
     """
     if native.load().paths() == ["portable"]:
         return False
@@ -99,6 +99,7 @@ def _lay_out(
 ) -> UInt8[Array, "*b bytes"]:
     """Panels of outputs, flat."""
     n = stored.shape[-2] if spec.table else stored.shape[-1]
+    # A group is laid out on its own, whole panels of it; then flat, as XLA slices fastest.
     size = spec.groups * math.prod(_panel_shape(spec.int8, spec.depth, n))
     shape = jax.ShapeDtypeStruct((*stored.shape[:-2], size), jnp.uint8)
     return jax.ffi.ffi_call(native.LAY_OUT, shape, vmap_method="broadcast_all")(
@@ -118,6 +119,7 @@ def contract(
     rows, k = x.shape[len(batch) : -1], x.shape[-1]
     # The custom calls know (slices, rows, K): batch axes and row axes are flattened.
     x = x.reshape(math.prod(batch), math.prod(rows), k)
+    # The calls write float32 or bfloat16; another dtype is cast from float32.
     wide = jnp.dtype(dtype) if jnp.dtype(dtype) in _FLOATS else _FLOATS[0]
     if isinstance(packed, Prepared):
         codes, scale = packed.codes, packed.scale
@@ -160,6 +162,7 @@ def _spec_of(packed: Packed, activations: ActivationConfig | None, dtype: np.dty
     _, contraction, outputs = split(packed)
     prepared = isinstance(packed, Prepared)
     scale = packed.scale.shape
+    # The scale's lengths along the contraction say how many groups there are.
     groups = scale[-2] if prepared else math.prod(packed.axes.split(scale)[1])
     return _Spec(
         outputs=math.prod(outputs),
@@ -184,6 +187,7 @@ def _product(spec: _Spec) -> Callable[..., jax.Array]:
         return codes if spec.prepared else _lay_out(spec, codes)
 
     def whole(x: Activations, codes: jax.Array, scale: CanonicalScale) -> jax.Array:
+        # This device's outputs: of a stored kernel, its shard has them.
         n = spec.outputs if spec.prepared else codes.shape[1 if spec.table else 2]
         x_codes, gamma = _quantize(x, spec.depth, activations)
         panels = panels_of(spec, codes)
@@ -215,6 +219,7 @@ def _product(spec: _Spec) -> Callable[..., jax.Array]:
             spec.dtype
         )
 
+    # The contraction may be cut between bytes, where one axis is contracted, in one group.
     cut = 1 if spec.int8 else trits.PER_BYTE
     plain = not spec.prepared and spec.groups == 1 and spec.last == spec.depth
     body = shards.Body(
@@ -230,11 +235,12 @@ def _sums(
     spec: _Spec, x: Int8[Array, "b m k"], panels: UInt8[Array, "b bytes"], n: int
 ) -> Int32[Array, "g b m n"]:
     k = x.shape[-1]
+    # Codes of 0 behind each row: the kernel reads whole tiles of 64.
     x = jnp.pad(x, [(0, 0), (0, 0), (0, _stride(k, spec.depth) - k)])
     shape = (x.shape[0], spec.groups, x.shape[1], n)
     call = jax.ffi.ffi_call(native.SUMS, jax.ShapeDtypeStruct(shape, jnp.int32))
     y = call(x, panels, depth=np.int64(spec.depth), int8=spec.int8)
-    return jnp.moveaxis(y, 1, 0)
+    return jnp.moveaxis(y, 1, 0)  # (B, G, M, N) -> (G, B, M, N), as the epilogue has it
 
 
 def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
@@ -249,6 +255,7 @@ def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
         parts = [rows[..., :whole, :, :], rows[..., whole:, :, :]]
         codes = jnp.concatenate([_in_order(_unpacked(part)) for part in parts], axis=-2)
         codes = codes.astype(jnp.int8) - jnp.int8(1)
+    # Without the padding of each group, and of the last panel.
     codes = codes[..., : k // prepared.scale.shape[-2], :n]
     return codes.reshape(*prepared.batch, k, n)
 
@@ -256,6 +263,7 @@ def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
 def rows_of(prepared: PreparedInt8, index: Int[Array, "..."]) -> Int8[Array, "... k"]:
     """Codes of some outputs: rows of an embedding, which contracts over its features."""
     _, panels, rows, _ = _panels_of(prepared).shape
+    # A row of the table is one output: its bytes lie in one panel, 4 of each of its rows.
     panel, output = index // _OUTPUTS, index % _OUTPUTS
     first = panel // _BESIDE * _BESIDE
     beside = jnp.minimum(_BESIDE, panels - first)
@@ -294,6 +302,7 @@ def _by_rows(panels: UInt8[Array, "*g p r 64"]) -> UInt8[Array, "*g r p 64"]:
 def _unpacked(rows: UInt8[Array, "*g r p 64"]) -> UInt8[Array, "*g r4 p 64"]:
     """Blocks of byte rows, whole or one of any length, in the int8 layout."""
     *lead, count, panels, _ = rows.shape
+    # (..., blocks, 16, panels, 64) -> (..., blocks, 4, 16, panels, 64): fields before rows.
     block = min(count, _BLOCK) or 1
     blocks = rows.reshape(*lead, count // block, block, panels, _ROW)
     return trits.fields_of(blocks, axis=-3).reshape(*lead, 4 * count, panels, _ROW)

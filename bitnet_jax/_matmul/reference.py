@@ -23,6 +23,7 @@ def contract(
 ) -> Float[Array, "..."]:
     """Int8 codes of x times the unpacked codes, then the epilogue."""
     x_codes, gamma = activation_codes(x, activations, (-1,))
+    # Four times the packed size: the whole kernel as int8, (*b, K, N).
     codes = kernel_axes.to_canonical(packed.int8_codes(), packed.axes)
     scale = packed.canonical_scale()
     return contract_codes(Product(), x_codes, gamma, codes, scale, activations.qmax).astype(dtype)

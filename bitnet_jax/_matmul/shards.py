@@ -55,8 +55,8 @@ def partitioned(body: Body) -> Callable[..., jax.Array]:
 
     def plan(mesh: Mesh, arguments: Shapes) -> tuple[_Cuts, list[NamedSharding], NamedSharding]:
         cuts = _cuts(body, mesh, arguments)
-        x_cut = bool(names(_spec(arguments[0])[2]))
-        specs, out = _specs(body, cuts, x_cut, arguments[2].shape[-1] > 1)
+        x_sharded = bool(names(_spec(arguments[0])[2]))  # x's contraction is sharded as well
+        specs, out = _specs(body, cuts, x_sharded, arguments[2].shape[-1] > 1)
         return cuts, [NamedSharding(mesh, s) for s in specs], NamedSharding(mesh, out)
 
     def partition(
@@ -109,6 +109,7 @@ def _cuts(body: Body, mesh: AnyMesh, arguments: Shapes) -> _Cuts:
         taken.update(axes)
         return axes
 
+    # Who comes first keeps a mesh axis: rows, then outputs, then the contraction.
     batch, rows = take(x[0], x_shape[0]), take(x[1], x_shape[1])
     if body.codes == "p":
         return _Cuts(batch, rows, (), ())
@@ -116,6 +117,7 @@ def _cuts(body: Body, mesh: AnyMesh, arguments: Shapes) -> _Cuts:
     outputs = take(codes[n], codes_shape[n])
     if not body.step:
         return _Cuts(batch, rows, outputs, ())
+    # Whole steps only: a shard must begin where a byte, or a tile, begins.
     steps = codes_shape[k] // body.step if codes_shape[k] % body.step == 0 else 1
     return _Cuts(batch, rows, outputs, take(codes[k], steps) or take(x[2], steps))
 
@@ -126,12 +128,12 @@ def _spec(argument: jax.ShapeDtypeStruct) -> Spec:
 
 
 def _specs(
-    body: Body, cuts: _Cuts, x_cut: bool, channels: bool
+    body: Body, cuts: _Cuts, x_sharded: bool, channels: bool
 ) -> tuple[list[PartitionSpec], PartitionSpec]:
     """The shardings of the operands and of the result; an x that is whole stays so."""
     batch, rows, outputs, contraction = (axes or None for axes in cuts)
     of = {"k": contraction, "n": outputs, "p": None}
-    x = PartitionSpec(batch, rows, contraction if x_cut else None)
+    x = PartitionSpec(batch, rows, contraction if x_sharded else None)
     codes = PartitionSpec(batch, *(of[axis] for axis in body.codes))
     scale = PartitionSpec(batch, None, outputs if channels else None)
     return [x, codes, scale], PartitionSpec(batch, rows, outputs)

@@ -43,6 +43,7 @@ def prepare(packed: PackedTernary) -> Prepared:
     """Cuts the kernel into blocks of output columns."""
     rows = canonical_bytes(packed)
     n = rows.shape[-1]
+    # The last block is filled up with columns of code 0, which are cut off after the product.
     columns = min(_COLUMNS, n)
     blocks = -(-n // columns)
     short = [(0, 0)] * (rows.ndim - 1) + [(0, blocks * columns - n)]
@@ -60,7 +61,7 @@ def contract(
 ) -> Float[Array, "..."]:
     """Int8 codes of x times the packed codes, block by block, then the epilogue."""
     if isinstance(packed, PackedTernary):
-        codes = canonical_bytes(packed)[..., None, :, :]
+        codes = canonical_bytes(packed)[..., None, :, :]  # one block of all columns
         scale = packed.canonical_scale()
         _, contraction, outputs = packed.axes.split(packed.shape)
     else:
@@ -68,7 +69,7 @@ def contract(
         contraction, outputs = packed.contraction, packed.outputs
     x_codes, gamma = activation_codes(x, activations, (-1,))
     rows = _byte_rows(x_codes, contraction, scale.shape[-2])
-    sums = _sums(rows, codes)[..., : math.prod(outputs)]
+    sums = _sums(rows, codes)[..., : math.prod(outputs)]  # without the padding columns
     return group_epilogue(sums, gamma, scale, activations.qmax).astype(dtype)
 
 
@@ -85,6 +86,7 @@ def unsupported_reason(packed: Packed) -> str | None:
     if isinstance(packed, Prepared) or not isinstance(group, int):
         return None
     _, contraction, _ = packed.axes.split(packed.shape)
+    # A byte that two groups share could not be summed for each.
     on_bytes = group % trits.PER_BYTE == 0 and contraction[-1] % trits.PER_BYTE == 0
     if on_bytes or group == math.prod(contraction):
         return None
@@ -112,6 +114,7 @@ def _byte_rows(
 ) -> Int8[Array, "*rows g r 4"]:
     """x as (*rows, groups, byte rows, 4), padded with zeros where the bytes are."""
     lead, (*outer, last) = x.shape[:-1], contraction
+    # Bytes lie along the last contracting axis: each run of it is padded on its own.
     bytes_each = trits.packed_length(last)
     x = x.reshape(*lead, math.prod(outer), last)
     short = bytes_each * trits.PER_BYTE - last
@@ -126,7 +129,7 @@ def _sums(
     """Int32 sums of each group; the rows start with the kernel's batch axes."""
     if codes.ndim > 3:  # one batch axis at a time; groups stay in front
         return jax.vmap(_sums, out_axes=1)(rows, codes)
-    lead, (groups, *each) = rows.shape[:-3], rows.shape[-3:]
+    lead, (groups, *each) = rows.shape[:-3], rows.shape[-3:]  # each: byte rows, and 4
     sums = _row_sums(rows.reshape(math.prod(lead), groups, *each), codes)
     return jnp.moveaxis(sums, 1, 0).reshape(groups, *lead, sums.shape[-1])
 

@@ -98,10 +98,12 @@ def contract(
 ) -> Float[Array, "..."]:
     """x times a canonical kernel, by a path for each kind of activations and strength."""
     if spec.activations is None:
+        # Weight-only: a float product with the kernel on its grid, and XLA's own gradient.
         with spec.on_mesh():
             quantized = quantize_canonical(lax.stop_gradient(w), spec.config)
             w_hat = straight_through(w, dequantize_canonical(*spec.whole(*quantized)), phase)
         return spec.operator.apply(x.astype(dtype), w_hat.astype(dtype), precision)
+    # A traced strength has a path of its own: it saves float operands, not codes.
     y = _int8_dot(spec, x, w) if phase is None else _phased_dot(spec, x, w, phase)
     return cast(jax.Array, y).astype(dtype)  # custom_vjp loses the type
 
@@ -129,6 +131,7 @@ def _int8_dot_forward(
     spec: Contraction, x: Activations, w: CanonicalKernel
 ) -> tuple[Float32[Array, "..."], _Residuals]:
     with spec.on_mesh():
+        # Before the gather: each shard is quantised where it is.
         codes, gamma = spec.quantized(x)
         w_codes, scale = quantize_canonical(w, spec.config)
         y = contract_codes(spec.operator, codes, gamma, *spec.whole(w_codes, scale), spec.qmax)
@@ -163,7 +166,7 @@ def contract_codes(
     qmax: int,
 ) -> Float32[Array, "..."]:
     """The integer sums of codes, and the epilogue."""
-    sums = operator.sums(codes, w_codes, scale.shape[-2])
+    sums = operator.sums(codes, w_codes, scale.shape[-2])  # (groups, ...), int32, exact
     return group_epilogue(sums, gamma, scale, qmax)
 
 
@@ -177,6 +180,7 @@ def input_gradient(
 ) -> Float32[Array, "..."]:
     """``g w_q^T``; a scale without groups is applied to g, which is smaller than w."""
     if scale.shape[-2] == 1:
+        # (g * s) w_codes^T: a scale for each output, or one, leaves the sum over outputs.
         return operator.to_input(g * align_scale(scale, g.ndim), codes, x_shape, dtype)
     return operator.to_input(g, dequantize_canonical(codes, scale), x_shape, dtype)
 
@@ -203,6 +207,7 @@ def _blends(
     spec: Contraction, x: Activations, w: CanonicalKernel, strength: Float32[Array, ""]
 ) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
     """x and w on their way from float to codes."""
+    # No gather here: below strength 1 the float kernel itself is needed.
     w_hat = dequantize_canonical(*quantize_canonical(w, spec.config))
     return blend(x, spec.dequantized(x), strength), blend(w, w_hat, strength)
 
@@ -219,9 +224,11 @@ def _phased_dot_backward(
     g: Float32[Array, "..."],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float32[Array, ""]]:
     x, w, strength = residuals
+    # The products of the blends; each blend's own derivative is straight through, that is 1.
     x_mix, w_mix = _blends(spec, x, w, strength)
     dw = spec.operator.to_kernel(x_mix, g, w.shape, spec.backward_dtype)
     dx = spec.operator.to_input(g, w_mix, x.shape, spec.backward_dtype)
+    # A strength is a schedule, not a parameter.
     return dx.astype(x.dtype), dw.astype(w.dtype), jnp.zeros_like(strength)
 
 

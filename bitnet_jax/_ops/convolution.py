@@ -23,11 +23,11 @@ from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped
 
 from bitnet_jax._quantize.arrays import Activations, AnyArray, DTypeLike, Kernel
 
-_EXACT = 2**24
+_EXACT = 2**24  # float32 has 24 bits of significand
 
 
 class Convolution(NamedTuple):
-    """How x (examples, *space, channels) meets a kernel (*window, outputs).
+    """The operator of a convolution: x (examples, *space, channels), kernel (*window, outputs).
 
     Attributes:
       window: lengths of the kernel's space and of its input channels.
@@ -62,6 +62,7 @@ class Convolution(NamedTuple):
         def one(index: Int32[Array, ""]) -> Int32[Array, "b *out n"]:
             return self._int32(x, jnp.where((group == index)[:, None], w, jnp.int8(0)))
 
+        # One group after another: all at once would hold as many kernels as there are groups.
         return lax.map(one, jnp.arange(groups))
 
     def _int32(
@@ -93,7 +94,7 @@ class Convolution(NamedTuple):
         dtype: DTypeLike,
     ) -> Float32[Array, "b *space c"]:
         """The transpose in x: the gradient of the input."""
-        w = w.astype(dtype)
+        w = w.astype(dtype)  # codes or floats: linear in x all the same
         return _transposed(lambda x: self.apply(x, w), x_shape, g, dtype)
 
     def to_kernel(
@@ -142,6 +143,6 @@ def _transposed(
     dtype: DTypeLike,
 ) -> Float32[Array, "..."]:
     """g through the transpose of a linear function of an array of this shape."""
-    like = jax.ShapeDtypeStruct(shape, dtype)
+    like = jax.ShapeDtypeStruct(shape, dtype)  # a shape is enough: nothing is computed with it
     (gradient,) = jax.linear_transpose(linear, like)(g.astype(dtype))
     return gradient.astype(jnp.float32)

@@ -24,8 +24,8 @@ def gather_codes(*axes: str) -> Iterator[None]:
     """Layers inside gather the codes of their kernels over these mesh axes, not the floats.
 
     For FSDP, where kernels are sharded over the mesh axes of the batch: each shard is
-    quantised where it lies, its codes are gathered at two bits a weight (eight for
-    ``Int8Config``, or where a shard is no multiple of four weights), in the forward pass
+    quantised on its own device, and its codes are gathered at two bits a weight (eight for
+    ``Int8Config``, or where a shard is not a multiple of four weights), in the forward pass
     and again in the backward one. Sixteen times fewer bytes than a float32 kernel, and
     the same bits in codes, scales and sums. Left to itself, XLA gathers int8 codes in the
     forward pass, and in the backward one keeps them or gathers them as float32.
@@ -42,7 +42,7 @@ def gather_codes(*axes: str) -> Iterator[None]:
       A context manager.
 
     Raises:
-      TypeError: an axis that is no name. Inside, ValueError: a kernel whose placement
+      TypeError: an axis that is not a name. Inside, ValueError: a kernel whose sharding
         is not known, or no mesh (``jax.set_mesh``).
 
     Example:
@@ -74,8 +74,8 @@ class Gather(NamedTuple):
 
     Attributes:
       mesh: with Auto axes, at least those of the specs.
-      shards: how the codes (*batch, K, N) lie.
-      whole: how the product needs them.
+      shards: the sharding of the codes (*batch, K, N).
+      whole: the sharding that the product needs.
       packs: whether each shard is a whole number of bytes of four codes.
     """
 
@@ -126,6 +126,7 @@ def gather_of(
       two_bits: whether the codes are trits.
     """
     asked = set(_gathered.get())
+    # Auto axes say nothing in types: without the context manager, XLA gathers as it likes.
     if explicit is None and not asked:
         return None
     if asked:
@@ -135,8 +136,10 @@ def gather_of(
     # Codes are gathered over the axes asked for, and over those that the rows take.
     batch = {a for entry in rows for a in names(entry)}
     lost = (asked | batch) & {a for part in kernel for entry in part for a in names(entry)}
-    if not lost:
+    if not lost:  # sharded over other axes alone, those of the contraction or the outputs
         return None
+    # Canonical codes have one axis for the contraction and one for the outputs. Flattened in
+    # C order, they keep a sharding of the first of their axes, and no other.
     merged = [_merged(part) for part in kernel[1:]]
     if None in merged:
         _require_first_axis_sharded(who, not asked, kernel)

@@ -47,6 +47,7 @@ def merge_rows(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         size: int, mapped: Sequence[bool], x: jax.Array, *weights: jax.Array
     ) -> tuple[jax.Array, bool]:
         x_mapped, *weights_mapped = mapped
+        # Each example has weights of its own: a batched product, as vmap would make it.
         if any(jax.tree.leaves(weights_mapped)):
             in_axes = (0 if x_mapped else None, *_in_axes(weights_mapped))
             return jax.vmap(product, in_axes=in_axes, axis_size=size)(x, *weights), True
@@ -71,6 +72,7 @@ def rows_padded(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.
     """Runs a product of rows with a lone row padded to a few."""
     if x.shape[0] != 1:
         return product(x)
+    # Rows of zeros; integers, so the first row's sums are what they would be alone.
     short = [(0, _FEWEST_ROWS - 1)] + [(0, 0)] * (x.ndim - 1)
     return product(jnp.pad(x, short))[:1]
 
@@ -84,6 +86,7 @@ def int_dot(x: Int8[Array, "*rows k"], w: CanonicalCodes) -> Int32[Array, "*rows
     """Exact int32 sums of int8 codes over the contraction, slice by slice."""
     batch = w.ndim - 2
     if batch:
+        # Batch axes lead in both; x's last axis meets w's second to last.
         lead = tuple(range(batch))
         dims = (((x.ndim - 1,), (batch,)), (lead, lead))
         return lax.dot_general(x, w, dims, preferred_element_type=jnp.int32)
@@ -121,9 +124,10 @@ def epilogue(
     contracted into the last product. In a token with NaN or Inf it is NaN, and
     so is the token's output.
     """
-    scale = align_scale(scale, sums.ndim)
+    scale = align_scale(scale, sums.ndim)  # (*b, 1, m) -> (*b, 1, ..., 1, m) beside the rows
     zero = gamma * 0.0 + scale * 0.0
     step = scale * np.float32(1 / qmax)
+    # This association is the promise: float32 products do not commute past a rounding.
     return ((sums.astype(jnp.float32) * gamma) * (step + zero)) * (1.0 + zero)
 
 
@@ -156,6 +160,7 @@ class Product(NamedTuple):
     with the kernel's batch axes.
     """
 
+    # A token is one row: the last axis of x.
     @property
     def token_axes(self) -> tuple[int, ...]:
         """The axes of x that share one gamma."""
@@ -199,6 +204,7 @@ class Product(NamedTuple):
     ) -> Float32[Array, "*b k n"]:
         """``x^T g`` over every row axis."""
         batch = len(w_shape) - 2
+        # Slices stay apart, all other rows are summed over.
         lead, rows = tuple(range(batch)), tuple(range(batch, g.ndim - 1))
         return _float32_dot(x, g, ((rows, rows), (lead, lead)), dtype)
 
@@ -209,6 +215,7 @@ def _float32_dot(
     dims: lax.DotDimensionNumbers,
     dtype: DTypeLike,
 ) -> Float32[Array, "..."]:
+    # Operands may be bfloat16, or int8 codes; the sum is float32 in every case.
     a, b = a.astype(dtype), b.astype(dtype)
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 

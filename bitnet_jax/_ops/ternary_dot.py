@@ -97,6 +97,7 @@ def ternary_dot(
     spec = _checked(who, x, w, weights, activations, contracting_axes, batch_axes)
     batch, contraction, outputs = spec.axes.split(w.shape)
     _checks.require_contraction(who, x.shape, contraction, batch)
+    # x is (*lead, *contraction); lead starts with the kernel's batch axes.
     lead = x.shape[: x.ndim - len(contraction)]
     rows = _mesh.spec_of(x)[: len(lead)]
     parts, gather = _placement(who, rows, w, spec, kernel_spec)
@@ -105,6 +106,7 @@ def ternary_dot(
     dtype = dtype or jnp.promote_types(x.dtype, w.dtype)
 
     def run(x: Activations, w: Kernel, phase: Phase) -> Float[Array, "..."]:
+        # To (*rows, K) times (*b, K, N), and the outputs' axes back.
         x = x.reshape(*lead, math.prod(contraction))
         w = kernel_axes.to_canonical(w, spec.axes)
         return contract(product, x, w, phase, dtype, precision).reshape(*lead, *outputs)
@@ -131,6 +133,7 @@ def ternary_conv(
     spec = _checked(who, x, w, weights, activations, tuple(range(w.ndim - 1)), ())
     parts, gather = _placement(who, _mesh.spec_of(x)[:1], w, spec, kernel_spec)
     backward = np.dtype(backward_dtype or jnp.float32)
+    # All axes but the outputs are contracted: the window, and the channels of a group.
     product = Contraction(convolution, weights, activations, backward, gather)
     dtype = dtype or jnp.promote_types(x.dtype, w.dtype)
 
@@ -166,6 +169,7 @@ def _placement(
 ) -> tuple[tuple[_mesh.Spec, _mesh.Spec, _mesh.Spec], Gather | None]:
     """The kernel's sharding, (batch, contraction, outputs), and how its codes are gathered."""
     _require_kernel_spec(who, kernel_spec, w.ndim)
+    # On Explicit axes the type has the sharding, and the argument is not needed.
     typed = _mesh.is_typed(w)
     entries = _mesh.spec_of(w) if typed else kernel_spec or ()
     parts = spec.axes.split(_mesh.padded(entries, w.ndim))

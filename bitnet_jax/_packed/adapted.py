@@ -32,8 +32,8 @@ class Adapted:
 
     Attributes:
       base: the packed kernel.
-      a: float array, x meets it first.
-      b: float array.
+      a: float array, the first factor: x A.
+      b: float array, the second: (x A) B.
       scale: alpha over rank.
     """
 

@@ -209,7 +209,7 @@ class PackedInt8(_Stored):
 
         Raises:
           TypeError: the index is not of integers.
-          ValueError: a kernel that is no (vocabulary, features).
+          ValueError: the kernel is not an embedding (vocabulary, features).
         """
         _checks.require_embedding_lookup("PackedInt8.rows", index, self.shape)
         features = _mesh.spec_of(self.codes)[1:]

@@ -65,7 +65,7 @@ def packing_spec(
     contracting_axes: AxesLike | None,
     batch_axes: AxesLike,
 ) -> KernelSpec:
-    """The spec of a kernel to pack; raises all that its type, shape and config are refused for."""
+    """:func:`contraction_spec` of a kernel to pack: its batch axes come first."""
     spec = contraction_spec(who, w, config, contracting_axes, batch_axes)
     _require_leading_batch_axes(who, spec.axes.batch)
     return spec

@@ -26,14 +26,16 @@ if TYPE_CHECKING:
 else:
     AnyArray = Array | np.ndarray
 
+# A parameter or activations: float32, bfloat16 or float16, of any rank.
 Kernel = Float[AnyArray, "..."]
 Activations = Float[AnyArray, "..."]
 
-# Of a kernel's rank.
+# Of a kernel's rank. Codes are -1, 0, +1, or int8 in [-127, 127].
 Codes = Int8[Array, "..."]
 Scale = Float32[Array, "..."]
 PackedCodes = UInt8[Array, "..."]
 
+# The same in canonical order, which all maths runs on.
 CanonicalKernel = Float[AnyArray, "*b k n"]
 CanonicalCodes = Int8[Array, "*b k n"]
 CanonicalScale = Float32[Array, "*b g m"]

@@ -131,10 +131,14 @@ class ActivationConfig:
 
 KernelConfig = TernaryConfig | Int8Config
 
+# The quantiser of b1.58: one scale for the kernel, a code is 0 up to half of the mean.
 B158 = TernaryConfig()
 
+# One scale for each output, and a low threshold: few weights become 0.
 PHASE4 = TernaryConfig(threshold=0.1, granularity="channel", eps=1e-8)
 
+# Ternary weight networks: the scale is the mean of the weights that are kept.
 TWN = TernaryConfig(scale="survivors", threshold=0.7, granularity="channel")
 
+# One token, one scale, codes in [-127, 127].
 INT8 = ActivationConfig()

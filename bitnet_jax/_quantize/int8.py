@@ -84,6 +84,7 @@ def activation_codes(
     x: Activations, config: ActivationConfig, shared: tuple[int, ...]
 ) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
     """Codes of x, and gamma over the ``shared`` axes, kept."""
+    # Gamma from float32, whatever x is: bfloat16 values are widened before the maximum.
     gamma = gamma_of(x, config, shared)
     return codes_at(x, gamma, config), gamma
 
@@ -107,6 +108,7 @@ def dequantize_activations(
     codes: Int8[Array, "..."], gamma: Float32[Array, "..."], config: ActivationConfig
 ) -> Float32[Array, "..."]:
     """Codes times their step ``gamma * float32(1 / qmax)``."""
+    # A reciprocal made here, in float32: XLA replaces divisions by constants in some programs.
     return codes.astype(jnp.float32) * (gamma * np.float32(1 / config.qmax))
 
 
@@ -115,6 +117,7 @@ def quantize_channels(
 ) -> tuple[CanonicalCodes, Float32[Array, "*b 1 n"]]:
     """Codes in [-127, 127] of a canonical kernel and the step of each output channel."""
     wide = w.astype(jnp.float32)
+    # The maximum runs over the contraction: one scale for each output, (*b, 1, n).
     floor = jnp.maximum(_largest(wide, (-2,)), np.float32(config.eps))
     codes = jnp.round(wide * (np.float32(LARGEST_INT8) / floor)).astype(jnp.int8)
     # The runtime 0 keeps this constant from being folded with the epilogue's.
@@ -126,5 +129,6 @@ def _largest(x: Float[AnyArray, "..."], axes: tuple[int, ...]) -> Float32[Array,
 
     XLA's maximum on CPUs drops NaN where its input has 4096 elements or more.
     """
+    # Inf in place of NaN survives the maximum, and a gamma of Inf makes the output NaN.
     magnitudes = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
     return jnp.max(magnitudes, axis=axes, keepdims=True, initial=0.0)

@@ -51,8 +51,9 @@ def resolve(
 ) -> KernelAxes:
     """Names every axis of ``w``; a 2-D kernel (in, out) needs no help."""
     batch = _checks.normalize_axes(who, "batch_axes", batch_axes, w.ndim)
-    rest = [axis for axis in range(w.ndim) if axis not in batch]
+    rest = [axis for axis in range(w.ndim) if axis not in batch]  # contracted, or outputs
     if contracting_axes is None:
+        # (in, out) beside the batch axes: the first of the two meets x.
         _require_known_axes(who, w.shape, len(batch))
         contracting = (rest[0],)
     else:
@@ -76,6 +77,7 @@ def from_canonical(
     outputs: Sequence[int],
 ) -> Shaped[AnyArray, "..."]:
     """Undoes :func:`to_canonical`, for an array with these lengths of the two parts."""
+    # First the flattened axes apart, in the order of `order`; then each back to its place.
     lead = c.shape[:-2]
     inverse = sorted(range(len(axes.order)), key=axes.order.__getitem__)
     return c.reshape(*lead, *contraction, *outputs).transpose(inverse)
@@ -87,6 +89,7 @@ def group_grid(contraction: Sequence[int], group: int) -> tuple[int, ...] | None
     None where groups do not tile the contraction: a group is a run along the last
     axis, or whole last axes times a run along the one before.
     """
+    # From the last axis backwards: `left` is how much of a group is still to be covered.
     grid, left = [], group
     for length in reversed(contraction):
         if left % length == 0:  # this axis lies inside one group

@@ -1,8 +1,8 @@
 """``KernelSpec``: how one kernel is quantised, checked once, where the kernel comes in.
 
 Public functions make one with :func:`kernel_spec` (or :func:`contraction_spec`, or
-``pack.packing_spec``), which raises all that a kernel's type, shape, axes and config can
-be refused for. Code that takes a spec checks nothing more.
+``pack.packing_spec``), which checks the kernel's type, shape, axes and config. Code that
+takes a spec checks nothing more.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class KernelSpec(NamedTuple):
         """The lengths of a scale along the contracting axes."""
         if not isinstance(self.config.granularity, int):
             return (1,) * len(contraction)
+        # Groups run along the flattened contraction; the scale keeps the kernel's rank.
         grid = kernel_axes.group_grid(contraction, self.config.granularity)
         assert grid is not None  # kernel_spec has looked
         return grid
@@ -46,7 +47,8 @@ def kernel_spec(
     contracting_axes: AxesLike | None,
     batch_axes: AxesLike,
 ) -> KernelSpec:
-    """The spec of a kernel to quantise; raises what its type, shape and config are refused for."""
+    """The spec of a kernel to quantise; raises unless type, shape, axes and config are right."""
+    # What later checks read comes first: a config, then an array with axes, then their names.
     require_kernel_config(who, config)
     _checks.require_kernel(who, w)
     axes = kernel_axes.resolve(who, w, contracting_axes, batch_axes)
@@ -63,6 +65,7 @@ def contraction_spec(
 ) -> KernelSpec:
     """:func:`kernel_spec` of a kernel whose codes are to be summed in int32."""
     spec = kernel_spec(who, w, config, contracting_axes, batch_axes)
+    # A ternary sum is at most 127 * K: int32 is full only at K = 16.9 million.
     if isinstance(config, Int8Config):
         _require_int32_sums(who, math.prod(spec.axes.split(w.shape)[1]))
     return spec
@@ -87,7 +90,7 @@ def _require_whole_groups(who: str, config: KernelConfig, contraction: tuple[int
 
 def _require_int32_sums(who: str, length: int) -> None:
     """Raises where the integer sums of an int8 kernel could leave int32."""
-    most = (2**31 - 1) // (127 * 127)
+    most = (2**31 - 1) // (127 * 127)  # 127 is the largest code of x and of w
     if length > most:
         raise ValueError(
             f"{who}: an int8 kernel may contract over {most} weights, got {length}; more could "

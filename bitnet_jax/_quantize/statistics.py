@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32
 
-SHIFT = np.float32(2.0**-32)
+SHIFT = np.float32(2.0**-32)  # a power of two: exact for weights above 2**-94
 
 UNSHIFT = np.float32(2.0**32)
 
@@ -28,6 +28,7 @@ _LARGEST = np.float32(np.finfo(np.float32).max * 2.0**-32)
 def mean(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 1 m"]:
     """The mean of each group; ``across`` all outputs, or of each output on its own."""
     n = magnitude.shape[-2] * (magnitude.shape[-1] if across else 1)
+    # Times a reciprocal that is rounded here, once: compilers treat a division each their way.
     return _capped(_total(magnitude, across) * np.float32(1 / n))
 
 
@@ -35,7 +36,9 @@ def mean_of_kept(
     magnitude: Float32[Array, "*b g k n"], keep: Bool[Array, "*b g k n"], across: bool
 ) -> Float32[Array, "*b g 1 m"]:
     """:func:`mean` over the marked weights; 0 where none is marked."""
+    # Integers add up exactly in any order; only the floats need the tree.
     count = keep.sum(axis=(-2, -1) if across else -2, keepdims=True, dtype=jnp.int32)
+    # Zeros in the place of what is not kept: the tree has one shape, whatever is kept.
     total = _total(jnp.where(keep, magnitude, 0.0), across)
     return _capped(total / jnp.maximum(count, 1).astype(jnp.float32))
 
@@ -43,6 +46,7 @@ def mean_of_kept(
 def median(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 1 m"]:
     """The median of each group, of an even count the mean of the middle two."""
     if across:
+        # A group over all outputs is one long column.
         lead = magnitude.shape[:-2]
         magnitude = magnitude.reshape(*lead, math.prod(magnitude.shape[-2:]), 1)
     n = magnitude.shape[-2]
@@ -59,6 +63,7 @@ def rms(x: Float32[Array, "... k"], eps: float) -> Float32[Array, "... 1"]:
     follows, and the root from becoming an approximate rsqrt in ``1 / rms``; jit
     would do both and eager mode does not.
     """
+    # The maximum is finite where x is, and times 0 it is 0; no compiler knows that it is.
     one = 1.0 + jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0) * 0.0
     total = _pair_sum((x * x) * one, axis=-1)
     return jnp.sqrt((total * np.float32(1 / x.shape[-1])) * one + np.float32(eps)) * one

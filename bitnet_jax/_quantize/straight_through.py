@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Float32
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.arrays import Activations, Kernel
+from bitnet_jax._quantize.arrays import Activations, AnyArray, Kernel
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
 from bitnet_jax._quantize.int8 import activation_codes, dequantize_activations, token_axes
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec
@@ -85,6 +85,7 @@ def fake_quantize_kernel(
     w: Kernel, phase: Float32[Array, ""] | None, spec: KernelSpec
 ) -> Float[Array, "..."]:
     """:func:`fake_quantize` of a checked kernel; ``phase`` None: at strength 1."""
+    # Nothing flows through the scale, only through the estimator below.
     t = quantize_kernel(lax.stop_gradient(w), spec)
     return straight_through(w, dequantize(t.codes, t.scale), phase)
 
@@ -133,35 +134,47 @@ def traced_strength(who: str, strength: Strength) -> Float32[Array, ""] | None:
     """None for the static 1.0, which has a path of its own; else a float32 array."""
     if isinstance(strength, (int, float, np.number)):
         _checks.require_static_strength(who, float(strength))
-        if strength == 1.0:
+        if strength == 1.0:  # known when traced: no blend is compiled
             return None
     return jnp.asarray(strength, jnp.float32)
 
 
-def blend(latent: jax.Array, hat: jax.Array, strength: jax.Array) -> jax.Array:
+def blend(
+    latent: Float[AnyArray, "..."], hat: Float[Array, "..."], strength: Float32[Array, ""]
+) -> Float32[Array, "..."]:
     """``(1 - strength) * latent + strength * hat`` in float32: exactly ``hat`` at 1."""
+    # Two products: latent + strength * (hat - latent) would miss hat by a rounding at 1.
     return (1.0 - strength) * latent.astype(jnp.float32) + strength * hat
 
 
-def straight_through(latent: jax.Array, hat: jax.Array, strength: jax.Array | None) -> jax.Array:
+def straight_through(
+    latent: Float[AnyArray, "..."], hat: Float[Array, "..."], strength: Float32[Array, ""] | None
+) -> Float[Array, "..."]:
     """``hat`` (None: at strength 1) in latent's dtype, with latent's gradient."""
     if strength is not None:
+        # The blend depends on latent: without the stop its gradient would come on top.
         hat = lax.stop_gradient(blend(latent, hat, strength))
     return _straight_through(latent, hat.astype(latent.dtype))
 
 
 @jax.custom_vjp
-def _straight_through(latent: jax.Array, hat: jax.Array) -> jax.Array:
+def _straight_through(
+    latent: Float[AnyArray, "..."], hat: Float[Array, "..."]
+) -> Float[Array, "..."]:
     """``hat`` forward; its gradient goes to ``latent``, and none to ``hat``."""
     del latent
     return hat
 
 
-def _straight_through_forward(latent, hat):
+def _straight_through_forward(
+    latent: Float[AnyArray, "..."], hat: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], None]:
     return _straight_through(latent, hat), None
 
 
-def _straight_through_backward(_, g):
+def _straight_through_backward(
+    _: None, g: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     return g, jnp.zeros_like(g)
 
 
@@ -169,7 +182,7 @@ _straight_through.defvjp(_straight_through_forward, _straight_through_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def rms_normalize(x: Float[Array, "... k"], eps: float = 1e-5) -> Float[Array, "... k"]:
+def rms_normalize(x: Float[AnyArray, "... k"], eps: float = 1e-5) -> Float[Array, "... k"]:
     """RMSNorm without parameters over the last axis, in float32, the same bits everywhere.
 
     ``x / sqrt(mean(x**2) + eps)`` (Zhang and Sennrich, arXiv:1910.07467, eq. 4).
@@ -177,15 +190,24 @@ def rms_normalize(x: Float[Array, "... k"], eps: float = 1e-5) -> Float[Array, "
     return _rms_normalize_forward(x, eps)[0]
 
 
-def _rms_normalize_forward(x, eps: float):
+_NormResiduals = tuple[Float[Array, "... k"], Float32[Array, "... 1"]]
+
+
+def _rms_normalize_forward(
+    x: Float[AnyArray, "... k"], eps: float
+) -> tuple[Float[Array, "... k"], _NormResiduals]:
     wide = x.astype(jnp.float32)
+    # A reciprocal and a product, as the backward pass has them: not a division by the root.
     inverse = 1.0 / rms(wide, eps)
     return (wide * inverse).astype(x.dtype), (x, inverse)
 
 
-def _rms_normalize_backward(eps: float, residuals, g):
+def _rms_normalize_backward(
+    eps: float, residuals: _NormResiduals, g: Float[Array, "... k"]
+) -> tuple[Float[Array, "... k"]]:
     del eps
     x, inverse = residuals
+    # y = x / rms, so dx = (g - y * mean(g * y)) / rms: g without its part along y.
     y, g = x.astype(jnp.float32) * inverse, g.astype(jnp.float32)
     return (((g - y * jnp.mean(g * y, axis=-1, keepdims=True)) * inverse).astype(x.dtype),)
 

@@ -35,7 +35,7 @@ def phase_in(strength: Strength) -> Iterator[None]:
 
     A traced strength changes without retracing. At 1 the forward pass is the
     int8 path, to the bit; a static 1.0 compiles nothing else. A layer's own
-    ``strength=`` goes before it, and packed kernels are at 1 whatever it says.
+    ``strength=`` overrides it. Packed kernels are always at 1.
 
     Args:
       strength: 0 (float) to 1 (ternary): a Python float, or a float32 scalar,
@@ -46,7 +46,7 @@ def phase_in(strength: Strength) -> Iterator[None]:
       A context manager.
 
     Raises:
-      ValueError: a static strength outside [0, 1], or an array that is no scalar.
+      ValueError: a static strength outside [0, 1], or an array that is not a scalar.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -66,6 +66,7 @@ def phase_in(strength: Strength) -> Iterator[None]:
     if isinstance(strength, core.Tracer):
         key: Hashable = object()  # another trace, another tracer
     else:
+        # Concrete: a constant of the trace, so it is compared by value and checked.
         if isinstance(strength, (jax.Array, np.ndarray, np.generic)):
             strength = float(strength)
         _checks.require_static_strength("phase_in", strength)
@@ -76,6 +77,7 @@ def phase_in(strength: Strength) -> Iterator[None]:
 
 def ambient(strength: Strength | None) -> Strength:
     """A layer's strength: its own, or that of the :func:`phase_in` around it, or 1."""
+    # None is "not given"; a layer's own 0.0 counts.
     return _ambient.get() if strength is None else strength
 
 

@@ -39,7 +39,7 @@ from bitnet_jax._quantize.config import B158, Int8Config, KernelConfig, TernaryC
 from bitnet_jax._quantize.int8 import quantize_channels
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec
 
-_HUGE = np.float32(2.0**100)
+_HUGE = np.float32(2.0**100)  # statistics above it are scaled down before their reciprocal
 
 
 class Ternary(NamedTuple):
@@ -117,6 +117,7 @@ def quantize(
 def quantize_kernel(w: Kernel, spec: KernelSpec) -> Ternary:
     """Codes and scale of a kernel of any rank, both of its rank."""
     _, contraction, outputs = spec.axes.split(w.shape)
+    # Only transposes and reshapes here; the maths sees (*b, K, N) alone.
     codes, scale = quantize_canonical(kernel_axes.to_canonical(w, spec.axes), spec.config)
     codes = kernel_axes.from_canonical(codes, spec.axes, contraction, outputs)
     # One scale for all outputs, or for each: a length of 1 on each of their axes, or theirs.
@@ -138,6 +139,7 @@ def quantize_canonical(
     keep = ~(jnp.abs(r) <= np.float32(config.threshold))
     codes = jnp.where(keep, jnp.where(r < 0, jnp.int8(-1), jnp.int8(1)), jnp.int8(0))
     if config.scale == "survivors":
+        # The codes stay as the mean set them; only the scale is of the kept weights.
         mean = statistics.mean_of_kept(jnp.abs(wide) * statistics.SHIFT, keep, across)
         floor = jnp.maximum(mean * statistics.UNSHIFT, config.eps)
     # Groups back into one contraction: codes (*b, K, N), scale (*b, G, 1 or N).
@@ -159,6 +161,7 @@ def _ratio(
     """A kernel in its groups (*b, G, K/G, N), the same over its statistic, and the statistic."""
     group = config.granularity if isinstance(config.granularity, int) else w.shape[-2]
     wide = w.astype(jnp.float32)
+    # (*b, K, N) -> (*b, G, K/G, N): a group is a run of adjacent weights of one output.
     wide = wide.reshape(*w.shape[:-2], w.shape[-2] // group, group, w.shape[-1])
     across = config.granularity == "tensor"
     statistic = statistics.median if config.scale == "absmedian" else statistics.mean
@@ -177,6 +180,6 @@ def dequantize(codes: Codes, scale: Scale, dtype: DTypeLike = jnp.float32) -> Fl
 def broadcast_scale(scale: Scale, shape: tuple[int, ...]) -> Scale:
     """Repeats each group's scale over the codes it belongs to; ones broadcast."""
     for axis, (have, want) in enumerate(zip(scale.shape, shape, strict=True)):
-        if have not in (1, want):
+        if have not in (1, want):  # groups along this axis, want // have weights each
             scale = jnp.repeat(scale, want // have, axis=axis)
     return scale

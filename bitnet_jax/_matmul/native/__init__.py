@@ -1,11 +1,11 @@
-"""Loads the compiled product and registers it with XLA; says why where it cannot.
+"""Loads the compiled product and registers it with XLA, or gives the reason why not.
 
 The library is built when the package is installed (``CMakeLists.txt`` beside this
 file) and loaded with ctypes, so one wheel serves every Python. XLA stops the whole
 CPU backend when a library was compiled against a newer FFI than its own. So the
 versions are compared before anything is registered.
 
-From the layout up: ``layout`` (how a prepared kernel lies), ``path`` (what an
+From the layout up: ``layout`` (the layout of a prepared kernel), ``path`` (what an
 instruction set has to offer), ``plain``, ``kernels``, ``ymm`` and ``avx512`` (what
 they are compiled from), a ``.cc`` for each, ``product`` (whole arrays, cut into
 pieces for ``threads``), ``limits`` (what it is measured against), ``ffi`` (XLA's door).
