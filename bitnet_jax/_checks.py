@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NoReturn, SupportsIndex
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -232,6 +233,16 @@ def require_embedding_lookup(who: str, index: object, shape: Sequence[int]) -> N
         )
     if not jnp.issubdtype(getattr(index, "dtype", type(index)), jnp.integer):
         raise TypeError(f"{who}: `index` must be of integers, got {describe(index)}.")
+
+
+def require_values(who: str, path: str, value: object) -> None:
+    """Raises for a ``jax.ShapeDtypeStruct`` where values are read."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{who}: {path} is a jax.ShapeDtypeStruct, which has a shape and no values. Pass "
+            "arrays. For the shapes of a packed tree, jax.eval_shape(lambda p: "
+            "bj.pack_params(p)[0], params)."
+        )
 
 
 def raise_prepared(who: str, path: str, implementation: str) -> NoReturn:

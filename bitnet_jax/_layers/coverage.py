@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from bitnet_jax._display import table
@@ -33,6 +34,28 @@ def settle(
     if isinstance(select, Patterns) and select.keep:
         _raise_cannot_ternarize(who, "/".join(path), layer, why)
     return None, why
+
+
+def raise_none_ternary(who: str, reasons: Mapping[str, str]) -> NoReturn:
+    """Reports a selection that matches kernels of which none has a ternary form.
+
+    ``reasons`` maps the paths of the selected kernels to why each stays float.
+    """
+    paths: dict[str, list[str]] = {}
+    for path, why in reasons.items():
+        paths.setdefault(why, []).append(path)
+    shown = "; ".join(
+        ", ".join(those[:8])
+        + (f" and {len(those) - 8} more" if len(those) > 8 else "")
+        + f": {why}"
+        for why, those in paths.items()
+    )
+    raise ValueError(
+        f"{who}: `select` matches kernels, and none of them has a ternary form ({shown}). Dense, "
+        "DenseGeneral, Conv and Einsum have one (nnx: Linear, LinearGeneral, Conv and Einsum), and "
+        "Embed with a bj.Int8Config. Write the layer with BitDense and its kin, or leave the "
+        "model in float."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ def pack_params(
       12.8
     """
     who = "pack_params"
-    chosen, treedef = chosen_leaves(who, params, config, select)
+    chosen, treedef = chosen_leaves(who, params, config, select, values=True)
     axes = axes_for(select, axes)
     specs = [c and spec_of_leaf(who, leaf, c, axes) for leaf, c in chosen]
     traced = any(isinstance(leaf.value, core.Tracer) for leaf, _ in chosen)
@@ -133,6 +133,8 @@ def unpack_params(packed: PyTree, *, dtype: jax.typing.DTypeLike | None = None) 
     for leaf in leaves:
         if isinstance(leaf.value, Prepared):
             _checks.raise_prepared("unpack_params", leaf.where, leaf.value.implementation)
+        if is_stored(leaf.value):
+            _checks.require_values("unpack_params", leaf.where, leaf.value.codes)
     done = [
         rebox(leaf.boxed, leaf.value.dequantize(dtype)) if is_stored(leaf.value) else leaf.boxed
         for leaf in leaves
@@ -175,7 +177,7 @@ def fake_quantize_params(
       [[1.0], [1.0]]
     """
     who = "fake_quantize_params"
-    chosen, treedef = chosen_leaves(who, params, config, select)
+    chosen, treedef = chosen_leaves(who, params, config, select, values=True)
     axes = axes_for(select, axes)
     phase = traced_strength(who, strength)
     done = []
@@ -193,10 +195,23 @@ def fake_quantize_params(
 
 
 def chosen_leaves(
-    who: str, params: PyTree, config: KernelConfig, select: Select | None
+    who: str,
+    params: PyTree,
+    config: KernelConfig,
+    select: Select | None,
+    *,
+    values: bool = False,
 ) -> tuple[list[tuple[Leaf, KernelConfig | None]], Any]:
+<<<<<<< ours
     """Every leaf with its config, None where it stays float, and the tree's structure."""
     require_kernel_config(who, config)
+=======
+    """Every leaf with its config, None where it stays float, and the tree's structure.
+
+    With ``values``, raises for selected leaves that are abstract.
+    """
+    check_config(who, config)
+>>>>>>> theirs
     leaves, treedef = flatten(who, "params", params)
     chosen = choose(who, [(leaf.path, leaf.value) for leaf in leaves], config, select)
     for leaf, c in zip(leaves, chosen, strict=True):
@@ -204,6 +219,8 @@ def chosen_leaves(
             if is_packed(leaf.value):
                 _checks.raise_already_packed(who, leaf.where)
             _checks.require_kernel(who, leaf.value, leaf.where)
+            if values:
+                _checks.require_values(who, leaf.where, leaf.value)
     return list(zip(leaves, chosen, strict=True)), treedef
 
 

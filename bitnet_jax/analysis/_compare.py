@@ -14,7 +14,7 @@ import numpy as np
 from jax import nn
 from jaxtyping import Array, PyTree, Shaped
 
-from bitnet_jax import _display
+from bitnet_jax import _checks, _display
 from bitnet_jax._checks import describe
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.strength import phase_in
@@ -152,6 +152,7 @@ def compare(
     for leaf in flatten(who, "float_params", float_params)[0]:
         if is_packed(leaf.value):
             _raise_float_params_packed(who, leaf.where)
+        _checks.require_values(who, leaf.where, leaf.value)
     step = jax.jit(functools.partial(_step, who, apply))
     sums, largest, labelled = {}, 0.0, None
     for batch in batches:

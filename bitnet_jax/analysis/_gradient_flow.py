@@ -94,6 +94,8 @@ def gradient_flow(grads: PyTree, *, exploding: float | int = 1e3) -> GradientFlo
     """
     _checks.require_positive("gradient_flow", "exploding", exploding)
     leaves = flatten("gradient_flow", "grads", grads, is_leaf=lambda x: x is None)[0]
+    for leaf in leaves:
+        _checks.require_values("gradient_flow", leaf.where, leaf.value)
     return GradientFlow(tuple(_leaf_gradient(leaf.where, leaf.value, exploding) for leaf in leaves))
 
 

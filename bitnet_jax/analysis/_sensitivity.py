@@ -153,7 +153,7 @@ def sensitivity(
       Dong et al., HAWQ, arXiv:1905.03696, for why layers differ.
     """
     who = "sensitivity"
-    chosen, treedef = chosen_leaves(who, params, config, select)
+    chosen, treedef = chosen_leaves(who, params, config, select, values=True)
     axes = axes_for(select, axes)
     picked = [
         (i, leaf, c, spec_of_leaf(who, leaf, c, axes))

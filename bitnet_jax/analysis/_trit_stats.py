@@ -178,7 +178,7 @@ def watched(
 ) -> Watched:
     """Path to kernel, config and axes of what is selected."""
     axes, kernels = axes_for(select, axes), {}
-    for leaf, c in chosen_leaves(who, params, config, select)[0]:
+    for leaf, c in chosen_leaves(who, params, config, select, values=True)[0]:
         if c is not None:
             remedy = f"Leave {leaf.where} out of `select`: int8 codes do not flip."
             _checks.require_instance(who, "config", c, TernaryConfig, remedy)

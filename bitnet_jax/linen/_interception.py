@@ -33,7 +33,8 @@ from bitnet_jax._layers import coverage
 from bitnet_jax._layers.forward import LayerConfig, layer_config
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.ternary import B158, KernelConfig
-from bitnet_jax._tree.select import Select, decide, matched
+from bitnet_jax._tree.leaves import unbox
+from bitnet_jax._tree.select import Path, Select, decide, is_kernel, matched
 from bitnet_jax.linen import _in_scope
 from bitnet_jax.linen._in_scope import Layer, LinenLayer
 
@@ -90,7 +91,7 @@ def ternarize(
     Raises:
       TypeError: ``model`` is not a linen module.
       ValueError: a bound or ternarised model. When it is initialised or called: a selector
-        that matches nothing.
+        that matches nothing, or only kernels without a ternary form.
       NotImplementedError: when it is called: a layer that :func:`only` asks for
         by name and that has no ternary form.
 
@@ -212,24 +213,38 @@ class JitKeys(contextlib.ExitStack):
 
 def _run(model: nn.Module, plan: Plan, run: Callable[[], Any], fun: Callable[..., Any]) -> Any:
     """Runs a method of a ternarised model; raises if the plan selects nothing in it."""
-    chosen: list[bool] = []
+    chosen: dict[Path, str] = {}
     keys = JitKeys(plan)
     with keys, _set(_current, plan), nn.intercept_methods(_interceptor(plan, chosen, keys)):
         y = run()
     if model.scope is not None:
-        _check_chosen(model, plan, any(chosen), fun.__name__ == "__call__")
+        _check_chosen(model, plan, chosen, fun.__name__ == "__call__")
     return y
 
 
-def _check_chosen(model: nn.Module, plan: Plan, some: bool, whole: bool) -> None:
-    """Raises for an empty selection, and at init, when all is there, for unmatched patterns."""
-    if model.is_initializing() or (whole and not some):
-        own = traverse_util.flatten_dict(unfreeze(dict(model.variables.get("params", {}))))
-        paths = [(*model.path, *map(str, path)) for path in own]
-        matched("ternarize", paths, some or not whole, plan.select)
+def _check_chosen(model: nn.Module, plan: Plan, chosen: Mapping[Path, str], whole: bool) -> None:
+    """Raises if nothing became ternary, and at init, when all is there, for unmatched patterns.
+
+    ``chosen`` has the kernels that were met: why each is ternary (``"selected"``) or float.
+    """
+    who, some = "ternarize", "selected" in chosen.values()
+    if not (model.is_initializing() or (whole and not some)):
+        return
+    own = traverse_util.flatten_dict(unfreeze(dict(model.variables.get("params", {}))))
+    leaves = {(*model.path, *map(str, path)): unbox(leaf) for path, leaf in own.items()}
+    if whole and not some:
+        # Kernels that were selected and met, and selected ones that no such layer met.
+        reasons = {path: why for path, why in chosen.items() if why != "not selected"}
+        for path, leaf in leaves.items():
+            unmet = is_kernel(path, leaf) and path not in chosen
+            if unmet and decide(who, path, leaf, plan.layer.weights, plan.select):
+                reasons[path] = "used by no layer with a ternary form"
+        if reasons:
+            coverage.raise_none_ternary(who, {"/".join(p): why for p, why in reasons.items()})
+    matched(who, list(leaves), some or not whole, plan.select)
 
 
-def _interceptor(plan: Plan, chosen: list[bool], keys: JitKeys) -> Callable[..., Any]:
+def _interceptor(plan: Plan, chosen: dict[Path, str], keys: JitKeys) -> Callable[..., Any]:
     def intercept(
         next_fun: Callable[..., Any], args: Args, kwargs: Kwargs, context: InterceptorContext
     ) -> Any:
@@ -250,7 +265,7 @@ def _interceptor(plan: Plan, chosen: list[bool], keys: JitKeys) -> Callable[...,
             return next_fun(*args, **kwargs)
         name = "embedding" if layer is None else "kernel"
         weights, why = _decide(plan, module, layer, name, args, kwargs)
-        chosen.append(weights is not None)
+        chosen[(*module.path, name)] = why
         if weights is None:
             _in_scope.left_float(module, name, why)
             return next_fun(*args, **kwargs)

@@ -77,7 +77,7 @@ def ternarize(
 
     Raises:
       TypeError: ``model`` is not an NNX module.
-      ValueError: a selector that matches nothing.
+      ValueError: a selector that matches nothing, or only kernels without a ternary form.
       NotImplementedError: a layer that :func:`only` asks for by name and that
         has no ternary form. In all of these, nothing is changed.
 
@@ -97,9 +97,13 @@ def ternarize(
     _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
     layer = layer_config(who, weights, activations, norm, backward_dtype)
     sites = _sorted_sites(model)
+    _require_sites(who, type(model).__name__, len(sites))
     leaves = [(site.path, site.variable.get_value()) for site in sites]
     chosen = choose(who, leaves, weights, select)
     decided = [_decide(who, s, c, select) for s, c in zip(sites, chosen, strict=True)]
+    if not any(config for config, _ in decided):
+        both = zip(sites, chosen, decided, strict=True)
+        coverage.raise_none_ternary(who, {"/".join(s.path): why for s, c, (_, why) in both if c})
     rows = []
     for site, (config, why) in zip(sites, decided, strict=True):
         rows.append(_covered(site, config, why))
@@ -329,3 +333,13 @@ def _own_axes(module: nnx.Module) -> tuple[tuple[int, ...], tuple[int, ...], tup
         assert isinstance(module, nnx.Linear)  # the last of _TERNARY
         call = _bit_linear.linear_call(module, (1,))
     return call.kernel_shape, call.contracting_axes, call.batch_axes
+
+
+def _require_sites(who: str, name: str, count: int) -> None:
+    """Raises if no module of a model holds a parameter that could be a kernel."""
+    if count == 0:
+        raise ValueError(
+            f"{who}: {name} holds no nnx.Param of rank 2 or more in an attribute of a module. "
+            "Initialise the model first. A linen model inside nnx.bridge.ToNNX is made ternary "
+            "before it is wrapped: nnx.bridge.ToNNX(bj.linen.ternarize(model), ...)."
+        )

@@ -1,0 +1,139 @@
+"""Refusals that say what is the matter: kernels without a ternary form, leaves without values."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import bitnet_jax as bj
+
+X = jnp.ones((2, 5, 16))
+FORM = r"^ternarize: `select` matches kernels, and none of them has a ternary form \("
+UNMET = "used by no layer with a ternary form"
+
+
+class Own(nn.Module):
+    """A layer of a user's own, with a parameter that is called kernel."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", nn.initializers.lecun_normal(), (16, 8))
+
+
+LINEN = {
+    "fused cell": (nn.RNN(nn.OptimizedLSTMCell(8)), f"cell/hf/kernel, .*: {UNMET}"),
+    "own layer": (Own(), f"kernel: {UNMET}"),
+    "nnx inside": (nnx.bridge.ToLinen(nnx.Linear, args=(16, 8)), f"kernel: {UNMET}"),
+    "known layer": (nn.ConvLocal(4, (2,)), "kernel: ConvLocal has a kernel for each place"),
+    "set field": (nn.Dense(4, dot_general=jax.lax.dot_general), "kernel: its field `dot_general`"),
+    "transposed": (nn.ConvTranspose(4, (2,)), f"kernel: {UNMET}"),
+}
+
+
+@pytest.mark.parametrize("case", LINEN)
+def test_linen_says_that_what_it_matched_has_no_ternary_form(case):
+    model, why = LINEN[case]
+    params = model.init(jax.random.key(0), X)
+    ternary = bj.linen.ternarize(model)
+    for run in (lambda: ternary.init(jax.random.key(0), X), lambda: ternary.apply(params, X)):
+        with pytest.raises(ValueError, match=FORM + why):
+            run()
+
+
+def test_linen_leaves_such_kernels_where_others_are_ternary():
+    model = nn.Sequential([nn.Dense(16), Own()])
+    ternary = bj.linen.ternarize(model)
+    params = ternary.init(jax.random.key(0), X)["params"]
+    _, report = bj.linen.pack(ternary, params, X)
+    assert [row.path for row in report.rows] == ["layers_0/kernel"]
+    with pytest.raises(ValueError, match="`select` matches nothing"):
+        bj.linen.ternarize(model, select=lambda path, leaf: False).init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=FORM + r"layers_1/kernel: used by no layer"):
+        bj.linen.ternarize(model, select=bj.exclude("layers_0")).init(jax.random.key(0), X)
+
+
+def test_nnx_says_so_too_and_changes_nothing():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.ConvTranspose(16, 4, (2,), rngs=rngs), nnx.Embed(4, 8, rngs=rngs))
+    with pytest.raises(ValueError, match=FORM + "layers/0/kernel: ConvTranspose has no ternary"):
+        bj.nnx.ternarize(model)
+    every = lambda path, leaf: path[-1] == "embedding"  # noqa: E731
+    with pytest.raises(ValueError, match=FORM + "layers/1/embedding: Embed takes an Int8Config"):
+        bj.nnx.ternarize(model, select=every)
+    assert type(model.layers[1]) is nnx.Embed
+
+
+@pytest.mark.standard_promotion
+def test_a_linen_model_inside_nnx_is_made_ternary_before_it_is_wrapped():
+    model, rngs = nn.Sequential([nn.Dense(8), nn.Dense(4)]), nnx.Rngs(0)
+    plain = nnx.bridge.ToNNX(model, rngs=rngs).lazy_init(X)
+    with pytest.raises(ValueError, match=r"ToNNX holds no nnx\.Param .*ToNNX\(bj\.linen\.tern"):
+        bj.nnx.ternarize(plain)
+    ternary = nnx.bridge.ToNNX(bj.linen.ternarize(model), rngs=rngs).lazy_init(X)
+    nnx.update(plain, nnx.state(ternary))
+    assert bool((plain(X) != ternary(X)).any())
+
+
+SHAPES = {"layer": {"kernel": jax.ShapeDtypeStruct((16, 8), "float32")}}
+PACKED = jax.eval_shape(lambda p: bj.pack_params(p)[0], SHAPES)
+NEEDS_VALUES = {
+    "pack_params": lambda: bj.pack_params(SHAPES),
+    "fake_quantize_params": lambda: bj.fake_quantize_params(SHAPES),
+    "unpack_params": lambda: bj.unpack_params(PACKED),
+    "trit_stats": lambda: bj.analysis.trit_stats(SHAPES),
+    "sensitivity": lambda: bj.analysis.sensitivity(lambda p: jnp.float32(0.0), SHAPES),
+    "gradient_flow": lambda: bj.analysis.gradient_flow(SHAPES),
+    "compare": lambda: bj.analysis.compare(nn.Dense(8), SHAPES, PACKED, [X]),
+}
+
+
+@pytest.mark.parametrize("who", NEEDS_VALUES)
+def test_abstract_leaves_are_refused_by_path_where_values_are_read(who):
+    wanted = rf"^{who}: layer/kernel is a jax.ShapeDtypeStruct.* Pass arrays"
+    with pytest.raises(TypeError, match=wanted):
+        NEEDS_VALUES[who]()
+
+
+def test_abstract_models_are_refused_by_path():
+    model = bj.linen.ternarize(nn.Dense(8))
+    params = jax.eval_shape(model.init, jax.random.key(0), X)["params"]
+    with pytest.raises(TypeError, match=r"kernel is a jax\.ShapeDtypeStruct"):
+        bj.linen.pack(model, params, X)
+    abstract = nnx.eval_shape(lambda: bj.nnx.BitLinear(16, 8, rngs=nnx.Rngs(0)))
+    with pytest.raises(TypeError, match=r"kernel is a jax\.ShapeDtypeStruct"):
+        bj.nnx.pack(abstract)
+
+
+def test_abstract_leaves_do_where_shapes_are_enough():
+    model = bj.linen.ternarize(nn.Dense(8))
+    params = jax.eval_shape(model.init, jax.random.key(0), X)["params"]
+    kernels = bj.linen.kernels(model, params, X)
+    assert kernels.uses[("kernel",)].shape == (16, 8)
+    assert bj.partition(SHAPES)[1] == {"layer": {"kernel": None}}
+    assert jax.eval_shape(lambda p: bj.unpack_params(p), PACKED) == SHAPES
+    assert bj.optim.muon_dimensions(SHAPES)["layer"]["kernel"].reduction_axis == (0,)
+
+
+def test_gradient_flow_is_plain_data():
+    grads = {"a": jnp.ones(4), "b": None, "c": jnp.array([jnp.inf])}
+    told = json.loads(json.dumps(bj.analysis.gradient_flow(grads).to_dict(), allow_nan=False))
+    assert told["ok"] is False
+    assert [row["state"] for row in told["rows"]] == ["ok", "missing", "nan"]
+    assert told["rows"][0] == {"path": "a", "norm": 2.0, "largest": 1.0, "state": "ok"}
+    assert told["rows"][1]["norm"] is told["rows"][2]["largest"] is None
+
+
+def test_coverage_and_comparison_are_plain_data():
+    model = bj.nnx.BitLinear(16, 8, rngs=nnx.Rngs(0))
+    table = bj.nnx.explain(model)
+    (row,) = json.loads(json.dumps(table.to_dict()))["rows"]
+    assert (row["path"], row["shape"], row["kind"]) == ("kernel", [16, 8], "ternary")
+    assert row["config"]["scale"] == "absmean"
+    layer = bj.linen.BitDense(8)
+    params = layer.init(jax.random.key(0), X)["params"]
+    found = bj.analysis.compare(layer, params, bj.pack_params(params)[0], [X])
+    assert found.rows[0].name == "KL(float || packed)"
+    assert found.rows[-1].of_packed == found.max_difference == found.to_dict()["max_difference"]
