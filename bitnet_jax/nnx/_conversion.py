@@ -84,8 +84,7 @@ def ternarize(
     Example:
       >>> import jax, bitnet_jax as bj
       >>> from flax import nnx
-    from jax.typing import DTypeLike
-      >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+          >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
       >>> print(bj.nnx.ternarize(model, select=bj.exclude("out")))
       path          layer           shape  kernel   why
       key/kernel    LinearGeneral  32x4x8  ternary  selected
@@ -192,8 +191,7 @@ def pack(model: Model) -> tuple[Model, PackReport | Any]:
     Example:
       >>> import jax, bitnet_jax as bj
       >>> from flax import nnx
-    from jax.typing import DTypeLike
-      >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+          >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
       >>> table = bj.nnx.ternarize(model)
       >>> packed, report = bj.nnx.pack(model)
       >>> packed.out.kernel.get_value()
@@ -226,8 +224,7 @@ def kernels(model: nnx.Module) -> Kernels:
     Example:
       >>> import bitnet_jax as bj
       >>> from flax import nnx
-    from jax.typing import DTypeLike
-      >>> model = bj.nnx.BitConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
+          >>> model = bj.nnx.BitConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
       >>> stats = bj.analysis.trit_stats(nnx.state(model, nnx.Param), select=bj.nnx.kernels(model))
       >>> [row.path for row in stats.rows]
       ['kernel']
@@ -251,8 +248,7 @@ def explain(model: nnx.Module) -> coverage.Coverage:
     Example:
       >>> import bitnet_jax as bj
       >>> from flax import nnx
-    from jax.typing import DTypeLike
-      >>> rngs = nnx.Rngs(0)
+          >>> rngs = nnx.Rngs(0)
       >>> body, head = bj.nnx.BitLinear(64, 32, rngs=rngs), nnx.Linear(32, 10, rngs=rngs)
       >>> print(bj.nnx.explain(nnx.Sequential(body, head)))
       path             layer      shape  kernel   why
