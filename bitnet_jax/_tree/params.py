@@ -202,16 +202,11 @@ def chosen_leaves(
     *,
     values: bool = False,
 ) -> tuple[list[tuple[Leaf, KernelConfig | None]], Any]:
-<<<<<<< ours
-    """Every leaf with its config, None where it stays float, and the tree's structure."""
-    require_kernel_config(who, config)
-=======
     """Every leaf with its config, None where it stays float, and the tree's structure.
 
     With ``values``, raises for selected leaves that are abstract.
     """
-    check_config(who, config)
->>>>>>> theirs
+    require_kernel_config(who, config)
     leaves, treedef = flatten(who, "params", params)
     chosen = choose(who, [(leaf.path, leaf.value) for leaf in leaves], config, select)
     for leaf, c in zip(leaves, chosen, strict=True):
