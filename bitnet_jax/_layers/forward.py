@@ -25,6 +25,7 @@ from bitnet_jax._quantize.arrays import Activations, AnyArray, DTypeLike, Kernel
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
 from bitnet_jax._quantize.int8 import check_activations
 from bitnet_jax._quantize.kernel_spec import require_kernel_config
+from bitnet_jax._quantize.pinned import pinned
 from bitnet_jax._quantize.straight_through import fake_quantize, rms_normalize
 from bitnet_jax._quantize.strength import Strength, ambient
 from bitnet_jax._tree.leaves import placement
@@ -104,7 +105,8 @@ def run_layer(
         return y
     # Ones for the row axes: rank promotion is the caller's to allow, not ours to use.
     spread = (1,) * (y.ndim - len(call.bias_spread)) + call.bias_spread
-    return y + bias.astype(dtype).reshape(spread)
+    # Pinned: what the caller adds or widens next must start from this rounding.
+    return pinned(y + bias.astype(dtype).reshape(spread))
 
 
 def _train(

@@ -39,6 +39,7 @@ from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Activations, CanonicalScale, DTypeLike
 from bitnet_jax._quantize.config import ActivationConfig
 from bitnet_jax._quantize.int8 import codes_at, gamma_of
+from bitnet_jax._quantize.pinned import widened
 
 # Of native/layout.h: outputs of a panel, bytes and rows, panels side by side, padding of x.
 _OUTPUTS, _ROW, _BLOCK, _BESIDE, _PADDING = 16, 64, 16, 4, 64
@@ -329,7 +330,7 @@ def _quantize(
     x: Activations, depth: int, activations: ActivationConfig
 ) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
     """Codes of each token, padded for groups of ``depth``, and gamma."""
-    x = x if x.dtype in _FLOATS else x.astype(_FLOATS[0])
+    x = x if x.dtype in _FLOATS else widened(x)
     *lead, k = x.shape
     results = (
         jax.ShapeDtypeStruct((*lead, _stride(k, depth)), jnp.int8),

@@ -25,6 +25,7 @@ from bitnet_jax._quantize.arrays import (
     CanonicalScale,
     DTypeLike,
 )
+from bitnet_jax._quantize.pinned import pinned
 
 # An int8 product of a single row runs off XLA's fast path on CPU; four rows do not.
 _FEWEST_ROWS = 4
@@ -115,20 +116,19 @@ def epilogue(
     scale: Float32[Array, "*b 1 m"],
     qmax: int,
 ) -> Float32[Array, "*rows n"]:
-    """``((sums * gamma) * (scale / qmax + z)) * (1 + z)``, with a z that is 0 at run time.
+    """``(sums * gamma) * (scale * R)`` with ``R = float32(1 / qmax)``, both products pinned.
 
     The reciprocal of qmax is a constant: XLA would turn a division into one in
-    some programs and not in others. ``z = gamma * 0 + scale * 0`` is unknown at
-    compile time as long as x or w is: it keeps the constants from being folded
-    together, and its 1 keeps the add of a bias or a residual from being
-    contracted into the last product. In a token with NaN or Inf it is NaN, and
-    so is the token's output.
+    some programs and not in others. The first pin keeps constants from being put
+    together where gamma or the scale is known at compile time; the second keeps the
+    add of a bias or a residual from being contracted into the last product. A token
+    with NaN or Inf has an infinite gamma, and NaN in its output.
     """
     scale = align_scale(scale, sums.ndim)  # (*b, 1, m) -> (*b, 1, ..., 1, m) beside the rows
-    zero = gamma * 0.0 + scale * 0.0
-    step = scale * np.float32(1 / qmax)
+    # Times 1, or times NaN where it is not finite: 0 * Inf would be lost among the products.
+    gamma, scale = gamma * (1.0 + gamma * 0.0), scale * (1.0 + scale * 0.0)
     # This association is the promise: float32 products do not commute past a rounding.
-    return ((sums.astype(jnp.float32) * gamma) * (step + zero)) * (1.0 + zero)
+    return pinned(pinned(sums.astype(jnp.float32) * gamma) * (scale * np.float32(1 / qmax)))
 
 
 def group_epilogue(

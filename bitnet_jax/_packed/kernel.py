@@ -25,6 +25,7 @@ from bitnet_jax._packed.not_trainable import refuse_training
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Codes, DTypeLike, PackedCodes, Scale
 from bitnet_jax._quantize.config import B158, Int8Config, TernaryConfig
+from bitnet_jax._quantize.pinned import pinned
 from bitnet_jax._quantize.ternary import dequantize
 
 _FLOAT32 = np.dtype(np.float32)
@@ -304,7 +305,7 @@ def look_up(
     at = index.astype(jnp.int32)
     at = jnp.clip(jnp.where(at < 0, at + len(scale), at), 0, len(scale) - 1)
     scale = jnp.take(scale, index, axis=0)  # NaN where there is no such row
-    return (codes_of(at).astype(jnp.float32) * scale).astype(dtype)
+    return pinned(codes_of(at).astype(jnp.float32) * scale).astype(dtype)
 
 
 def _look_up(index: Int[Array, "..."], table: PackedInt8) -> Float[Array, "... features"]:

@@ -25,6 +25,7 @@ from bitnet_jax import _checks, _mesh
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Activations, AnyArray, CanonicalCodes, CanonicalKernel
 from bitnet_jax._quantize.config import INT8, LARGEST_INT8, ActivationConfig, Int8Config
+from bitnet_jax._quantize.pinned import pinned, widened
 
 
 def quantize_activations(
@@ -93,7 +94,7 @@ def gamma_of(
     x: Activations, config: ActivationConfig, shared: tuple[int, ...]
 ) -> Float32[Array, "..."]:
     """``max(max|x|, eps)`` over some axes, kept."""
-    return jnp.maximum(_largest(x.astype(jnp.float32), shared), np.float32(config.eps))
+    return jnp.maximum(_largest(widened(x), shared), np.float32(config.eps))
 
 
 def codes_at(
@@ -101,7 +102,7 @@ def codes_at(
 ) -> Int8[Array, "..."]:
     """``round(x * (qmax / gamma))``."""
     # One quotient for the token, then products: x / gamma * qmax would round otherwise.
-    return jnp.round(x.astype(jnp.float32) * (np.float32(config.qmax) / gamma)).astype(jnp.int8)
+    return jnp.round(widened(x) * (np.float32(config.qmax) / gamma)).astype(jnp.int8)
 
 
 def dequantize_activations(
@@ -109,19 +110,19 @@ def dequantize_activations(
 ) -> Float32[Array, "..."]:
     """Codes times their step ``gamma * float32(1 / qmax)``."""
     # A reciprocal made here, in float32: XLA replaces divisions by constants in some programs.
-    return codes.astype(jnp.float32) * (gamma * np.float32(1 / config.qmax))
+    return pinned(codes.astype(jnp.float32) * pinned(gamma * np.float32(1 / config.qmax)))
 
 
 def quantize_channels(
     w: CanonicalKernel, config: Int8Config
 ) -> tuple[CanonicalCodes, Float32[Array, "*b 1 n"]]:
     """Codes in [-127, 127] of a canonical kernel and the step of each output channel."""
-    wide = w.astype(jnp.float32)
+    wide = widened(w)
     # The maximum runs over the contraction: one scale for each output, (*b, 1, n).
     floor = jnp.maximum(_largest(wide, (-2,)), np.float32(config.eps))
     codes = jnp.round(wide * (np.float32(LARGEST_INT8) / floor)).astype(jnp.int8)
-    # The runtime 0 keeps this constant from being folded with the epilogue's.
-    return codes, floor * (np.float32(1 / LARGEST_INT8) + floor * 0.0)
+    # Pinned, or this constant would be put together with the epilogue's.
+    return codes, pinned(floor * np.float32(1 / LARGEST_INT8))
 
 
 def _largest(x: Float[AnyArray, "..."], axes: tuple[int, ...]) -> Float32[Array, "..."]:

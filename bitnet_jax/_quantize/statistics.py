@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32
 
+from bitnet_jax._quantize.pinned import pinned
+
 SHIFT = np.float32(2.0**-32)  # a power of two: exact for weights above 2**-94
 
 UNSHIFT = np.float32(2.0**32)
@@ -57,16 +59,11 @@ def median(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array
 
 
 def rms(x: Float32[Array, "... k"], eps: float) -> Float32[Array, "... 1"]:
-    """``sqrt(mean(x**2) + eps)`` of each token, the same bits in every context.
-
-    The runtime 1 keeps a product from being contracted with the add that
-    follows, and the root from becoming an approximate rsqrt in ``1 / rms``; jit
-    would do both and eager mode does not.
-    """
-    # The maximum is finite where x is, and times 0 it is 0; no compiler knows that it is.
-    one = 1.0 + jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0) * 0.0
-    total = _pair_sum((x * x) * one, axis=-1)
-    return jnp.sqrt((total * np.float32(1 / x.shape[-1])) * one + np.float32(eps)) * one
+    """``sqrt(mean(x**2) + eps)`` of each token, the same bits in every context."""
+    # Pinned, or jit would contract each product with the add that follows, and turn the
+    # root into an approximate rsqrt in ``1 / rms``; eager mode does neither.
+    total = _pair_sum(pinned(x * x), axis=-1)
+    return pinned(jnp.sqrt(pinned(total * np.float32(1 / x.shape[-1])) + np.float32(eps)))
 
 
 def _pair_sum(v: Float32[Array, "..."], axis: int) -> Float32[Array, "..."]:

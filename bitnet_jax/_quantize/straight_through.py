@@ -30,9 +30,10 @@ from jaxtyping import Array, Float, Float32
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Activations, AnyArray, Kernel
-from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
+from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, Int8Config, KernelConfig
 from bitnet_jax._quantize.int8 import activation_codes, dequantize_activations, token_axes
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec
+from bitnet_jax._quantize.pinned import pinned, widened
 from bitnet_jax._quantize.statistics import rms
 from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._quantize.ternary import dequantize, quantize_kernel
@@ -87,7 +88,10 @@ def fake_quantize_kernel(
     """:func:`fake_quantize` of a checked kernel; ``phase`` None: at strength 1."""
     # Nothing flows through the scale, only through the estimator below.
     t = quantize_kernel(lax.stop_gradient(w), spec)
-    return straight_through(w, dequantize(t.codes, t.scale), phase)
+    w_hat = dequantize(t.codes, t.scale)
+    if isinstance(spec.config, Int8Config):  # -s, 0 and +s are exact; int8 codes times s round
+        w_hat = pinned(w_hat)
+    return straight_through(w, w_hat, phase)
 
 
 def fake_quantize_activations(
@@ -196,7 +200,7 @@ _NormResiduals = tuple[Float[Array, "... k"], Float32[Array, "... 1"]]
 def _rms_normalize_forward(
     x: Float[AnyArray, "... k"], eps: float
 ) -> tuple[Float[Array, "... k"], _NormResiduals]:
-    wide = x.astype(jnp.float32)
+    wide = widened(x)
     # A reciprocal and a product, as the backward pass has them: not a division by the root.
     inverse = 1.0 / rms(wide, eps)
     return (wide * inverse).astype(x.dtype), (x, inverse)

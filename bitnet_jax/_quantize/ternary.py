@@ -38,6 +38,7 @@ from bitnet_jax._quantize.arrays import (
 from bitnet_jax._quantize.config import B158, Int8Config, KernelConfig, TernaryConfig
 from bitnet_jax._quantize.int8 import quantize_channels
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec
+from bitnet_jax._quantize.pinned import widened
 
 _HUGE = np.float32(2.0**100)  # statistics above it are scaled down before their reciprocal
 
@@ -160,7 +161,7 @@ def _ratio(
 ]:
     """A kernel in its groups (*b, G, K/G, N), the same over its statistic, and the statistic."""
     group = config.granularity if isinstance(config.granularity, int) else w.shape[-2]
-    wide = w.astype(jnp.float32)
+    wide = widened(w)
     # (*b, K, N) -> (*b, G, K/G, N): a group is a run of adjacent weights of one output.
     wide = wide.reshape(*w.shape[:-2], w.shape[-2] // group, group, w.shape[-1])
     across = config.granularity == "tensor"

@@ -57,8 +57,8 @@ class Plan:
 
 def ternarize(
     model: nn.Module,
-    *,
     select: Select | None = None,
+    *,
     weights: KernelConfig = B158,
     activations: ActivationConfig | None = INT8,
     norm: bool = False,

@@ -49,8 +49,8 @@ class _Site(NamedTuple):
 
 def ternarize(
     model: nnx.Module,
-    *,
     select: Select | None = None,
+    *,
     weights: KernelConfig = B158,
     activations: ActivationConfig | None = INT8,
     norm: bool = False,

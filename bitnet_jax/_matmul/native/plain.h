@@ -36,7 +36,7 @@ float QuantizeRow(const Float* x, int64_t length, float qmax, float eps, int8_t*
     const uint32_t magnitude = Bits(AsFloat(x[i])) & 0x7FFFFFFF;
     largest = magnitude > largest ? magnitude : largest;
   }
-  if (largest > kInfinity) largest = kInfinity;  // NaN, as _int8.py has it
+  if (largest > kInfinity) largest = kInfinity;  // NaN, as _quantize/int8.py has it
   float gamma;
   std::memcpy(&gamma, &largest, sizeof(gamma));
   if (gamma < eps) gamma = eps;
@@ -60,7 +60,8 @@ inline int32_t TotalOf(const int8_t* codes, int64_t length) {
   return total;
 }
 
-// ((sum * gamma) * (scale * R + z)) * (1 + z), z = gamma * 0 + scale * 0: _dot.epilogue.
+// ((sum * gamma) * (scale * R + z)) * (1 + z), z = gamma * 0 + scale * 0: the bits of
+// epilogue in _ops/product.py; z is 0, or NaN where gamma or scale is not finite.
 template <bool Add, int ScaleStep>
 void FinishAs(const Epilogue& e) {
   for (int64_t m = 0; m < e.rows; ++m) {
