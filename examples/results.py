@@ -54,9 +54,12 @@ def save(path: str | os.PathLike[str] | None, *tables: Table) -> None:
     """Adds a run to a record, in place of an older one with the same jax; no path, no record."""
     if path is None:
         return
-    version = importlib.metadata.version
+    version, command = (
+        importlib.metadata.version,
+        [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]],
+    )
     run = {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": re.sub(r" --(json|out) \S+", "", shlex.join(["python", *command])),
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
         "python": platform.python_version(),
