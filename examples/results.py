@@ -1,7 +1,6 @@
 """Tables of results: written by examples and benchmarks as JSON, shown by README and guides.
 
-    python examples/results.py          rewrites the tables in the pages
-    python examples/results.py --check  exits with 1 where a page differs from the records
+    python examples/results.py    rewrites the tables in the pages
 
 An example called with ``--json examples/results/NAME.json`` keeps its tables there, with the
 processor, the versions, the date and the command. A page shows one between two marks,
@@ -10,7 +9,6 @@ processor, the versions, the date and the command. A page shows one between two 
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.metadata
 import json
@@ -54,17 +52,13 @@ def save(path: str | os.PathLike[str] | None, *tables: Table) -> None:
     """Adds a run to a record, in place of an older one with the same jax; no path, no record."""
     if path is None:
         return
-    version, command = (
-        importlib.metadata.version,
-        [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]],
-    )
+    command = shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
     run = {
-        "command": re.sub(r" --(json|out) \S+", "", shlex.join(["python", *command])),
+        "command": re.sub(r" --(json|out) \S+", "", command),
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
         "python": platform.python_version(),
-        "jax": version("jax"),
-        "flax": version("flax"),
+        "jax": importlib.metadata.version("jax"),
         "tables": [table._asdict() for table in tables],
     }
     file = pathlib.Path(path)
@@ -141,18 +135,13 @@ def rendered(page: str) -> str:
     return MARK.sub(lambda found: f"{found[1]}{table(found[2]).markdown()}{found[3]}", page)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Renders every page, or says which ones differ."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    check = parser.parse_args(argv).check
-    changed = [page for page in PAGES if rendered(page.read_text()) != page.read_text()]
-    for page in changed:
-        print(f"{'differs' if check else 'rewrote'}: {page.relative_to(ROOT)}")
-        if not check:
+def main() -> None:
+    """Renders every page."""
+    for page in PAGES:
+        if rendered(page.read_text()) != page.read_text():
             page.write_text(rendered(page.read_text()))
-    return 1 if check and changed else 0
+            print(f"rewrote {page.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

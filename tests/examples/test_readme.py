@@ -79,7 +79,7 @@ def test_a_run_takes_the_place_of_one_with_the_same_jax(tmp_path):
     new, kept = json.loads(path.read_text())
     assert new["jax"] == jax.__version__
     assert new["tables"] == [{"title": "title", "header": ["", "a"], "rows": [["row", "1"]]}]
-    assert {"command", "date", "processor", "python", "flax"} <= new.keys()
+    assert {"command", "date", "processor", "python"} <= new.keys()
     assert kept == older[1]
 
 
