@@ -27,7 +27,7 @@ from jaxtyping import PyTree
 
 from bitnet_jax import _checks, _display
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.adapted import Adapted
+from bitnet_jax._packed.adapted import Adapted, is_adapted
 from bitnet_jax._packed.kernel import (
     Packed,
     PackedTernary,
@@ -103,7 +103,7 @@ def init(
       Hu et al., arXiv:2106.09685, section 4.1.
     """
     who = "lora.init"
-    leaves = [leaf for leaf in flatten(who, "packed", packed)[0] if is_packed(leaf.value)]
+    leaves = [leaf for leaf in _leaves(who, packed)[0] if is_packed(leaf.value)]
     if not leaves:
         _checks.raise_nothing_packed(who)
     decisions = [select is None or bool(select(leaf.path, leaf.value)) for leaf in leaves]
@@ -164,7 +164,7 @@ def _adapted_leaves(
     """Every leaf with its Adapted or None, and the structure; raises if they do not fit."""
     remedy = "Make them with bj.lora.init(packed, rank, key=...)."
     _checks.require_instance(who, "adapters", adapters, Adapters, remedy)
-    leaves, treedef = flatten(who, "packed", packed)
+    leaves, treedef = _leaves(who, packed)
     found = {leaf.where: leaf for leaf in leaves if is_packed(leaf.value)}
     _require_known_paths(who, [path for path in adapters.kernels if path not in found], list(found))
     done = []
@@ -178,6 +178,24 @@ def _adapted_leaves(
             adapted = Adapted(leaf.value, pair["a"], pair["b"], adapters.alpha / rank)
         done.append((leaf, adapted))
     return done, treedef
+
+
+def _leaves(who: str, packed: PyTree) -> tuple[list[Leaf], Any]:
+    """The leaves of a packed tree and its structure; raises on adapters and equal paths."""
+    leaves, treedef = flatten(who, "packed", packed, is_leaf=is_adapted)
+    paths: set[str] = set()
+    for leaf in leaves:
+        if is_adapted(leaf.value):
+            raise TypeError(
+                f"{who}: {leaf.where} has an adapter already. Pass the packed tree that "
+                "bj.lora.attach was given."
+            )
+        if leaf.where in paths:  # adapters are kept by path
+            raise ValueError(
+                f"{who}: `packed` has two leaves with the path {leaf.where}. Rename one."
+            )
+        paths.add(leaf.where)
+    return leaves, treedef
 
 
 def _require_stored(who: str, leaf: Leaf) -> None:

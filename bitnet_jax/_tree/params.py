@@ -7,7 +7,11 @@ leaves boxed or not; anything else that is a pytree works too.
 from __future__ import annotations
 
 import functools
+<<<<<<< ours
 from collections.abc import Mapping, Sequence
+=======
+from collections.abc import Callable, Mapping, Sequence
+>>>>>>> theirs
 from typing import Any, NoReturn
 
 import jax
@@ -17,12 +21,20 @@ from jaxtyping import Array, Float, PyTree
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._checks import describe
+<<<<<<< ours
 from bitnet_jax._packed.kernel import Prepared, Stored, is_packed, is_stored
 from bitnet_jax._packed.pack import pack_quantized, packing_spec
 from bitnet_jax._quantize.config import B158, KernelConfig
 from bitnet_jax._quantize.kernel_axes import AxesLike
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec, require_kernel_config
 from bitnet_jax._quantize.straight_through import fake_quantize_kernel, traced_strength
+=======
+from bitnet_jax._packed.adapted import is_adapted
+from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
+from bitnet_jax._packed.pack import axes_to_pack, pack_quantized
+from bitnet_jax._quantize.kernel_axes import AxesLike, KernelAxes
+from bitnet_jax._quantize.straight_through import fake_quantize_as
+>>>>>>> theirs
 from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._tree.leaves import Leaf, flatten, is_box, rebox
 from bitnet_jax._tree.pack_report import PackReport, layer_report, measure, nbytes
@@ -118,7 +130,7 @@ def unpack_params(packed: PyTree, *, dtype: jax.typing.DTypeLike | None = None) 
 
     Raises:
       ValueError: no packed kernel in the tree.
-      TypeError: a kernel is prepared.
+      TypeError: a kernel is prepared, or has an adapter.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -127,7 +139,10 @@ def unpack_params(packed: PyTree, *, dtype: jax.typing.DTypeLike | None = None) 
       >>> bool((bj.unpack_params(packed)["kernel"] == bj.fake_quantize(w)).all())
       True
     """
-    leaves, treedef = flatten("unpack_params", "packed", packed)
+    leaves, treedef = flatten("unpack_params", "packed", packed, is_leaf=is_adapted)
+    for leaf in leaves:
+        if is_adapted(leaf.value):
+            _raise_adapted(leaf.where)
     if not any(is_packed(leaf.value) for leaf in leaves):
         _checks.raise_nothing_packed("unpack_params")
     for leaf in leaves:
@@ -320,3 +335,12 @@ def _require_axes_function(who: str, value: object) -> None:
             f"{who}: `axes` must be a function of path and leaf, got {describe(value)}. Write for "
             "example axes=lambda path, leaf: {'contracting_axes': (0, 1)}."
         )
+
+
+def _raise_adapted(path: str) -> NoReturn:
+    """Raises on a kernel with an adapter, which unpacking would lose."""
+    raise TypeError(
+        f"unpack_params: {path} has an adapter, which a float kernel would lose. Unpack the tree "
+        "that bj.lora.attach was given, or merge the adapters first: "
+        "merged, report = bj.lora.merge(packed, adapters)."
+    )

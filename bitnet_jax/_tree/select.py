@@ -40,7 +40,9 @@ class Patterns:
         """Whether the leaf at ``path`` is to be quantised."""
         if not self.keep:
             return is_kernel(path, leaf) and not any(match(p, path) for p in self.patterns)
-        named = any(p.split("/")[-1] == path[-1] and match(p, path) for p in self.patterns)
+        named = any(
+            p.split("/")[-1] == names_of(path)[-1] and match(p, path) for p in self.patterns
+        )
         return named or (is_kernel(path, leaf) and any(match(p, path) for p in self.patterns))
 
 
@@ -157,12 +159,21 @@ def is_kernel(path: Path, leaf: object) -> bool:
     """Whether a leaf is a float array of rank 2 or more, named ``kernel`` as Flax names it."""
     dtype = getattr(leaf, "dtype", None)
     floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+<<<<<<< ours
     return path[-1:] == ("kernel",) and floating and getattr(leaf, "ndim", 0) >= 2
+=======
+    return names_of(path)[-1:] == ("kernel",) and floating and leaf.ndim >= 2
+
+
+def names_of(path: Path) -> Path:
+    """The names of a path; a key such as Haiku's ``"mlp/~/linear_0"`` is several."""
+    return tuple("/".join(path).split("/"))
+>>>>>>> theirs
 
 
 def match(pattern: str, path: Path) -> bool:
     """Whether the names of a pattern follow each other somewhere in a path."""
-    names = pattern.split("/")
+    names, path = pattern.split("/"), names_of(path)
     runs = (path[i : i + len(names)] for i in range(len(path) - len(names) + 1))
     return any(all(map(fnmatch.fnmatchcase, run, names)) for run in runs)
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax import core
 
 from bitnet_jax._packed import trits
+from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax.io import _safetensors
 
 _RAW = ("complex128", "int4", "uint4", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz")
@@ -141,6 +142,9 @@ def raise_not_an_array(who: str, where: str, value: object) -> NoReturn:
         what, remedy = "a ShapeDtypeStruct", "Pass the arrays that it describes."
     elif isinstance(value, (list, tuple)):
         what, remedy = f"a {type(value).__name__}", "Make it a dict with int keys, {0: ...}."
+    elif is_adapted(value):
+        what = "a kernel with an adapter"
+        remedy = "Save the tree that bj.lora.attach was given, and the adapters' kernels beside it."
     elif value is None:
         what, remedy = "None", "Leave it out, or put bj.partition's trees together (bj.combine)."
     else:

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Float32, PyTree
 
 from bitnet_jax._tree.leaves import flatten, rebox
+from bitnet_jax._tree.select import names_of
 from bitnet_jax.optim._gradients import require_params
 from bitnet_jax.optim._hyperparameters import POSITIVE, Scalar, require_number
 
@@ -67,23 +68,23 @@ def qk_clip(
     require_number(who, "tau", tau, POSITIVE)
     leaves, treedef = flatten(who, "params", params)
     limits, _ = flatten(who, "max_logits", max_logits)
-    kernels = {leaf.path: leaf.value for leaf in leaves}
+    kernels = {names_of(leaf.path): leaf.value for leaf in leaves}
     factors: dict[tuple[str, ...], jax.Array] = {}
     for limit in limits:
         # A key of max_logits may be a whole path, "block_0/attention".
-        where = tuple(name for part in limit.path for name in part.split("/") if name)
+        where = tuple(name for name in names_of(limit.path) if name)
         logits = jnp.asarray(limit.value, jnp.float32)
         sides = [kernels.get((*where, name, "kernel")) for name in names]
         _require_attention_kernels(who, "/".join(where), names, [k is not None for k in sides])
         heads = _heads(who, "/".join(where), logits, *sides)  # pyright: ignore[reportArgumentType]
         for name, factor in zip(names, _factors(logits, heads, tau), strict=True):
             factors[*where, name] = factor
-    done = [
-        rebox(leaf.boxed, _scaled(leaf.path[-1], leaf.value, factors[leaf.path[:-1]]))
-        if leaf.path[:-1] in factors and leaf.path[-1] in ("kernel", "bias")
-        else leaf.boxed
-        for leaf in leaves
-    ]
+    done = []
+    for leaf in leaves:
+        *where, kind = names_of(leaf.path)
+        factor = factors.get(tuple(where)) if kind in ("kernel", "bias") else None
+        scaled = None if factor is None else _scaled(kind, leaf.value, factor)
+        done.append(leaf.boxed if scaled is None else rebox(leaf.boxed, scaled))
     return jax.tree.unflatten(treedef, done)
 
 

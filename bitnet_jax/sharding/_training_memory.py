@@ -37,8 +37,13 @@ from bitnet_jax._quantize.int8 import Int8Config
 from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
+<<<<<<< ours
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import AxesOf, Path, Select, axes_for
+=======
+from bitnet_jax._tree.params import AxesOf, axes_of_leaf, chosen_leaves
+from bitnet_jax._tree.select import Path, Select, names_of
+>>>>>>> theirs
 from bitnet_jax.sharding import _partition_specs
 
 Tokens = int | Callable[[Path, Any], int]
@@ -288,7 +293,7 @@ def _packed(w: jax.ShapeDtypeStruct, spec: KernelSpec) -> Stored:
 def _rows(who: str, leaf: Leaf, tokens: Tokens) -> int:
     """How many rows of x one kernel is multiplied with on one device."""
     if not callable(tokens):
-        return 0 if leaf.path[-1:] == ("embedding",) else tokens
+        return 0 if names_of(leaf.path)[-1] == "embedding" else tokens
     rows = tokens(leaf.path, leaf.value)
     _checks.require_instance(who, "tokens", rows, int, f"It was called with {leaf.where}.")
     return rows
