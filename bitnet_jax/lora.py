@@ -37,7 +37,12 @@ from bitnet_jax._packed.kernel import (
     is_stored,
     split,
 )
+<<<<<<< ours
 from bitnet_jax._packed.pack import pack_kernel
+=======
+from bitnet_jax._packed.pack import pack_quantized
+from bitnet_jax._packed.static_data import register_export
+>>>>>>> theirs
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
@@ -64,6 +69,9 @@ class Adapters:
     def size(self) -> int:
         """How many weights the adapters have."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.kernels))
+
+
+register_export(Adapters)
 
 
 def init(

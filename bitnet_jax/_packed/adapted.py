@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from bitnet_jax import _mesh
 from bitnet_jax._packed.kernel import Packed
+from bitnet_jax._packed.static_data import register_export
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +81,9 @@ no_type_check(Adapted.__init__)  # as of the packed kernels: trees hold more tha
             return columns @ a.astype(dtype).T * jnp.asarray(self.scale, dtype)
 
         return _mesh.in_auto_rows(run, index, self.a, self.b, outputs=(None,))
+
+
+register_export(Adapted)
 
 
 def is_adapted(leaf: object) -> TypeGuard[Adapted]:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Float32, Int, Int8, UInt8
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.not_trainable import refuse_training
+from bitnet_jax._packed.static_data import register_export
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Codes, DTypeLike, PackedCodes, Scale
 from bitnet_jax._quantize.config import B158, Int8Config, TernaryConfig
@@ -370,6 +371,7 @@ def _register(cls: type, static: tuple[str, ...]) -> None:
         return cls(*children, **dict(zip(static, aux, strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    register_export(cls)
 
 
 _register(PackedTernary, ("length", "contracting_axes", "kernel_ndim", "config", "dtype"))

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from jax import export
 from jaxtyping import Array, Float32, Int32, PyTree
 
 from bitnet_jax import _checks
@@ -54,6 +55,11 @@ class GrokfastEmaState(NamedTuple):
     step: Int32[Array, ""]
     weight: Float32[Array, ""]
     average: PyTree
+
+
+export.register_namedtuple_serialization(
+    GrokfastEmaState, serialized_name="bitnet_jax.GrokfastEmaState"
+)
 
 
 def grokfast_ema(

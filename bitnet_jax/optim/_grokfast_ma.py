@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import core, lax
+from jax import core, export, lax
 from jaxtyping import Array, Int32, PyTree
 
 from bitnet_jax import _checks
@@ -71,6 +71,11 @@ class GrokfastMaState(NamedTuple):
     window: PyTree
     total: PyTree
     fresh: PyTree
+
+
+export.register_namedtuple_serialization(
+    GrokfastMaState, serialized_name="bitnet_jax.GrokfastMaState"
+)
 
 
 def grokfast_ma_bytes(

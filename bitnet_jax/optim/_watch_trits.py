@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import export
 from jaxtyping import Array, Int32, PyTree
 
 from bitnet_jax._quantize.ternary import B158, TernaryConfig
@@ -29,6 +30,11 @@ class WatchTritsState(NamedTuple):
     step: Int32[Array, ""]
     snapshot: Snapshot
     stats: dict[str, jax.Array]
+
+
+export.register_namedtuple_serialization(
+    WatchTritsState, serialized_name="bitnet_jax.WatchTritsState"
+)
 
 
 def watch_trits(
