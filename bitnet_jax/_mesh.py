@@ -32,6 +32,16 @@ Spec = tuple[Entry, ...]
 AnyMesh = Mesh | AbstractMesh
 
 
+def require_axes_of_mesh(who: str, what: str, axes: Sequence[str], has: Sequence[str]) -> None:
+    """Raises unless a mesh has the axes that ``what`` names."""
+    missing = sorted({axis for axis in axes if axis not in has})
+    if missing:
+        raise ValueError(
+            f"{who}: {what} names the mesh axes {missing}, and the mesh has {list(has)}. Name axes "
+            "of the mesh."
+        )
+
+
 def names(entry: Entry) -> tuple[str, ...]:
     """The mesh axes that one axis of an array is sharded over."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:

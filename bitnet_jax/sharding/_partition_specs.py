@@ -116,7 +116,8 @@ def _of_leaf(
     cuts = [1] * len(shape)
     if mesh is not None:
         used = [axis for entry in entries for axis in _mesh.names(entry)]
-        _require_axes_of_mesh(who, leaf.where, used, mesh.axis_names)
+        _mesh.require_axes_of_mesh(who, f"the spec of {leaf.where}", used, mesh.axis_names)
+        _require_distinct_axes(who, leaf.where, used)
         cuts = [math.prod(mesh.shape[a] for a in _mesh.names(e)) for e in entries]
         _require_equal_shards(who, leaf.where, shape, entries, cuts, steps)
     if not is_stored(value):
@@ -189,14 +190,8 @@ def _require_spec_rank(
         )
 
 
-def _require_axes_of_mesh(who: str, where: str, used: Sequence[str], has: Sequence[str]) -> None:
-    """Raises if a spec names axes that the mesh lacks, or one axis twice."""
-    missing = sorted({axis for axis in used if axis not in has})
-    if missing:
-        raise ValueError(
-            f"{who}: the spec of {where} names {missing}, and the mesh has the axes {list(has)}. "
-            "Name axes of the mesh."
-        )
+def _require_distinct_axes(who: str, where: str, used: Sequence[str]) -> None:
+    """Raises if a spec names a mesh axis twice."""
     if len({*used}) < len(used):
         raise ValueError(
             f"{who}: the spec of {where} names a mesh axis twice: {list(used)}. Shard one axis "

@@ -25,7 +25,7 @@ TREE = {"up": {"kernel": jnp.ones((K, N)), "bias": jnp.zeros(N)}}
         ([("up", "model")], TypeError, "`rules` must be pairs"),
         (lambda *_: "model", TypeError, "`rules` returned str 'model' for up/"),
         ([("kernel", P(None, None, "model"))], ValueError, r"shape \(64, 32\), and its spec 3"),
-        ([("kernel", P("pipe"))], ValueError, r"names \['pipe'\], and the mesh has the axes"),
+        ([("kernel", P("pipe"))], ValueError, r"names the mesh axes \['pipe'\], and the mesh"),
         ([("kernel", P("data", "data"))], ValueError, "names a mesh axis twice"),
     ],
 )
