@@ -37,12 +37,8 @@ from bitnet_jax._packed.kernel import (
     is_stored,
     split,
 )
-<<<<<<< ours
 from bitnet_jax._packed.pack import pack_kernel
-=======
-from bitnet_jax._packed.pack import pack_quantized
 from bitnet_jax._packed.static_data import register_export
->>>>>>> theirs
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox

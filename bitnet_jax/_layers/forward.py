@@ -187,20 +187,16 @@ def check_packed(
 def embed_lookup(
     where: str,
     config: KernelConfig,
-    embedding: Kernel | Packed,
+    embedding: Kernel | Packed | Adapted,
     index: Int[Array, "..."],
     dtype: DTypeLike | None,
     strength: Strength | None,
 ) -> Float[Array, "... features"]:
     """Rows of an int8 embedding; the same bits from a float table and a packed one."""
-<<<<<<< ours
-    if isinstance(embedding, Packed):
-=======
     if isinstance(embedding, Adapted):
         rows = embed_lookup(where, config, embedding.base, index, dtype, strength)
         return rows + embedding.rows(index, rows.dtype)
-    if is_packed(embedding):
->>>>>>> theirs
+    if isinstance(embedding, Packed):
         _require_same_config("Embed", where, config, embedding.config)
         assert isinstance(embedding, PackedInt8 | PreparedInt8)  # by its config
         return embedding_rows(embedding, index).astype(dtype or embedding.dtype)

@@ -11,12 +11,8 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-<<<<<<< ours
 from bitnet_jax._context import Ambient
-from bitnet_jax._mesh import AnyMesh, Spec, entry_of, fit, made_auto, names
-=======
-from bitnet_jax._mesh import Spec, _auto, _entry, fit, names, require_axes_of_mesh
->>>>>>> theirs
+from bitnet_jax._mesh import AnyMesh, Spec, entry_of, fit, made_auto, names, require_axes_of_mesh
 from bitnet_jax._packed import trits
 from bitnet_jax._quantize.arrays import CanonicalCodes, CanonicalScale
 
@@ -172,14 +168,8 @@ def _require_mesh_axis_names(axes: Sequence[object]) -> None:
 
 
 def _require_mesh_axes(who: str, axes: Sequence[str], has: Sequence[str]) -> None:
-<<<<<<< ours
     """Raises unless there is a mesh with these axes."""
-    missing = [axis for axis in axes if axis not in has]
-    if missing and not has:
-=======
-    """Refuses names that the mesh does not have, or no mesh at all."""
     if axes and not has:
->>>>>>> theirs
         raise ValueError(
             f"{who}: gather_codes({', '.join(map(repr, axes))}) needs a mesh, and there is none "
             "around this call. Put it under jax.set_mesh(mesh)."

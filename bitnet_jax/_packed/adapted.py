@@ -10,23 +10,17 @@ References:
 from __future__ import annotations
 
 import dataclasses
-<<<<<<< ours
-from typing import no_type_check
-
-import jax
-import numpy as np
-from jaxtyping import Array, Float
-=======
-from typing import Any, TypeGuard
+from typing import TypeGuard, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
->>>>>>> theirs
 
 from bitnet_jax import _mesh
 from bitnet_jax._packed.kernel import Packed
 from bitnet_jax._packed.static_data import register_export
+from bitnet_jax._quantize.arrays import AnyArray, DTypeLike
 
 
 @jax.tree_util.register_dataclass
@@ -62,13 +56,7 @@ class Adapted:
         """The shape of the kernel this leaf stands for."""
         return self.base.shape
 
-<<<<<<< ours
-
-no_type_check(Adapted.__init__)  # as of the packed kernels: trees hold more than arrays
-=======
-    def rows(
-        self, index: Int[Array, "..."], dtype: jax.typing.DTypeLike
-    ) -> Float[Array, "... features"]:
+    def rows(self, index: Int[AnyArray, "..."], dtype: DTypeLike) -> Float[Array, "... features"]:
         """What the adapter adds to rows of an embedding (vocabulary, features).
 
         The kernel contracts over its features, so its update ``scale * a @ b`` is
@@ -76,17 +64,19 @@ no_type_check(Adapted.__init__)  # as of the packed kernels: trees hold more tha
         outside the vocabulary gives NaN, as ``jnp.take`` does.
         """
 
-        def run(index: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        def run(
+            index: Int[AnyArray, "..."], a: Float[AnyArray, "k r"], b: Float[AnyArray, "r n"]
+        ) -> Float[Array, "... features"]:
             columns = jnp.take(b.astype(dtype).T, index, axis=0)
             return columns @ a.astype(dtype).T * jnp.asarray(self.scale, dtype)
 
         return _mesh.in_auto_rows(run, index, self.a, self.b, outputs=(None,))
 
 
+no_type_check(Adapted.__init__)  # as of the packed kernels: trees hold more than arrays
 register_export(Adapted)
 
 
 def is_adapted(leaf: object) -> TypeGuard[Adapted]:
     """Whether a leaf is a packed kernel with an adapter."""
     return isinstance(leaf, Adapted)
->>>>>>> theirs

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from jax import export
 
-from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax._quantize.ternary import TernaryConfig
+from bitnet_jax._quantize.config import Int8Config, TernaryConfig
 
 _CONFIGS = {kind.__name__: kind for kind in (TernaryConfig, Int8Config)}
 

@@ -7,11 +7,7 @@ leaves boxed or not; anything else that is a pytree works too.
 from __future__ import annotations
 
 import functools
-<<<<<<< ours
 from collections.abc import Mapping, Sequence
-=======
-from collections.abc import Callable, Mapping, Sequence
->>>>>>> theirs
 from typing import Any, NoReturn
 
 import jax
@@ -21,20 +17,13 @@ from jaxtyping import Array, Float, PyTree
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._checks import describe
-<<<<<<< ours
+from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._packed.kernel import Prepared, Stored, is_packed, is_stored
 from bitnet_jax._packed.pack import pack_quantized, packing_spec
 from bitnet_jax._quantize.config import B158, KernelConfig
 from bitnet_jax._quantize.kernel_axes import AxesLike
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec, require_kernel_config
 from bitnet_jax._quantize.straight_through import fake_quantize_kernel, traced_strength
-=======
-from bitnet_jax._packed.adapted import is_adapted
-from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
-from bitnet_jax._packed.pack import axes_to_pack, pack_quantized
-from bitnet_jax._quantize.kernel_axes import AxesLike, KernelAxes
-from bitnet_jax._quantize.straight_through import fake_quantize_as
->>>>>>> theirs
 from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._tree.leaves import Leaf, flatten, is_box, rebox
 from bitnet_jax._tree.pack_report import PackReport, layer_report, measure, nbytes

@@ -159,16 +159,13 @@ def is_kernel(path: Path, leaf: object) -> bool:
     """Whether a leaf is a float array of rank 2 or more, named ``kernel`` as Flax names it."""
     dtype = getattr(leaf, "dtype", None)
     floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-<<<<<<< ours
-    return path[-1:] == ("kernel",) and floating and getattr(leaf, "ndim", 0) >= 2
-=======
-    return names_of(path)[-1:] == ("kernel",) and floating and leaf.ndim >= 2
+    named = names_of(path)[-1:] == ("kernel",)
+    return named and floating and getattr(leaf, "ndim", 0) >= 2
 
 
 def names_of(path: Path) -> Path:
     """The names of a path; a key such as Haiku's ``"mlp/~/linear_0"`` is several."""
     return tuple("/".join(path).split("/"))
->>>>>>> theirs
 
 
 def match(pattern: str, path: Path) -> bool:

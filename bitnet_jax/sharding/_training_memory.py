@@ -37,13 +37,8 @@ from bitnet_jax._quantize.int8 import Int8Config
 from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
-<<<<<<< ours
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
-from bitnet_jax._tree.select import AxesOf, Path, Select, axes_for
-=======
-from bitnet_jax._tree.params import AxesOf, axes_of_leaf, chosen_leaves
-from bitnet_jax._tree.select import Path, Select, names_of
->>>>>>> theirs
+from bitnet_jax._tree.select import AxesOf, Path, Select, axes_for, names_of
 from bitnet_jax.sharding import _partition_specs
 
 Tokens = int | Callable[[Path, Any], int]
