@@ -36,7 +36,13 @@ from bitnet_jax._packed.kernel import (
     split,
 )
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.arrays import Activations, CanonicalCodes, CanonicalScale, DTypeLike
+from bitnet_jax._quantize.arrays import (
+    Activations,
+    CanonicalCodes,
+    CanonicalScale,
+    DTypeLike,
+    Gradient,
+)
 from bitnet_jax._quantize.config import INT8, ActivationConfig
 from bitnet_jax._quantize.int8 import activation_codes, check_activations
 
@@ -240,7 +246,7 @@ def _matmul_backward(
     name: Name,
     dtype: np.dtype,
     residuals: _Residuals,
-    g: Float[Array, "..."],
+    g: Gradient,
 ) -> tuple[Float[Array, "..."], None]:
     # None: codes have no gradient. The input's is a float product, by XLA for every row.
     del activations, name, dtype
@@ -271,7 +277,7 @@ def _convolve_backward(
     convolution: Convolution,
     activations: ActivationConfig,
     residuals: _Residuals,
-    g: Float32[Array, "..."],
+    g: Gradient,
 ) -> tuple[Float[Array, "..."], None]:
     del activations
     return _input_gradient(convolution, residuals, g), None
@@ -286,9 +292,7 @@ def _like(x: Activations) -> jax.Array:
     return jnp.zeros((0, *x.shape), x.dtype)
 
 
-def _input_gradient(
-    operator: Operator, residuals: _Residuals, g: Float32[Array, "..."]
-) -> Float[Array, "..."]:
+def _input_gradient(operator: Operator, residuals: _Residuals, g: Gradient) -> Float[Array, "..."]:
     packed, like = residuals
     codes, scale = _canonical_codes(packed), _canonical_scale(packed)
     return input_gradient(operator, g, codes, scale, like.shape[1:]).astype(like.dtype)

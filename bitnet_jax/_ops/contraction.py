@@ -27,6 +27,7 @@ from bitnet_jax._quantize.arrays import (
     CanonicalKernel,
     CanonicalScale,
     DTypeLike,
+    Gradient,
 )
 from bitnet_jax._quantize.config import ActivationConfig, KernelConfig
 from bitnet_jax._quantize.int8 import activation_codes, dequantize_activations
@@ -142,7 +143,7 @@ def _int8_dot_forward(
 
 
 def _int8_dot_backward(
-    spec: Contraction, residuals: _Residuals, g: Float32[Array, "..."]
+    spec: Contraction, residuals: _Residuals, g: Gradient
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     codes, gamma, w_codes, scale, (x_like, w_like) = residuals
     # dw = x_q^T g: x_q = codes * step, and the step is applied to g, one product fewer.
@@ -172,7 +173,7 @@ def contract_codes(
 
 def input_gradient(
     operator: Operator,
-    g: Float[Array, "..."],
+    g: Gradient,
     codes: CanonicalCodes,
     scale: CanonicalScale,
     x_shape: tuple[int, ...],
@@ -221,7 +222,7 @@ def _phased_dot_forward(
 def _phased_dot_backward(
     spec: Contraction,
     residuals: tuple[AnyArray, AnyArray, Float32[Array, ""]],
-    g: Float32[Array, "..."],
+    g: Gradient,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float32[Array, ""]]:
     x, w, strength = residuals
     # The products of the blends; each blend's own derivative is straight through, that is 1.

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped
 
-from bitnet_jax._quantize.arrays import Activations, AnyArray, DTypeLike, Kernel
+from bitnet_jax._quantize.arrays import Activations, AnyArray, DTypeLike, Gradient, Kernel
 
 _EXACT = 2**24  # float32 has 24 bits of significand
 
@@ -88,7 +88,7 @@ class Convolution(NamedTuple):
 
     def to_input(
         self,
-        g: Float[Array, "b *out n"],
+        g: Float[AnyArray, "b *out n"],
         w: Shaped[AnyArray, "k n"],
         x_shape: tuple[int, ...],
         dtype: DTypeLike,
@@ -100,7 +100,7 @@ class Convolution(NamedTuple):
     def to_kernel(
         self,
         x: Shaped[AnyArray, "b *space c"],
-        g: Float[Array, "b *out n"],
+        g: Float[AnyArray, "b *out n"],
         w_shape: tuple[int, ...],
         dtype: DTypeLike,
     ) -> Float32[Array, "k n"]:
@@ -139,7 +139,7 @@ class Convolution(NamedTuple):
 def _transposed(
     linear: Callable[[jax.Array], jax.Array],
     shape: tuple[int, ...],
-    g: Float[Array, "..."],
+    g: Gradient,
     dtype: DTypeLike,
 ) -> Float32[Array, "..."]:
     """g through the transpose of a linear function of an array of this shape."""

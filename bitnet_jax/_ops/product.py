@@ -183,7 +183,7 @@ class Product(NamedTuple):
 
     def to_input(
         self,
-        g: Float[Array, "*rows n"],
+        g: Float[AnyArray, "*rows n"],
         w: Shaped[AnyArray, "*b k n"],
         x_shape: tuple[int, ...],
         dtype: DTypeLike,
@@ -198,7 +198,7 @@ class Product(NamedTuple):
     def to_kernel(
         self,
         x: Shaped[AnyArray, "*rows k"],
-        g: Float[Array, "*rows n"],
+        g: Float[AnyArray, "*rows n"],
         w_shape: tuple[int, ...],
         dtype: DTypeLike,
     ) -> Float32[Array, "*b k n"]:

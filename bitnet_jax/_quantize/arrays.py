@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 else:
     AnyArray = Array | np.ndarray
 
-# A parameter or activations: float32, bfloat16 or float16, of any rank.
+# A parameter, activations, a gradient: float32, bfloat16 or float16, of any rank.
 Kernel = Float[AnyArray, "..."]
 Activations = Float[AnyArray, "..."]
+Gradient = Float[AnyArray, "..."]
 
 # Of a kernel's rank. Codes are -1, 0, +1, or int8 in [-127, 127].
 Codes = Int8[Array, "..."]

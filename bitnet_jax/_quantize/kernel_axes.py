@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jaxtyping import Shaped
 
 from bitnet_jax import _checks
 from bitnet_jax._quantize.arrays import AnyArray
 
-AxesLike = int | Sequence[int]
+AxesLike = int | np.integer | Sequence[int | np.integer]
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Float32
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.arrays import Activations, AnyArray, Kernel
+from bitnet_jax._quantize.arrays import Activations, AnyArray, Gradient, Kernel
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, Int8Config, KernelConfig
 from bitnet_jax._quantize.int8 import activation_codes, dequantize_activations, token_axes
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec
@@ -176,9 +176,7 @@ def _straight_through_forward(
     return _straight_through(latent, hat), None
 
 
-def _straight_through_backward(
-    _: None, g: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+def _straight_through_backward(_: None, g: Gradient) -> tuple[Gradient, Gradient]:
     return g, jnp.zeros_like(g)
 
 
@@ -207,7 +205,7 @@ def _rms_normalize_forward(
 
 
 def _rms_normalize_backward(
-    eps: float, residuals: _NormResiduals, g: Float[Array, "... k"]
+    eps: float, residuals: _NormResiduals, g: Float[AnyArray, "... k"]
 ) -> tuple[Float[Array, "... k"]]:
     del eps
     x, inverse = residuals
