@@ -1,4 +1,12 @@
-"""Settings of every test: strict promotion, rank promotion refused, hypothesis reproducible."""
+"""Settings of every test: strict promotion, rank promotion refused, hypothesis reproducible.
+
+Compiling is most of what the tests do. JAX keeps what it compiled in pytest's cache folder, so
+a second run takes a fraction of the first; `pytest --cache-clear` forgets it.
+"""
+
+import gc
+import os
+import resource
 
 import chex
 import hypothesis
@@ -7,6 +15,13 @@ import pytest
 
 # Meshes of eight devices, on any machine; what names no device runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# BITNET_JAX_BEARTYPE=1 checks every annotation of the package at every call. The hook must be
+# there before the package is imported, in each of pytest-xdist's workers too.
+if os.environ.get("BITNET_JAX_BEARTYPE") == "1":
+    import jaxtyping
+
+    jaxtyping.install_import_hook("bitnet_jax", "beartype.beartype")
 
 hypothesis.settings.register_profile(
     "bitnet_jax",
@@ -19,6 +34,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("bitnet_jax")
 
+FULL = 1 << 30  # bytes of a process from which on it forgets what it compiled
+
 
 def pytest_configure(config):
     config.addinivalue_line(
@@ -26,6 +43,11 @@ def pytest_configure(config):
         "standard_promotion: runs under JAX's default dtype promotion, because a dependency "
         "(optax's adam, adamw, muon) raises under the strict one",
     )
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("compiled")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +69,47 @@ def traces():
 def path(tmp_path):
     """Where a test saves a file."""
     return str(tmp_path / "model.bitnet.safetensors")
+
+
+# Memory -----------------------------------------------------------------------------------
+
+
+def resident():
+    """Bytes of memory that this process holds now; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Between two files, a process that has grown large forgets its programs."""
+    if (nextitem is None or nextitem.path != item.path) and resident() > FULL:
+        jax.clear_caches()
+        gc.collect()
+
+
+def peak():
+    """The most memory that this process has held, in GB. Linux counts it in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak"] = peak()
+
+
+PEAKS = []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """pytest-xdist's: one of its workers has ended."""
+    PEAKS.append(getattr(node, "workeroutput", {}).get("peak", 0.0))
+
+
+def pytest_terminal_summary(terminalreporter):
+    most = max(PEAKS, default=peak())
+    terminalreporter.write_line(f"at most {most:.2f} GB of memory in one process")

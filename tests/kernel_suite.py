@@ -83,7 +83,7 @@ class Case(NamedTuple):
     @functools.cache  # noqa: B019 - a case is a constant of this file
     def pack(self):
         w = jnp.asarray(self.kernel(), self.x_dtype)
-        return jax.jit(lambda w: bj.pack(w, self.config, **self.axes))(w)
+        return bj.pack(w, self.config, **self.axes)
 
     @functools.cache  # noqa: B019
     def truths(self):
@@ -316,7 +316,7 @@ def check_vmap(case, name, layout):
 
 def check_no_rows(name, layout):
     """An empty batch gives an empty result."""
-    case = Case((24, 10))
+    case = CASES["dense"]
     leaf = leaf_of(case, name, layout)
     for lead in ((0,), (2, 0), (0, 2)):
         y = bj.matmul(case.x(*lead), leaf, implementation=name)
@@ -325,7 +325,7 @@ def check_no_rows(name, layout):
 
 def check_traces_once(name, layout):
     """One trace for each shape, whatever the values."""
-    case = Case((24, 10))
+    case = CASES["dense"]
     leaf = leaf_of(case, name, layout)
     run = jax.jit(lambda x, leaf: bj.matmul(x, leaf, implementation=name))
     other = jax.tree.map(lambda a: jnp.flip(a, -1), leaf)

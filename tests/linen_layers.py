@@ -1,8 +1,8 @@
 """What the tests of linen layers share."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from draws import params_of
 from flax import linen as nn
 
 import bitnet_jax as bj
@@ -15,16 +15,10 @@ def inputs(*shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def init(layer, x, seed=1):
-    return layer.init(jax.random.key(seed), x)["params"]
-
-
 def ready(fields, x):
     """A layer with a bias that is not zero, its float, packed and prepared params."""
     layer = BitDense(N, **fields)
-    params = init(layer, x)
-    if "bias" in params:
-        params["bias"] = inputs(N, seed=5).astype(params["bias"].dtype)
+    params = params_of(layer, x)
     packed, _ = bj.pack_params(params, layer.weights)
     return layer, params, packed, bj.prepare(packed)
 

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import cases
+from draws import normal, params_of
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 
@@ -14,6 +16,7 @@ GROUPS = bj.TernaryConfig(granularity=8)
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 both_kinds = pytest.mark.parametrize("kind", KINDS)
+explicit_in_core = cases("kind", list(KINDS), core=["explicit"])
 
 
 @functools.cache
@@ -26,7 +29,7 @@ def put(mesh, value, spec):
 
 
 def gaussian(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return normal(*shape, seed=seed)
 
 
 def compiled(function, *operands, **how):
@@ -63,7 +66,7 @@ WAYS = {
 
 def net_and_params(way, **fields):
     net = Net(WAYS[way], **fields)
-    boxed = net.init(jax.random.key(0), jnp.ones((1, 32)))["params"]
+    boxed = params_of(net, jnp.ones((1, 32)))
     return net, boxed
 
 

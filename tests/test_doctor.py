@@ -88,6 +88,7 @@ runpy.run_module("bitnet_jax", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.full
 def test_the_command_turned_off_and_without_any_extra():
     done = in_a_new_process("-c", WITHOUT_EXTRAS, BITNET_JAX_NATIVE="0")
     assert (done.returncode, done.stderr) == (0, "")
@@ -135,6 +136,7 @@ def test_a_wrong_result_is_named_and_is_exit_code_1(monkeypatch, capsys):
     assert "turns the native product off" not in text
 
 
+@pytest.mark.full
 def test_minus_zero_is_not_zero(monkeypatch, capsys):
     remove_native(monkeypatch)
     replace_contract(monkeypatch, "reference", lambda y: y.at[0, 0].set(0))
@@ -180,6 +182,7 @@ def test_the_path_is_put_back_when_the_reader_stops(monkeypatch):
 
 
 @needs_it
+@pytest.mark.full
 def test_the_portable_path_alone_is_checked_and_does_not_serve(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(native.Native, "paths", lambda self: ["portable"])
@@ -193,6 +196,7 @@ def test_the_portable_path_alone_is_checked_and_does_not_serve(monkeypatch, caps
 
 
 @pytest.mark.skipif(len(PATHS) < 2, reason="no path that serves")
+@pytest.mark.full
 def test_the_speed_is_told_as_shares_of_two_limits(capsys):
     assert _doctor.examine(load=TINY) == 0
     text = capsys.readouterr().out

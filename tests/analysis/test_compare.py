@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import params_of
 from flax import linen as nn
 from flax import nnx
 
@@ -120,13 +121,13 @@ def test_extreme_logits():
 def test_linen_float_side_is_at_strength_zero():
     model = bj.linen.BitDense(5)
     x, labels = normal(11, 8), np.arange(11) % 5
-    params = model.init(jax.random.key(0), x)["params"]
+    params = params_of(model, x)
     packed, _ = bj.pack_params(params)
     batches = [(x[:8], labels[:8]), (x[8:], labels[8:])]
     result = bj.analysis.compare(model, params, packed, batches)
     w, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
     floats = np.asarray(x, np.float64) @ w + bias  # and no int8 activations
-    served = model.apply({"params": packed}, x)
+    served = jax.jit(model.apply)({"params": packed}, x)
     assert_close(result, comparison64(floats, served, labels))
     assert result.kl > 1e-4
     # Float params on the other side run ternary, and no strength around the call changes that.
@@ -137,7 +138,7 @@ def test_linen_float_side_is_at_strength_zero():
 
 def test_float_layers_compare_unpacked_params():
     model, x = nn.Dense(5), normal(11, 8)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = params_of(model, x)
     hat = bj.unpack_params(bj.pack_params(params)[0])
     expected = comparison64(model.apply({"params": params}, x), model.apply({"params": hat}, x))
     assert_close(bj.analysis.compare(model, params, hat, [x]), expected, 1e-4)

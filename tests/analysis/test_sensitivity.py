@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import cases
+from draws import params_of
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict
@@ -36,7 +38,7 @@ def squares(targets, weights):
     return loss
 
 
-@pytest.mark.parametrize("config", [bj.B158, bj.PHASE4, bj.TWN])
+@cases("config", {"b158": bj.B158, "phase4": bj.PHASE4, "twn": bj.TWN}, core=["phase4"])
 @pytest.mark.parametrize("jit", [True, False])
 def test_changes_are_those_of_the_definition(config, jit):
     params = {name: {"kernel": normal(12, 5, seed=i)} for i, name in enumerate("abcd")}
@@ -206,7 +208,7 @@ def test_half_precision_kernels_keep_their_dtype():
 
 def test_ternary_layers_are_float_ones_at_the_base():
     model, x = bj.linen.BitDense(3, use_bias=False), normal(9, 6)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = params_of(model, x)
     found = survive.sensitivity(lambda p: (model.apply({"params": p}, x) ** 2).mean(), params)
     w, x64 = np.asarray(params["kernel"], np.float64), np.asarray(x, np.float64)
     np.testing.assert_allclose(found.base, ((x64 @ w) ** 2).mean(), 1e-5)

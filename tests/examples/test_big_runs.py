@@ -7,6 +7,8 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import cases
+from draws import normal, params_of
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -75,7 +77,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("row", ROWS)
+@cases("row", list(ROWS), core=["contraction", "fsdp"])
 def test_what_a_sharding_sends(row):
     x_spec, spec, config, scale_sends, step_sends = ROWS[row]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -124,7 +126,7 @@ class Bare:
         return bj.linen.TernaryDotGeneral
 
 
-@pytest.mark.parametrize(
+@cases(
     ("kind", "told", "dtypes"),
     [
         ("auto", True, ["u8", "u8"]),
@@ -132,12 +134,13 @@ class Bare:
         ("explicit", False, ["u8", "u8"]),
         ("auto", False, None),
     ],
+    core=[("explicit", True, ["u8", "u8"]), ("auto", False, None)],
 )
 def test_what_a_plug_in_gathers(page, kind, told, dtypes):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(KINDS[kind],))
     layer = DenseGeneral(page["TernaryQuantization"]() if told else Bare())
-    x = jax.random.normal(jax.random.key(0), (16, 256))
-    boxed = layer.init(jax.random.key(1), x)["params"]
+    x = normal(16, 256)
+    boxed = params_of(layer, x)
     want = bj.ternary_dot(x, nn.unbox(boxed)["kernel"])
 
     def run(params, x):
@@ -167,7 +170,7 @@ def test_a_plug_in_under_nnx(page):
     """MaxText's NNX layers wrap the product; what is no linen module cannot be wrapped."""
     from flax import nnx
 
-    x, w = jnp.ones((4, 64)), jax.random.normal(jax.random.key(0), (64, 16))
+    x, w = jnp.ones((4, 64)), normal(64, 16)
     product = page["TernaryQuantization"](bj.PHASE4).dot_general_cls(mesh_axes=("embed", "mlp"))()
     wrapped = nnx.bridge.ToNNX(product, rngs=nnx.Rngs(0))
     operands = x, w, (((1,), (0,)), ((), ()))

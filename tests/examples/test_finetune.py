@@ -48,6 +48,7 @@ def test_text_is_split_once_and_asks_for_the_next_byte(example):
         assert following.max() < 500
 
 
+@pytest.mark.full
 def test_fine_tuning_mends_what_packing_broke(example, tmp_path):
     net = dataclasses.replace(example.DIGITS.model, hidden=(8,))
     task = dataclasses.replace(example.DIGITS, model=net, steps=240)
@@ -66,6 +67,7 @@ def test_fine_tuning_mends_what_packing_broke(example, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_training_takes_a_copy_of_its_start(example):
     task = dataclasses.replace(example.DIGITS, steps=2 * example.EVERY)
     data = example.data_of(task, 0)

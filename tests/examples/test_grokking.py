@@ -15,6 +15,7 @@ def test_halves_are_the_products_and_share_none():
     np.testing.assert_array_equal(both[:, 0] * both[:, 2] % 11, np.concatenate([y, y_val]))
 
 
+@pytest.mark.full
 def test_small_runs_learn_the_training_half(tmp_path):
     example = load_example("grokking")
     setting = example.Setting(7, 16, 1, 2, normed_residual=True)

@@ -8,6 +8,7 @@ from example_loader import load_example
 example = load_example("sharded")
 
 
+@pytest.mark.full
 @pytest.mark.standard_promotion  # optax's adamw raises under the strict one
 def test_one_process_and_two_have_the_same_bits():
     rows = example.compare_bits("explicit", ["FSDP and tensor"])  # Auto: the example, in .ci/slow
@@ -20,6 +21,7 @@ def test_one_process_and_two_have_the_same_bits():
     assert [row[2:] for row in rows[:3]] == [("same bits", "same bits")] * 3
 
 
+@pytest.mark.full
 def test_digests_see_a_bit(monkeypatch):
     want, x = example.bits("data", None), jnp.asarray(example.data()[0])
     monkeypatch.setattr(example, "data", lambda: (x.at[3, 5].add(1.0), None))

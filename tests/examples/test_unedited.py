@@ -21,6 +21,7 @@ def test_models_are_plain_flax():
         assert "bitnet" not in file.read_text(), file
 
 
+@pytest.mark.full
 def test_a_run_resumes_in_mid_ramp_and_serves_what_it_trained(example, tmp_path):
     task = example.digits(0)
     small = example.Task(tuple(a[:320] for a in task.train), task.test, task.learning_rate)

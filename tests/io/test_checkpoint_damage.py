@@ -62,6 +62,7 @@ def flip_bits(folder):
     assert seen["refused by check"] > 50, seen  # Orbax restored these without a word
 
 
+@pytest.mark.full
 def test_flipped_bits_in_the_files_of_orbax_are_refused_or_do_no_harm(folder):
     alone(__file__, f"flip_bits({str(folder)!r})")
 

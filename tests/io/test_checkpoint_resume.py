@@ -134,6 +134,7 @@ def main(part, folder):
     np.savez(folder / f"{part}.npz", losses, *leaves)
 
 
+@pytest.mark.full
 def test_training_on_eight_devices_resumed_in_another_process_gives_the_same_bits(tmp_path):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     for part in ("uninterrupted", "resumed"):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import cases
 from checkpoints import (
     KERNELS,
     OPTIMIZERS,
@@ -29,7 +30,7 @@ import bitnet_jax as bj
 pytestmark = pytest.mark.standard_promotion  # optax's adamw raises under the strict one
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@cases("asynchronous", [True, False], core=[True])
 def test_packed_trees_come_back_typed(folder, asynchronous):
     tree = packed_tree()
     with manager_of(folder, enable_async_checkpointing=asynchronous) as manager:
@@ -47,7 +48,7 @@ def test_packed_trees_come_back_typed(folder, asynchronous):
     assert got["half"]["kernel"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@cases("name", list(OPTIMIZERS), core=["grokfast_ma", "watch_trits"])
 def test_optimizer_states_come_back_typed(folder, name):
     tx = OPTIMIZERS[name]()
     params = {"layer": {"kernel": gaussian((8, 4)), "bias": jnp.zeros(4)}}
@@ -87,6 +88,7 @@ def test_nnx_state_comes_back_as_itself_or_as_dicts(folder):
     assert_same(round_trip(folder / "b", pure), pure)
 
 
+@pytest.mark.full
 def test_an_nnx_optimizer_comes_back_as_its_state(folder):
     def fresh(seed):
         model = bj.nnx.BitLinear(8, 4, rngs=nnx.Rngs(seed))

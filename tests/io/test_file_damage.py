@@ -11,8 +11,10 @@ from io_files import assert_same, join, signed, split
 import bitnet_jax.io
 from bitnet_jax.io import _safetensors
 
+KINDS = ["plain", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("dense", "version 1"))]
 
-@pytest.fixture(scope="module", params=["plain", "dense", "version 1"])
+
+@pytest.fixture(scope="module", params=KINDS)
 def each(request, tmp_path_factory):
     """The bytes of a small file of each kind, and a place to write it changed."""
     path, found = contents(tmp_path_factory.mktemp("each"))

@@ -14,6 +14,8 @@ import numpy as np
 import oracles
 import pytest
 import safetensors
+from cases import cases
+from draws import params_of
 from flax import nnx
 from io_files import KERNELS, assert_same, gaussian, pack, round_trip
 
@@ -54,7 +56,7 @@ def test_64_bits_are_not_cut_to_32(path):
     assert got["x"].dtype == np.float64
 
 
-@pytest.mark.parametrize(("shape", "config", "axes"), KERNELS.values(), ids=KERNELS)
+@cases(("shape", "config", "axes"), KERNELS, core=["odd", "groups", "conv", "stacked-attention"])
 def test_packed_kernels_come_back_typed(path, shape, config, axes):
     tree = {"layer": {"kernel": pack(shape, config, **axes)}}
     got = round_trip(path, tree)
@@ -78,6 +80,7 @@ def test_a_slice_of_a_stack_comes_back(path):
     assert_same(round_trip(path, tree), tree)
 
 
+@pytest.mark.full
 @hypothesis.given(data=st.data())
 def test_any_kernel_comes_back(tmp_path_factory, data):
     path = str(tmp_path_factory.getbasetemp() / "any.bitnet.safetensors")
@@ -164,11 +167,10 @@ def test_a_model_runs_from_its_file(path):
     from bitnet_jax.linen import BitDense
 
     model, x = BitDense(6), jnp.asarray(gaussian((4, 8)))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = params_of(model, x)
     loaded = round_trip(path, bj.pack_params(params)[0])
-    oracles.assert_same_bits(
-        model.apply({"params": loaded}, x), jax.jit(model.apply)({"params": params}, x)
-    )
+    apply = jax.jit(model.apply)
+    oracles.assert_same_bits(apply({"params": loaded}, x), apply({"params": params}, x))
 
 
 def test_the_same_tree_gives_the_same_bytes(path, tmp_path):

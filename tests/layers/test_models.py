@@ -10,7 +10,8 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from cases import cases
+from draws import normal, params_of
 from flax import linen as nn
 from flax import traverse_util
 from oracles import assert_same_bits
@@ -69,8 +70,8 @@ def eight_bit_table(path, leaf):
     return bj.Int8Config() if path[-1] == "embedding" else path[-1] == "kernel"
 
 
-IMAGES = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
-IDS = jax.random.randint(jax.random.key(0), (2, 9), 0, 17)
+IMAGES = normal(3, 8, 8, 1)
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, 9)), jnp.int32)
 MODELS = {
     "vit": (ViT(), None, IMAGES),
     "convnet": (ConvNet(), None, IMAGES),
@@ -83,7 +84,7 @@ def made(name):
     """A model that was made ternary, its parameters, packed ones and what packing did."""
     model, select, x = MODELS[name]
     ternary = bj.linen.ternarize(model, select=select)
-    params = ternary.init(jax.random.key(1), x)["params"]
+    params = params_of(ternary, x)
     return ternary, params, *bj.linen.pack(ternary, params, x)
 
 
@@ -111,7 +112,7 @@ def catching(monkeypatch):
     return static
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@cases("name", list(MODELS), core=["convnet"])
 def test_every_layer_call_gives_the_bits_of_its_packed_kernel(name, monkeypatch):
     x = MODELS[name][-1]
     ternary, params, packed, report = made(name)
@@ -135,7 +136,7 @@ def test_every_layer_call_gives_the_bits_of_its_packed_kernel(name, monkeypatch)
     assert called == {row.path for row in report.rows} - tables
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@cases("name", list(MODELS), core=["convnet"])
 def test_whole_networks_agree(name):
     x = MODELS[name][-1]
     ternary, params, packed, _ = made(name)

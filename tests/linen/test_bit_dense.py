@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import cases
 from flax import linen as nn
-from linen_layers import K, N, init, inputs, ready
+from linen_layers import K, N, inputs, ready
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
@@ -29,6 +30,10 @@ def test_fields_are_those_of_dense():
     assert {k: ours[k] for k in theirs if k != "kernel_init"} == {
         k: v for k, v in theirs.items() if k != "kernel_init"
     }
+
+
+def init(layer, x):
+    return jax.jit(layer.init)(jax.random.key(1), x)["params"]
 
 
 def test_float_checkpoints_drop_in():
@@ -54,7 +59,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@cases("name", list(CASES), core=["plain", "norm, bf16 inputs"])
 def test_one_set_of_bits(name):
     fields, dtype = CASES[name]
     x = inputs(5, K, dtype=dtype)
@@ -82,16 +87,18 @@ def test_weight_only_agrees_within_a_tolerance():
     exact = np.asarray(x, np.float64) @ np.asarray(packed["kernel"].dequantize(), np.float64)
     exact = exact + np.asarray(params["bias"], np.float64)
     for form in (params, packed, fast):
-        np.testing.assert_allclose(layer.apply({"params": form}, x), exact, rtol=1e-5, atol=1e-5)
+        y = jax.jit(layer.apply)({"params": form}, x)
+        np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.standard_promotion
 def test_integer_inputs_are_taken_as_dense_takes_them():
     x = jnp.arange(2 * K).reshape(2, K) % 5
     layer, params, packed, _ = ready({}, x.astype(jnp.float32))
-    wanted = layer.apply({"params": params}, x.astype(jnp.float32))
-    assert_same_bits(layer.apply({"params": params}, x), wanted)
-    assert_same_bits(layer.apply({"params": packed}, x), wanted)
+    apply = jax.jit(layer.apply)
+    wanted = apply({"params": params}, x.astype(jnp.float32))
+    assert_same_bits(apply({"params": params}, x), wanted)
+    assert_same_bits(apply({"params": packed}, x), wanted)
 
 
 def test_norm_is_rms_norm_before_quantising():
@@ -99,8 +106,9 @@ def test_norm_is_rms_norm_before_quantising():
     layer, params, *_ = ready(dict(norm=True), x)
     wide = np.asarray(x, np.float64)
     normal = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
-    plain = BitDense(N).apply({"params": params}, jnp.asarray(normal, jnp.float32))
-    np.testing.assert_allclose(layer.apply({"params": params}, x), plain, rtol=1e-5, atol=1e-5)
+    plain = jax.jit(BitDense(N).apply)({"params": params}, jnp.asarray(normal, jnp.float32))
+    y = jax.jit(layer.apply)({"params": params}, x)
+    np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-5)
 
     def loss(x, norm):
         return (nn_norm(x) if norm is None else bj._quantize.straight_through.rms_normalize(x)).dot(
@@ -110,7 +118,8 @@ def test_norm_is_rms_norm_before_quantising():
     def nn_norm(x):
         return x / jnp.sqrt(jnp.mean(x * x) + 1e-5)
 
-    ours, theirs = (jax.grad(loss)(x[0], norm) for norm in (True, None))
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    ours, theirs = (gradient(x[0], norm) for norm in (True, None))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -124,14 +133,16 @@ def test_fields_stand_in_the_order_of_dense():
     assert (layer.features, layer.use_bias) == (N, False)
 
 
-@pytest.mark.parametrize(
+@cases(
     "fields",
-    [
-        dict(use_bias=False),
-        dict(param_dtype=jnp.bfloat16),
-        dict(kernel_init=nn.initializers.normal(0.3), bias_init=nn.initializers.normal(0.1)),
-    ],
-    ids=["no bias", "bf16", "initializers"],
+    {
+        "no bias": dict(use_bias=False),
+        "bf16": dict(param_dtype=jnp.bfloat16),
+        "initializers": dict(
+            kernel_init=nn.initializers.normal(0.3), bias_init=nn.initializers.normal(0.1)
+        ),
+    },
+    core=["initializers"],
 )
 def test_init_has_the_bits_of_dense(fields):
     x = inputs(1, K, dtype=fields.get("param_dtype", jnp.float32))
@@ -141,6 +152,7 @@ def test_init_has_the_bits_of_dense(fields):
         assert_same_bits(ours[name], leaf)
 
 
+@pytest.mark.full
 def test_norm_is_close_to_float64_and_keeps_its_bits_for_any_batch():
     """Zero tokens, large and tiny ones among them."""
     x = np.array(inputs(6, K))
@@ -163,14 +175,15 @@ def test_norm_is_close_to_float64_and_keeps_its_bits_for_any_batch():
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.bool_], ids=lambda d: d.__name__)
+@cases("dtype", {d.__name__: d for d in (jnp.int8, jnp.uint8, jnp.bool_)}, core=["bool"])
 def test_small_integers_and_booleans_are_inputs(dtype):
     x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (3, K)), dtype)
     layer, params, packed, _ = ready({}, x.astype(jnp.float32))
-    wanted = layer.apply({"params": params}, x.astype(jnp.float32))
-    assert wanted.dtype == nn.Dense(N).apply({"params": params}, x).dtype
-    assert_same_bits(layer.apply({"params": params}, x), wanted)
-    assert_same_bits(layer.apply({"params": packed}, x), wanted)
+    apply = jax.jit(layer.apply)
+    wanted = apply({"params": params}, x.astype(jnp.float32))
+    assert wanted.dtype == jax.eval_shape(nn.Dense(N).apply, {"params": params}, x).dtype
+    assert_same_bits(apply({"params": params}, x), wanted)
+    assert_same_bits(apply({"params": packed}, x), wanted)
 
 
 def test_no_rows():

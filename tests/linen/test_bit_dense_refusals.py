@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from draws import params_of
 from flax import linen as nn
-from linen_layers import K, N, Net, init, inputs, ready
+from linen_layers import K, N, Net, inputs, ready
 
 import bitnet_jax as bj
 from bitnet_jax.linen import BitDense
@@ -38,7 +39,7 @@ def test_fields_without_a_use_are_refused_at_init_and_at_apply(name, value):
     x = inputs(2, K)
     packed = ready({}, x)[2]
     with pytest.raises(ValueError, match=rf"^BitDense: `{name}` cannot be used"):
-        init(BitDense(N, **{name: value}), x)
+        params_of(BitDense(N, **{name: value}), x)
     with pytest.raises(ValueError, match=rf"^BitDense: `{name}` cannot be used"):
         BitDense(N, **{name: value}).apply({"params": packed}, x)
 
@@ -50,7 +51,7 @@ def test_refusals_name_the_kernel_by_its_path():
             return Net(name="net")(x)
 
     x = inputs(2, K)
-    params = jax.jit(Outer().init)(jax.random.key(1), x)["params"]
+    params = params_of(Outer(), x)
     packed, _ = bj.pack_params(params)
     other, _ = bj.pack_params(params, bj.PHASE4)
     mixed = {"net": {**packed["net"], "BitDense_1": other["net"]["BitDense_1"]}}

@@ -7,9 +7,11 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from cases import cases
+from draws import params_of
 from flax import linen as nn
 from flax.training.train_state import TrainState
-from linen_layers import K, N, Net, init, inputs, ready
+from linen_layers import K, N, Net, inputs, ready
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
@@ -20,7 +22,7 @@ from bitnet_jax.linen import BitDense
 def test_a_net_trains_and_serves_the_same_bits():
     x, target = inputs(32, K), inputs(32, 4, seed=2)
     net = Net()
-    state = TrainState.create(apply_fn=net.apply, params=init(net, x), tx=optax.adamw(1e-2))
+    state = TrainState.create(apply_fn=net.apply, params=params_of(net, x), tx=optax.adamw(1e-2))
 
     @jax.jit
     def step(state):
@@ -51,9 +53,9 @@ def test_strength_is_traced_once():
     def apply(strength):
         return layer.apply({"params": params}, x, strength=strength)
 
-    dense = nn.Dense(N).apply({"params": params}, x)
+    dense = jax.jit(nn.Dense(N).apply)({"params": params}, x)
     np.testing.assert_allclose(apply(jnp.float32(0.0)), dense, rtol=1e-5, atol=1e-5)
-    assert_same_bits(apply(jnp.float32(1.0)), layer.apply({"params": params}, x))
+    assert_same_bits(apply(jnp.float32(1.0)), jax.jit(layer.apply)({"params": params}, x))
     between = np.asarray(apply(jnp.float32(0.5)))
     assert np.isfinite(between).all()
     assert not np.array_equal(between, np.asarray(dense))
@@ -62,9 +64,10 @@ def test_strength_is_traced_once():
 def test_gradients_reach_inputs_through_packed_kernels():
     x = inputs(4, K)
     layer, params, packed, fast = ready({}, x)
-    wanted = jax.grad(lambda x: layer.apply({"params": params}, x).sum())(x)
+    gradient = jax.jit(jax.grad(lambda x, p: layer.apply({"params": p}, x).sum()))
+    wanted = gradient(x, params)
     for form in (packed, fast):
-        got = jax.grad(lambda x, p=form: layer.apply({"params": p}, x).sum())(x)
+        got = gradient(x, form)
         np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
@@ -78,6 +81,7 @@ class FloatNet(nn.Module):
         return nn.Dense(4, name="BitDense_2")(nn.relu(x))
 
 
+@pytest.mark.full
 def test_a_float_net_drops_in_whole():
     x = inputs(2, K)
     theirs, ours = (jax.jit(net.init)(jax.random.key(1), x) for net in (FloatNet(), Net()))
@@ -89,8 +93,10 @@ def test_a_float_net_drops_in_whole():
     assert_same_bits(jax.jit(Net().apply)(packed, x), jax.jit(Net().apply)(theirs, x))
 
 
-@pytest.mark.parametrize(
-    "config", [bj.B158, bj.PHASE4, bj.TernaryConfig(granularity=8)], ids=["b158", "channel", "8"]
+@cases(
+    "config",
+    {"b158": bj.B158, "channel": bj.PHASE4, "8": bj.TernaryConfig(granularity=8)},
+    core=["channel"],
 )
 def test_outputs_and_gradients_are_those_of_the_equations(config):
     x, g = inputs(3, 2, K), inputs(3, 2, N, seed=4)
@@ -112,6 +118,7 @@ def test_outputs_and_gradients_are_those_of_the_equations(config):
     assert_same_bits(jax.vjp(lambda x: apply(packed, x), x)[1](g)[0], dx)
 
 
+@pytest.mark.full
 def test_backward_dtype_rounds_the_gradients_only():
     x = inputs(4, K)
     layer, params, *_ = ready({}, x)
@@ -133,10 +140,11 @@ def test_backward_dtype_rounds_the_gradients_only():
 def test_packed_kernels_are_ternary_whatever_the_strength():
     x = inputs(4, K)
     layer, params, packed, fast = ready({}, x)
-    wanted = layer.apply({"params": params}, x)
+    wanted = jax.jit(layer.apply)({"params": params}, x)
     for form in (packed, fast):
         for strength in (0.0, jnp.float32(0.5)):
-            assert_same_bits(layer.apply({"params": form}, x, strength=strength), wanted)
+            y = jax.jit(layer.apply)({"params": form}, x, strength=strength)
+            assert_same_bits(y, wanted)
 
 
 def test_a_schedule_of_strength_does_not_retrace_a_training_step():

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cases
+from draws import normal, params_of
 from flax import linen as nn
 from flax.core import freeze
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
 
-X = jax.random.normal(jax.random.key(0), (2, 7, 16))
-IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+X = normal(2, 7, 16)
+IMAGES = normal(2, 8, 8, 4)
 INT8 = bj.Int8Config()
 
 
@@ -55,15 +57,19 @@ KINDS = ["plain", "remat", "jit", "scan", "vmap", "shared"]
 
 
 def init(model, x=X):
-    return model.init(jax.random.key(1), x)["params"]
+    return params_of(model, x)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def flax_init(model, x=X):
+    return jax.jit(model.init)(jax.random.key(1), x)["params"]
+
+
+@cases("kind", KINDS, core=["scan", "shared"])
 def test_same_parameters_and_packed_serves_what_was_trained(kind):
     model = Model(kind)
     ternary = bj.linen.ternarize(model, select=bj.exclude("head"))
-    params = init(model)
-    jax.tree.map(assert_same_bits, init(ternary), params)
+    params = flax_init(model)
+    jax.tree.map(assert_same_bits, flax_init(ternary), params)
     packed, report = bj.linen.pack(ternary, params, X)
     rows = bj.linen.explain(ternary, X).rows
     assert {row.path for row in rows if row.config} == {row.path for row in report.rows}
@@ -104,21 +110,27 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", list(LAYERS))
-@pytest.mark.parametrize("weights", [bj.B158, bj.PHASE4, INT8], ids=["b158", "phase4", "int8"])
+WEIGHTS = {"b158": bj.B158, "phase4": bj.PHASE4, "int8": INT8}
+
+
+@cases(
+    ("name", "weights"),
+    [(name, weights) for name in LAYERS for weights in WEIGHTS],
+    core=[("dense", "b158"), ("conv", "phase4"), ("general", "int8"), ("einsum", "phase4")],
+)
 def test_every_layer_is_what_its_bit_layer_is(name, weights):
-    float_layer, bit_layer, x = LAYERS[name]
-    params = init(float_layer, x)
+    (float_layer, bit_layer, x), weights = LAYERS[name], WEIGHTS[weights]
+    params = flax_init(float_layer, x)
     ternary = bj.linen.ternarize(float_layer, weights=weights)
     bit_layer = bit_layer.clone(weights=weights)
-    jax.tree.map(assert_same_bits, init(bit_layer, x), params)
+    jax.tree.map(assert_same_bits, flax_init(bit_layer, x), params)
     y = ternary.apply({"params": params}, x)
-    assert y.shape == float_layer.apply({"params": params}, x).shape
+    assert y.shape == jax.eval_shape(float_layer.apply, {"params": params}, x).shape
     assert_same_bits(bit_layer.apply({"params": params}, x), y)
     packed, _ = bj.linen.pack(ternary, params, x)
     assert_same_bits(jax.jit(ternary.apply)({"params": packed}, x), y)
     assert_same_bits(bit_layer.apply({"params": packed}, x), y)
-    grads = jax.grad(lambda p: jnp.square(ternary.apply({"params": p}, x)).sum())(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.square(ternary.apply({"params": p}, x)).sum()))(params)
     assert bj.analysis.gradient_flow(grads).ok
 
 
@@ -150,7 +162,8 @@ def test_a_model_inside_another_keeps_its_own_configs():
         assert rows.get("Dense_0/kernel") == other
         params = init(outer)
         packed, _ = bj.linen.pack(outer, freeze(params), X)
-        assert_same_bits(outer.apply({"params": packed}, X), outer.apply({"params": params}, X))
+        apply = jax.jit(outer.apply)
+        assert_same_bits(apply({"params": packed}, X), apply({"params": params}, X))
 
 
 class Table(nn.Module):
@@ -171,10 +184,11 @@ def test_int8_tables_and_heads(tmp_path):
     assert [layer.kind for layer in report.rows] == ["ternary", "int8"]
     bj.io.save(tmp_path / "t.safetensors", packed)
     loaded = bj.io.load(tmp_path / "t.safetensors")
-    y = ternary.apply({"params": params}, ids)
-    assert_same_bits(ternary.apply({"params": loaded}, ids), y)
-    assert np.abs(y - Table().apply({"params": params}, ids)).max() > 0
-    grads = jax.grad(lambda p: jnp.square(ternary.apply({"params": p}, ids)).sum())(params)
+    apply = jax.jit(ternary.apply)
+    y = apply({"params": params}, ids)
+    assert_same_bits(apply({"params": loaded}, ids), y)
+    assert np.abs(y - jax.jit(Table().apply)({"params": params}, ids)).max() > 0
+    grads = jax.jit(jax.grad(lambda p: jnp.square(ternary.apply({"params": p}, ids)).sum()))(params)
     assert bj.analysis.gradient_flow(grads).ok
 
 
@@ -229,10 +243,11 @@ def test_what_has_no_ternary_form_is_named(layer, x, why):
 def test_a_subclass_that_calls_dense_is_ternary():
     ternary = bj.linen.ternarize(Twice(3))
     params = init(ternary)
-    y = bj.linen.BitDense(3).apply({"params": params}, X)
-    assert_same_bits(ternary.apply({"params": params}, X), 2 * y)
+    y = jax.jit(bj.linen.BitDense(3).apply)({"params": params}, X)
+    apply = jax.jit(ternary.apply)
+    assert_same_bits(apply({"params": params}, X), 2 * y)
     packed, _ = bj.linen.pack(ternary, params, X)
-    assert_same_bits(ternary.apply({"params": packed}, X), 2 * y)
+    assert_same_bits(apply({"params": packed}, X), 2 * y)
 
 
 def test_errors_name_the_path_and_the_remedy():
@@ -259,9 +274,10 @@ def test_errors_name_the_path_and_the_remedy():
         init(local, IMAGES)
     whole = bj.linen.pack(bj.linen.ternarize(model), params, X)[0]
     with pytest.raises(ValueError, match="kernel at head/kernel is packed"):
-        ternary.apply({"params": whole}, X)
+        jax.eval_shape(ternary.apply, {"params": whole}, X)
+    other = bj.linen.ternarize(model, weights=bj.PHASE4)
     with pytest.raises(ValueError, match=r"kernel at stem/kernel was packed with Ternary"):
-        bj.linen.ternarize(model, weights=bj.PHASE4).apply({"params": packed}, X)
+        jax.eval_shape(other.apply, {"params": packed}, X)
 
 
 def test_pack_refuses_what_it_cannot_learn():
@@ -297,12 +313,12 @@ def test_pack_refuses_what_it_cannot_learn():
             return self.up(x) + self.down(x)
 
     model = bj.linen.ternarize(TwoWays())
-    two = model.init(jax.random.key(0), X, method="everything")["params"]
+    two = params_of(model, X, method="everything")
     with pytest.raises(ValueError, match="no call reaches the kernels down/kernel"):
         bj.linen.pack(model, two, X)
     packed, _ = bj.linen.pack(model, two, X, calls=[lambda m: m.lower(X)])
     assert isinstance(packed["down"]["kernel"], bj.PackedTernary)
-    both = model.init(jax.random.key(0), X, method="twisted")["params"]
+    both = params_of(model, X, method="twisted")
     with pytest.raises(ValueError, match=r"both/kernel is used over axes \(0,\) and \(1,\)"):
         bj.linen.pack(model, both, X, method="twisted")
 
@@ -342,9 +358,9 @@ def test_strength_by_one_line_and_no_retrace():
         with bj.phase_in(strength):
             return ternary.apply({"params": params}, X)
 
-    plain = Model("scan").apply({"params": params}, X)
+    plain = jax.jit(Model("scan").apply)({"params": params}, X)
     np.testing.assert_allclose(forward(params, 0.0), plain, rtol=1e-3, atol=1e-4)
-    at_one = ternary.apply({"params": params}, X)
+    at_one = jax.jit(ternary.apply)({"params": params}, X)
     np.testing.assert_allclose(forward(params, 1.0), at_one, rtol=1e-4, atol=1e-5)
     for strength in (0.25, 0.5):
         forward(params, strength)

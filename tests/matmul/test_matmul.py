@@ -8,6 +8,7 @@ import kernel_suite as suite
 import numpy as np
 import oracles
 import pytest
+from cases import cases
 
 import bitnet_jax as bj
 from bitnet_jax._matmul import IMPLEMENTATIONS, api, implementations
@@ -19,13 +20,14 @@ every_run_but_native = pytest.mark.parametrize(
     ("name", "layout"), [run for run in suite.RUNS if run != ("cpu", "prepared")]
 )
 every_layout = pytest.mark.parametrize("layout", suite.LAYOUTS)
-every_case = pytest.mark.parametrize("case", suite.CASES.values(), ids=suite.CASES)
+IN_CORE = ("odd-k-and-n", "outer", "groups", "experts-heads", "bfloat16", "int8-odd", "4-bit")
+every_case = cases("case", suite.CASES, core=IN_CORE)
 GRADIENTS = ("dense", "odd-k-and-n", "513-columns", "outer", "groups", "conv", "experts-heads")
 GRADIENTS += ("groups-of-7", "int8-many-rows", "int8-table")
 
 
-def some(*names):
-    return pytest.mark.parametrize("case", [suite.CASES[n] for n in names], ids=names)
+def some(*names, core=IN_CORE):
+    return cases("case", {n: suite.CASES[n] for n in names}, core=[n for n in names if n in core])
 
 
 @every_case
@@ -34,13 +36,13 @@ def test_products_have_the_oracles_bits(name, layout, case):
     suite.check_product(case, name, layout)
 
 
-@some(*GRADIENTS)
+@some(*GRADIENTS, core=("outer", "groups"))
 @every_run
 def test_the_gradient_to_x_is_the_closed_form(name, layout, case):
     suite.check_gradient(case, name, layout)
 
 
-@some("odd-k", "513-columns", "outer", "groups", "int8-odd")
+@some("odd-k", "513-columns", "outer", "groups", "int8-odd", core=("groups",))
 @every_run
 def test_vmap(name, layout, case):
     suite.check_vmap(case, name, layout)
@@ -51,7 +53,11 @@ def test_codes_at_their_extremes(name, layout):
     suite.check_full_range(name, layout)
 
 
-@pytest.mark.parametrize("config", [bj.B158, bj.TernaryConfig(granularity=4), bj.Int8Config()])
+@cases(
+    "config",
+    {"tensor": bj.B158, "groups": bj.TernaryConfig(granularity=4), "int8": bj.Int8Config()},
+    core=["tensor"],
+)
 @every_run
 def test_bad_tokens(name, layout, config):
     suite.check_bad_tokens(name, layout, config)
@@ -78,7 +84,7 @@ def test_the_readable_implementation_agrees_with_float64():
         np.testing.assert_allclose(y, truth, rtol=1e-5, atol=1e-5 * np.abs(truth).max())
 
 
-@some("dense", "outer", "groups", "conv", "experts-heads")
+@some("dense", "outer", "groups", "conv", "experts-heads", core=("groups",))
 @every_layout
 def test_weight_only_is_a_float_product_with_the_unpacked_kernel(case, layout):
     leaf = case.pack() if layout == "stored" else bj.prepare(case.pack(), "xla")

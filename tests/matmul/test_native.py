@@ -9,9 +9,11 @@ import kernel_suite as suite
 import numpy as np
 import oracles
 import pytest
+from cases import cases
+from draws import normal, params_of
 from flax import linen as nn
 from jax import export
-from native_paths import PATHS, needs_it, pack, random_product
+from native_paths import PATHS, needs_it, random_product
 
 import bitnet_jax as bj
 from bitnet_jax._matmul import cpu, embedding_rows, native
@@ -47,15 +49,16 @@ def test_it_is_there_where_a_compiler_is():
 
 
 @needs_it
-@pytest.mark.parametrize("case", suite.CASES.values(), ids=suite.CASES)
+@cases("case", suite.CASES, core=["odd-k-and-n", "groups", "experts-heads", "int8-odd", "4-bit"])
 def test_every_instruction_set_has_the_oracles_bits(paths, case):
     suite.check_product(case, "cpu", "prepared", paths)
 
 
 @every_path
-@pytest.mark.parametrize(
+@cases(
     ("rows", "k", "n"),
     [(1, 2560, 333), (7, 257, 100), (64, 256, 16), (65, 1024, 79), (130, 300, 513)],
+    core=[(7, 257, 100), (65, 1024, 79)],
 )
 def test_tails_and_pieces(path, rows, k, n):
     x, packed, want = random_product(np.random.default_rng(rows), rows, k, n)
@@ -78,12 +81,12 @@ SUMS = {
 @functools.cache  # the oracle is slow, and no instruction set changes it
 def kernel_of_sums(config):
     w = np.random.default_rng(0).normal(size=(260, 150)).astype(np.float32)
-    return bj.prepare(pack(w, config), "cpu"), np.float64(oracles.quantize32(w, config).codes)
+    return bj.prepare(bj.pack(w, config), "cpu"), np.float64(oracles.quantize32(w, config).codes)
 
 
 @every_path
 @pytest.mark.parametrize("config", SUMS.values(), ids=SUMS)
-@pytest.mark.parametrize("rows", [1, 3, 12, 40, 300])
+@cases("rows", [1, 3, 12, 40, 300], core=[1, 12])
 def test_sums_of_codes_are_exact(path, config, rows):
     leaf, codes = kernel_of_sums(config)
     x = np.random.default_rng(rows).integers(-127, 128, (rows, 260)).astype(np.int8)
@@ -98,22 +101,25 @@ def test_sums_of_codes_are_exact(path, config, rows):
 
 
 @every_path
+@pytest.mark.full
 def test_a_contraction_of_more_than_a_quarter_million(path):
     k = 2**18 + 4
-    leaf = bj.prepare(pack(jnp.ones((k, 70))), "cpu")
+    leaf = bj.prepare(bj.pack(jnp.ones((k, 70))), "cpu")
     for rows in (1, 2):
         sums = cpu.sums(jnp.full((rows, k), 127, jnp.int8), leaf)
         np.testing.assert_array_equal(sums, np.full((1, rows, 70), 127 * k))
 
 
 @every_path
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@cases("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], core=[jnp.bfloat16])
 def test_every_dtype_in_and_out_has_the_bits_of_reference(path, dtype):
-    w = jax.random.normal(jax.random.key(0), (100, 70))
-    x = jax.random.normal(jax.random.key(1), (9, 100)).astype(dtype)
-    x = x.at[3].set(0).at[4, 5].set(jnp.nan).at[6, 7].set(-jnp.inf).at[8].multiply(1e-7)
+    w = normal(100, 70)
+    x = np.array(normal(9, 100, seed=1))
+    x[3], x[4, 5], x[6, 7] = 0, np.nan, -np.inf
+    x[8] *= 1e-7
+    x = jnp.asarray(x.astype(dtype))
     for config in (bj.B158, bj.PHASE4, bj.TernaryConfig(granularity=20), bj.Int8Config()):
-        packed = pack(w, config)
+        packed = bj.pack(w, config)
         for out in (jnp.float32, jnp.bfloat16, jnp.float16):
             want = bj.matmul(x, packed, implementation="reference", dtype=out)
             got = bj.matmul(x, bj.prepare(packed, "cpu"), dtype=out)
@@ -123,21 +129,19 @@ def test_every_dtype_in_and_out_has_the_bits_of_reference(path, dtype):
 
 
 @needs_it
-def test_the_layout_is_undone_to_the_code():
+@cases(("k", "n"), [(1, 1), (16, 64), (260, 130), (1031, 6), (300, 65)], core=[(300, 65)])
+def test_the_layout_is_undone_to_the_code(k, n):
     rng = np.random.default_rng(0)
-    for k, n in ((1, 1), (16, 64), (260, 130), (1031, 6), (300, 65)):
-        w = jnp.asarray(rng.normal(size=(k, n)).astype(np.float32))
-        for config in (bj.B158, bj.Int8Config()):
-            packed = pack(w, config)
-            got = jax.jit(cpu.codes_of)(bj.prepare(packed, "cpu"))
-            np.testing.assert_array_equal(got, jax.jit(type(packed).int8_codes)(packed))
+    w = jnp.asarray(rng.normal(size=(k, n)).astype(np.float32))
+    for config in (bj.B158, bj.Int8Config()):
+        packed = bj.pack(w, config)
+        got = jax.jit(cpu.codes_of)(bj.prepare(packed, "cpu"))
+        np.testing.assert_array_equal(got, jax.jit(type(packed).int8_codes)(packed))
 
 
 @needs_it
 def test_prepared_embeddings_are_looked_up_like_stored_ones():
-    table = bj.pack(
-        jax.random.normal(jax.random.key(0), (70, 18)), bj.Int8Config(), contracting_axes=-1
-    )
+    table = bj.pack(normal(70, 18), bj.Int8Config(), contracting_axes=-1)
     prepared = bj.prepare(table, "cpu")
     assert isinstance(prepared, PreparedInt8)
     index = jnp.array([[0, 15, 16], [63, 64, 69], [-1, -70, 3]])
@@ -151,19 +155,21 @@ def test_prepared_embeddings_are_looked_up_like_stored_ones():
 def test_a_model_with_an_int8_embedding_serves_prepared():
     model = bj.linen.ternarize(nn.Embed(70, 16), select=lambda *_: bj.Int8Config())
     index = jnp.array([3, 69])
-    params = model.init(jax.random.key(0), index)["params"]
+    params = params_of(model, index)
     packed, _ = bj.linen.pack(model, params, index)
     prepared = bj.prepare(packed, "cpu")
-    x = jax.random.normal(jax.random.key(1), (2, 16))
+    x = normal(2, 16, seed=1)
     for method, given in (("__call__", index), ("attend", x)):
-        want = model.apply({"params": packed}, given, method=method)
-        got = model.apply({"params": prepared}, given, method=method)
+        apply = jax.jit(functools.partial(model.apply, method=method))
+        want = apply({"params": packed}, given)
+        got = apply({"params": prepared}, given)
         oracles.assert_same_bits(got, want)
 
 
 @needs_it
+@pytest.mark.full
 def test_a_small_group_takes_two_bits_a_weight():
-    w = jax.random.normal(jax.random.key(0), (1024, 64))
+    w = normal(1024, 64)
     for group in (16, 32, 128, 1024):
         leaf = bj.prepare(bj.pack(w, bj.TernaryConfig(granularity=group)), "cpu")
         assert leaf.codes.nbytes == w.size // 4
@@ -180,8 +186,8 @@ def calls_in(function, *args):
 @needs_it
 def test_layers_with_the_same_input_share_its_quantisation():
     model = bj.linen.ternarize(nn.MultiHeadDotProductAttention(num_heads=4))
-    tokens = jax.random.normal(jax.random.key(0), (2, 16, 64))
-    params = model.init(jax.random.key(1), tokens)["params"]
+    tokens = normal(2, 16, 64)
+    params = params_of(model, tokens)
     packed, _ = bj.linen.pack(model, params, tokens)
 
     def run(packed, tokens):
@@ -203,11 +209,9 @@ def test_vmap_is_one_call():
 
 @needs_it
 def test_scan_copies_one_layer_at_a_time():
-    stack = bj.pack(
-        jax.random.normal(jax.random.key(0), (16, 256, 256)), contracting_axes=1, batch_axes=0
-    )
+    stack = bj.pack(normal(16, 256, 256), contracting_axes=1, batch_axes=0)
     stack = bj.prepare(stack, "cpu")
-    x = jax.random.normal(jax.random.key(1), (4, 256))
+    x = normal(4, 256, seed=1)
 
     def run(x, stack):
         return jax.lax.scan(lambda x, leaf: (bj.matmul(x, leaf), None), x, stack)[0]

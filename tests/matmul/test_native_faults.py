@@ -79,6 +79,7 @@ DRIVER = pathlib.Path(__file__).parents[1] / "native"
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
+@pytest.mark.full
 def test_paths_for_other_processors_have_the_sums_of_their_definition(tmp_path):
     """AMX with its tiles on plain arrays, AVX-VNNI in the encoding of AVX512-VNNI."""
     sources = pathlib.Path(native.__file__).parent
@@ -110,8 +111,9 @@ def test_eight_threads_at_once():
 
 AFTER_A_FORK = """
 import os, jax, numpy as np, bitnet_jax as bj
-x = jax.random.normal(jax.random.key(0), (64, 1024))
-leaf = bj.prepare(bj.pack(jax.random.normal(jax.random.key(1), (1024, 2048))), "cpu")
+rng = np.random.default_rng(0)
+x = jax.device_put(rng.standard_normal((64, 1024), np.float32))
+leaf = bj.prepare(bj.pack(rng.standard_normal((1024, 2048), np.float32)), "cpu")
 run = jax.jit(bj.matmul)
 want = np.asarray(run(x, leaf))
 child = os.fork()  # the pool's threads stay behind: the caller has to do it all
@@ -131,8 +133,9 @@ ON_ONE_CORE = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import jax, numpy as np, bitnet_jax as bj
-x = jax.random.normal(jax.random.key(0), (130, 1024))
-packed = bj.pack(jax.random.normal(jax.random.key(1), (1024, 2048)), bj.PHASE4)
+rng = np.random.default_rng(0)
+x = rng.standard_normal((130, 1024), np.float32)
+packed = bj.pack(rng.standard_normal((1024, 2048), np.float32), bj.PHASE4)
 for rows in (1, 130):
     want = bj.matmul(x[:rows], packed, implementation="reference")
     np.testing.assert_array_equal(bj.matmul(x[:rows], bj.prepare(packed, "cpu")), want)
@@ -140,6 +143,7 @@ for rows in (1, 130):
 
 
 @needs_it
+@pytest.mark.full
 def test_one_thread_has_the_same_bits():
     done = in_a_new_process(ON_ONE_CORE)
     assert done.returncode == 0, done.stderr
@@ -149,8 +153,9 @@ MANY_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np, bitnet_jax as bj
 from jax.sharding import NamedSharding, PartitionSpec as P
 assert len(jax.devices()) == 8
-x = jax.random.normal(jax.random.key(0), (64, 512))
-packed = bj.pack(jax.random.normal(jax.random.key(1), (512, 2048)))
+rng = np.random.default_rng(0)
+x = rng.standard_normal((64, 512), np.float32)
+packed = bj.pack(rng.standard_normal((512, 2048), np.float32))
 want = bj.matmul(x, packed, implementation="xla")
 leaf = bj.prepare(packed, "cpu")
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -172,6 +177,7 @@ def in_a_new_process(code, **env):
 
 
 @needs_it
+@pytest.mark.full
 def test_many_devices_on_one_host():
     flags = "--xla_force_host_platform_device_count=8"
     done = in_a_new_process(MANY_DEVICES, XLA_FLAGS=flags)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import cases
 from flax import nnx
 from oracles import assert_same_bits
 
@@ -21,7 +22,7 @@ def inputs(*shape, seed=0):
 
 
 def layer(**fields):
-    made = BitLinear(K, N, rngs=nnx.Rngs(0), **fields)
+    made = nnx.jit(lambda: BitLinear(K, N, rngs=nnx.Rngs(0), **fields))()
     if made.bias is not None:
         made.bias.set_value(inputs(N, seed=5).astype(made.bias.get_value().dtype))
     return made
@@ -57,17 +58,17 @@ def test_arguments_are_those_of_linear():
     nnx.update(made, nnx.state(theirs))  # a float checkpoint drops in
 
 
-@pytest.mark.parametrize(
+@cases(
     "fields",
-    [
-        {},
-        dict(use_bias=False),
-        dict(norm=True),
-        dict(dtype=jnp.bfloat16),
-        dict(weights=bj.PHASE4),
-        dict(weights=bj.TernaryConfig(granularity=8)),
-    ],
-    ids=str,
+    {
+        "plain": {},
+        "no bias": dict(use_bias=False),
+        "norm": dict(norm=True),
+        "dtype bf16": dict(dtype=jnp.bfloat16),
+        "per channel": dict(weights=bj.PHASE4),
+        "groups": dict(weights=bj.TernaryConfig(granularity=8)),
+    },
+    core=["per channel"],
 )
 def test_one_set_of_bits(fields):
     x = inputs(5, K)
@@ -98,7 +99,7 @@ class Net(nnx.Module):
 @pytest.mark.standard_promotion
 def test_a_net_trains_and_serves_the_same_bits():
     x, target = inputs(32, K), inputs(32, 4, seed=2)
-    net = Net(nnx.Rngs(0))
+    net = nnx.jit(lambda: Net(nnx.Rngs(0)))()
     optimizer = nnx.Optimizer(net, optax.adamw(1e-2), wrt=nnx.Param)
 
     def loss(net):
@@ -124,7 +125,7 @@ def test_a_net_trains_and_serves_the_same_bits():
 @pytest.mark.standard_promotion
 def test_biases_train_around_packed_kernels():
     x, target = inputs(32, K), inputs(32, 4, seed=2)
-    net = pack(Net(nnx.Rngs(0)))
+    net = pack(nnx.jit(lambda: Net(nnx.Rngs(0)))())
     optimizer = nnx.Optimizer(net, optax.adamw(1e-1), wrt=bj.nnx.trainable)
     assert all(leaf.dtype != jnp.uint8 for leaf in jax.tree.leaves(nnx.state(optimizer)))
 
@@ -145,9 +146,10 @@ def test_biases_train_around_packed_kernels():
 
 def test_strength():
     x, model = inputs(4, K), layer()
-    dense = x @ model.kernel.get_value() + model.bias.get_value()[None]
+    run = nnx.jit(lambda m, x, **how: m(x, **how), static_argnames=())
+    dense = np.asarray(x) @ np.asarray(model.kernel[...]) + np.asarray(model.bias[...])[None]
     np.testing.assert_allclose(model(x, strength=0.0), dense, rtol=1e-5, atol=1e-5)
-    assert_same_bits(model(x, strength=jnp.float32(1.0)), model(x))
+    assert_same_bits(run(model, x, strength=jnp.float32(1.0)), run(model, x))
 
 
 def test_what_is_refused():

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import nnx
 from oracles import assert_same_bits
 
@@ -36,6 +37,29 @@ class NnxNet(nnx.Module):
         return self.embed.attend(run(self.odd(self.norm(x)), self.layers))
 
 
+def small_net():
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(
+        nnx.Linear(16, 8, rngs=rngs), nnx.relu, nnx.LoRALinear(8, 4, lora_rank=2, rngs=rngs)
+    )
+
+
+def test_a_small_net_in_place():
+    model, x = nnx.jit(small_net)(), normal(3, 16)
+    kept, plain = model.layers[0].kernel, nnx.jit(lambda m: m(x))(model)
+    table = bj.nnx.ternarize(model)
+    assert model.layers[0].kernel is kept
+    configs = {row.path: row.config for row in table.rows}
+    assert configs["layers/0/kernel"] == bj.B158
+    assert configs["layers/2/kernel"] is None
+    trained = nnx.jit(lambda m: m(x))(model)
+    assert np.abs(trained - plain).max() > 1e-3
+    packed, _ = bj.nnx.pack(model)
+    nnx.update(model, packed)
+    assert_same_bits(nnx.jit(lambda m: m(x))(model), trained)
+
+
+@pytest.mark.full
 def test_nnx_in_place():
     model, ids = NnxNet(nnx.Rngs(0)), jnp.arange(8).reshape(2, 4)
     kept = model.attention.query.kernel

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import oracles
 import pytest
+from cases import cases
 
 import bitnet_jax as bj
 
@@ -23,7 +24,7 @@ CONFIGS = {
     "median": bj.TernaryConfig(scale="absmedian", granularity="channel"),
     "groups": bj.TernaryConfig(granularity=8),
 }
-every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+every_config = cases("config", CONFIGS, core=["twn", "groups"])
 
 
 def gaussian(shape, seed=0, sigma=1.0):
@@ -37,7 +38,7 @@ def same(got, want, message):
 # Scales -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(16, 24), (33, 17), (7, 5), (100, 64)])
+@cases("shape", [(16, 24), (33, 17), (7, 5), (100, 64)], core=[(33, 17)])
 def test_scales_of_fifteen_kernels_are_the_same_in_every_program(shape):
     kernels = gaussian((15, *shape), shape[0], sigma=0.05)
 
@@ -46,8 +47,8 @@ def test_scales_of_fifteen_kernels_are_the_same_in_every_program(shape):
 
     eager = [every_preset(w) for w in kernels]
     jitted = jax.jit(every_preset)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *eager)
-    same(jax.tree.map(lambda *a: jnp.stack(a), *map(jitted, kernels)), stacked, "jit")
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *eager)
+    same(jax.tree.map(lambda *a: np.stack(a), *map(jitted, kernels)), stacked, "jit")
     same(jax.jit(jax.vmap(every_preset))(kernels), stacked, "vmap")
     same(jax.vmap(every_preset)(kernels), stacked, "eager vmap")
     constants = jax.jit(lambda: [every_preset(w) for w in kernels[:2]])()
@@ -90,7 +91,7 @@ def test_kernels_of_any_magnitude_are_quantised_the_same_in_every_program(config
 # One layer --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(16, 24), (7, 5), (64, 33), (1, 8)])
+@cases("shape", [(16, 24), (7, 5), (64, 33), (1, 8)], core=[(7, 5)])
 def test_one_layer_over_shapes_and_presets(shape):
     k, _ = shape
     x, w = gaussian((9, k)), gaussian(shape, 1, 0.1)
@@ -116,7 +117,7 @@ def test_one_layer_over_shapes_and_presets(shape):
     same(jax.jit(serve)(x[4:5], prepared), one, "prepared, batch 1")
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@cases("dtype", [ml_dtypes.bfloat16, np.float16], core=[ml_dtypes.bfloat16])
 def test_low_precision_layers_are_the_same_packed(dtype):
     x, w = gaussian((9, 24)).astype(dtype), gaussian((24, 10), 1).astype(dtype)
     for config in (bj.B158, bj.TWN, CONFIGS["groups"]):
@@ -166,10 +167,11 @@ def make(widths, seed=1):
     ]
 
 
-@pytest.mark.parametrize(
+@cases(
     ("name", "preset"),
     [("mixed", "b158"), ("mixed", "groups"), ("residual", "phase4"), ("residual", "twn")]
     + [("funnel", "median")],
+    core=[("residual", "phase4")],
 )
 def test_nets_have_one_set_of_bits(name, preset):
     widths, config = NETS[name], CONFIGS[preset]
@@ -212,7 +214,7 @@ def test_nets_have_one_set_of_bits(name, preset):
         same(jax.jit(reference)(x, packed), want, "packed, reference")
 
 
-@pytest.mark.parametrize("config", [bj.B158, bj.TWN, CONFIGS["groups"]])
+@cases("config", [bj.B158, bj.TWN, CONFIGS["groups"]], core=[CONFIGS["groups"]])
 def test_data_as_a_constant_gives_the_same_bits(config):
     # A closed-over batch: XLA then knows gamma while it compiles, and no longer the weights.
     x, params = gaussian((9, 24)), make((24, 24, 24))
@@ -231,7 +233,7 @@ def test_data_as_a_constant_gives_the_same_bits(config):
     same(jax.jit(lambda params: net(bj.matmul, x, params))(bj.prepare(packed)), want, "prepared")
 
 
-@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+@cases("config", PRESETS, core=["b158"])
 def test_data_and_kernels_as_constants_and_biases_as_arguments(config):
     x, params = gaussian((9, 24)), make((24, 24, 24))
     kernels, biases = zip(*params, strict=True)
@@ -243,7 +245,7 @@ def test_data_and_kernels_as_constants_and_biases_as_arguments(config):
     same(jax.jit(run)(biases), net_oracle(x, params, config), "training")
 
 
-@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+@cases("config", PRESETS, core=["phase4"])
 def test_scan_over_layers_is_the_loop(config):
     x, params = gaussian((9, 24)), make((24, 24, 24, 24, 24))
     want = net(functools.partial(bj.ternary_dot, weights=config), x, params, relu_last=True)
@@ -268,7 +270,7 @@ def test_scan_over_layers_is_the_loop(config):
     same(serve(x[4:5], bj.prepare(packed)), want[4:5], "prepared, batch 1")
 
 
-@pytest.mark.parametrize("config", [bj.B158, CONFIGS["groups"]], ids=["b158", "groups"])
+@cases("config", {"b158": bj.B158, "groups": CONFIGS["groups"]}, core=["b158"])
 def test_a_net_trained_for_some_steps_serves_the_same_bits(config):
     x, params = gaussian((17, 16)), make((16, 32, 32, 8), 3)
     train = functools.partial(net, functools.partial(bj.ternary_dot, weights=config))
@@ -293,25 +295,25 @@ def test_a_net_trained_for_some_steps_serves_the_same_bits(config):
     assert losses[-1] < losses[0]
 
 
-def test_experts_and_their_slices_are_the_same():
+@cases("config", {"phase4": bj.PHASE4, "groups": CONFIGS["groups"]}, core=["groups"])
+def test_experts_and_their_slices_are_the_same(config):
     x, w = gaussian((3, 9, 16)), gaussian((3, 16, 24), 1)
-    for config in (bj.PHASE4, CONFIGS["groups"]):
-        dot = functools.partial(bj.ternary_dot, weights=config)
-        whole = jax.jit(functools.partial(dot, batch_axes=0))(x, w)
-        packed = bj.pack(w, config, batch_axes=0)
-        each = np.stack([oracles.dot32(a, b, config, INT8) for a, b in zip(x, w, strict=True)])
-        same(whole, each, "training")
-        same(jax.jit(jax.vmap(dot))(x, w), each, "training, vmap")
-        for leaf in (packed, bj.prepare(packed)):
-            same(jax.jit(bj.matmul)(x, leaf), each, "packed")
-            same(jax.jit(jax.vmap(bj.matmul))(x, leaf), each, "packed, vmap")
+    dot = functools.partial(bj.ternary_dot, weights=config)
+    whole = jax.jit(functools.partial(dot, batch_axes=0))(x, w)
+    packed = bj.pack(w, config, batch_axes=0)
+    each = np.stack([oracles.dot32(a, b, config, INT8) for a, b in zip(x, w, strict=True)])
+    same(whole, each, "training")
+    same(jax.jit(jax.vmap(dot))(x, w), each, "training, vmap")
+    for leaf in (packed, bj.prepare(packed)):
+        same(jax.jit(bj.matmul)(x, leaf), each, "packed")
+        same(jax.jit(jax.vmap(bj.matmul))(x, leaf), each, "packed, vmap")
 
 
 # Lowering ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-@pytest.mark.parametrize("config", [bj.B158, CONFIGS["groups"]], ids=["b158", "groups"])
+@cases("config", {"b158": bj.B158, "groups": CONFIGS["groups"]}, core=["groups"])
 def test_a_training_step_and_a_packed_apply_lower_everywhere(platform, config):
     x, params = gaussian((8, 16)), make((16, 16, 8))
     train = functools.partial(net, functools.partial(bj.ternary_dot, weights=config))

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import oracles
 import pytest
+from cases import cases
 from dots import CONFIGS, DTYPES, GROUPS, INT8, gaussian, ternary_dot, vjp
 
 import bitnet_jax as bj
@@ -31,8 +32,8 @@ DOTS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize(("xs", "ws", "contracting", "batch"), DOTS.values(), ids=DOTS)
+@cases("config", CONFIGS, core=["phase4", "groups"])
+@cases(("xs", "ws", "contracting", "batch"), DOTS, core=["odd", "outer", "experts-heads"])
 def test_forward_and_gradients_match_the_equations(xs, ws, contracting, batch, config):
     if config is GROUPS and ws[0] in (1, 7):
         config = bj.TernaryConfig(granularity=ws[0])  # 4 does not divide these
@@ -51,8 +52,10 @@ def test_forward_and_gradients_match_the_equations(xs, ws, contracting, batch, c
     np.testing.assert_allclose(dw, want_dw, rtol=1e-5, atol=1e-5 * np.abs(want_dw).max())
 
 
-@pytest.mark.parametrize("x_dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("w_dtype", DTYPES.values(), ids=DTYPES)
+TWO_DTYPES = [(x, w) for x in DTYPES.values() for w in DTYPES.values()]
+
+
+@cases(("x_dtype", "w_dtype"), TWO_DTYPES, core=[(ml_dtypes.bfloat16, np.float32)])
 def test_dtypes_of_output_and_gradients(x_dtype, w_dtype):
     x, w = gaussian((5, 24), dtype=x_dtype), gaussian((24, 10), 1, w_dtype)
     exact = oracles.dot32(x, w, bj.B158, INT8)
@@ -63,8 +66,7 @@ def test_dtypes_of_output_and_gradients(x_dtype, w_dtype):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("x_dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("w_dtype", DTYPES.values(), ids=DTYPES)
+@cases(("x_dtype", "w_dtype"), TWO_DTYPES, core=[(np.float16, ml_dtypes.bfloat16)])
 def test_the_output_has_the_dtype_that_x_and_w_promote_to(x_dtype, w_dtype):
     x, w = gaussian((5, 24), dtype=x_dtype), gaussian((24, 10), 1, w_dtype)
     for activations in (INT8, None):
@@ -72,7 +74,7 @@ def test_the_output_has_the_dtype_that_x_and_w_promote_to(x_dtype, w_dtype):
         assert y.dtype == jnp.promote_types(x_dtype, w_dtype)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@cases("bits", [2, 4, 8], core=[4])
 def test_activation_widths(bits):
     config = bj.ActivationConfig(bits=bits)
     x, w, g = gaussian((5, 24)), gaussian((24, 10), 1), gaussian((5, 10), 2)
@@ -97,15 +99,18 @@ def test_groups_are_added_in_ascending_order():
     assert (backwards != np.asarray(y)).any()
 
 
-def test_weight_only_is_a_float_product_with_the_grid():
+@cases("config", CONFIGS, core=["groups"])
+def test_weight_only_is_a_float_product_with_the_grid(config):
     x, w, g = gaussian((5, 24)), gaussian((24, 10), 1), gaussian((5, 10), 2)
-    for config in CONFIGS.values():
-        y, dx, dw = vjp(x, w, g, config, activations=None)
-        exact = oracles.quantize32(w, config)
-        hat = exact.codes.astype(np.float64) * exact.scale
-        np.testing.assert_allclose(y, x @ hat, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(dx, g @ hat.T, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(dw, x.T.astype(np.float64) @ g, rtol=1e-5, atol=1e-5)
+    y, dx, dw = vjp(x, w, g, config, activations=None)
+    exact = oracles.quantize32(w, config)
+    hat = exact.codes.astype(np.float64) * exact.scale
+    np.testing.assert_allclose(y, x @ hat, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, g @ hat.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw, x.T.astype(np.float64) @ g, rtol=1e-5, atol=1e-5)
+
+
+def test_weight_only_takes_batch_axes():
     y = ternary_dot(
         gaussian((3, 6, 8)), gaussian((3, 8, 5), 1), bj.TWN, activations=None, batch_axes=0
     )
@@ -123,6 +128,11 @@ def test_bfloat16_backward_is_close_and_leaves_the_forward_alone():
         assert got.dtype == jnp.float32
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
         assert 1e-6 < error < 2**-8  # bfloat16 operands, float32 sums: and it did use them
+
+
+@pytest.mark.full
+def test_bfloat16_backward_of_groups_is_close():
+    x, w, g = gaussian((33, 64)), gaussian((64, 24), 1), gaussian((33, 24), 2)
     _, dx, dw = vjp(x, w, g, GROUPS, backward_dtype=jnp.bfloat16)
     want_dx, want_dw = oracles.gradients64(x, w, g, GROUPS, INT8)
     assert np.linalg.norm(dx - want_dx) / np.linalg.norm(want_dx) < 2**-7
@@ -132,7 +142,7 @@ def test_bfloat16_backward_is_close_and_leaves_the_forward_alone():
 # Strength ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [bj.B158, GROUPS], ids=["b158", "groups"])
+@cases("config", {"b158": bj.B158, "groups": GROUPS}, core=["groups"])
 def test_a_traced_strength_of_one_has_the_bits_of_the_int8_path(config):
     x, w, g = gaussian((5, 24)), gaussian((24, 10), 1), gaussian((5, 10), 2)
     y, dx, dw = vjp(x, w, g, config)
@@ -156,25 +166,29 @@ def test_a_traced_strength_of_one_has_the_bits_of_the_int8_path(config):
         np.testing.assert_allclose(y, x_mix @ w_mix, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(dx, g @ w_mix.T, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(dw, x_mix.T @ g, rtol=1e-5, atol=1e-5)
-        static = bj.ternary_dot(x, w, config, strength=strength)
+        static = ternary_dot(x, w, config, strength=strength)
         np.testing.assert_allclose(static, y, rtol=1e-6, atol=1e-6)
 
 
-def test_a_traced_strength_has_no_gradient_and_works_weight_only():
+@pytest.mark.parametrize("activations", [INT8, None], ids=["int8", "weight-only"])
+def test_a_traced_strength_has_no_gradient(activations):
     x, w = gaussian((5, 24)), gaussian((24, 10), 1)
-    for activations in (INT8, None):
 
-        def loss(strength, activations=activations):
-            return bj.ternary_dot(x, w, bj.B158, activations=activations, strength=strength).sum()
+    def loss(strength):
+        return bj.ternary_dot(x, w, bj.B158, activations=activations, strength=strength).sum()
 
-        assert jax.grad(loss)(jnp.float32(0.5)) == 0.0
-    for dtype in DTYPES.values():
-        w16 = w.astype(dtype)
-        y = ternary_dot(x.astype(dtype), w16, bj.B158, activations=None)
-        one = jax.jit(lambda x, w, s: bj.ternary_dot(x, w, bj.B158, activations=None, strength=s))
-        oracles.assert_same_bits(one(x.astype(dtype), w16, jnp.float32(1)), y)
+    assert jax.jit(jax.grad(loss))(jnp.float32(0.5)) == 0.0
 
 
+@cases("dtype", DTYPES, core=["bfloat16"])
+def test_a_traced_strength_of_one_has_the_bits_of_weight_only(dtype):
+    x, w = gaussian((5, 24), dtype=dtype), gaussian((24, 10), 1, dtype)
+    y = ternary_dot(x, w, bj.B158, activations=None)
+    one = jax.jit(lambda x, w, s: bj.ternary_dot(x, w, bj.B158, activations=None, strength=s))
+    oracles.assert_same_bits(one(x, w, jnp.float32(1)), y)
+
+
+@pytest.mark.full
 def test_strength_phases_in_batched_and_low_precision_kernels():
     x, w = gaussian((3, 6, 8)), gaussian((3, 8, 5), 1)
     f = jax.jit(lambda x, w, s: bj.ternary_dot(x, w, batch_axes=0, strength=s))

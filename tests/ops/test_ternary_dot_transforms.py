@@ -7,27 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import cases
 from dots import CONFIGS, GROUPS, INT8, gaussian
 from jax.ad_checkpoint import checkpoint_policies
 
 import bitnet_jax as bj
 
 
-def test_vmap_over_x_over_w_and_over_both():
+@cases("config", {"b158": bj.B158, "groups": GROUPS}, core=["groups"])
+def test_vmap_over_x_over_w_and_over_both(config):
     x, w = gaussian((3, 6, 24)), gaussian((3, 24, 10), 1)
-    for config in (bj.B158, GROUPS):
-        dot = functools.partial(bj.ternary_dot, weights=config)
-        one = [[oracles.dot32(a, b, config, INT8) for b in w] for a in x]
-        over_x = jax.jit(jax.vmap(dot, (0, None)))(x, w[0])
-        over_w = jax.jit(jax.vmap(dot, (None, 0)))(x[0], w)
-        both = jax.jit(jax.vmap(dot))(x, w)
-        grid = jax.jit(jax.vmap(jax.vmap(dot, (None, 0)), (0, None)))(x, w)
-        examples = jax.jit(jax.vmap(jax.vmap(dot, (0, None)), (0, None)))(x, w[0])
-        oracles.assert_same_bits(over_x, np.stack([one[i][0] for i in range(3)]))
-        oracles.assert_same_bits(over_w, np.stack([one[0][i] for i in range(3)]))
-        oracles.assert_same_bits(both, np.stack([one[i][i] for i in range(3)]))
-        oracles.assert_same_bits(grid, np.array(one))
-        oracles.assert_same_bits(examples, np.stack([one[i][0] for i in range(3)]))
+    dot = functools.partial(bj.ternary_dot, weights=config)
+    one = [[oracles.dot32(a, b, config, INT8) for b in w] for a in x]
+    over_x = jax.jit(jax.vmap(dot, (0, None)))(x, w[0])
+    over_w = jax.jit(jax.vmap(dot, (None, 0)))(x[0], w)
+    both = jax.jit(jax.vmap(dot))(x, w)
+    grid = jax.jit(jax.vmap(jax.vmap(dot, (None, 0)), (0, None)))(x, w)
+    examples = jax.jit(jax.vmap(jax.vmap(dot, (0, None)), (0, None)))(x, w[0])
+    oracles.assert_same_bits(over_x, np.stack([one[i][0] for i in range(3)]))
+    oracles.assert_same_bits(over_w, np.stack([one[0][i] for i in range(3)]))
+    oracles.assert_same_bits(both, np.stack([one[i][i] for i in range(3)]))
+    oracles.assert_same_bits(grid, np.array(one))
+    oracles.assert_same_bits(examples, np.stack([one[i][0] for i in range(3)]))
 
 
 def test_vmap_moves_other_axes_and_per_example_gradients():
@@ -101,10 +102,10 @@ def test_a_training_step_may_donate_its_kernel():
     np.testing.assert_allclose(new, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@cases("config", CONFIGS, core=["groups"])
 def test_only_int8_codes_and_scales_wait_for_the_backward_pass(config):
     x, w = gaussian((32, 24)), gaussian((24, 10), 1)
-    _, pull = jax.vjp(lambda x, w: bj.ternary_dot(x, w, config), x, w)
+    pull = jax.jit(lambda x, w: jax.vjp(lambda x, w: bj.ternary_dot(x, w, config), x, w)[1])(x, w)
     saved = jax.tree.leaves(pull)
     assert {leaf.shape for leaf in saved if leaf.dtype == jnp.int8} == {(32, 24), (24, 10)}
     floats = sum(leaf.size for leaf in saved if leaf.dtype != jnp.int8)

@@ -2,15 +2,16 @@
 
 import collections
 import logging
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import cases
+from draws import normal, params_of
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from transforms import FILTERS, TRANSFORMS, tree
 
 import bitnet_jax as bj
@@ -89,7 +90,7 @@ def test_ema_is_its_formula(name):
         assert np.abs(np.array([leaf(u) for u in out]) - want).mean() < 1e-6
 
 
-@pytest.mark.parametrize("window", [1, 7, 50])
+@cases("window", [1, 7, 50], core=[7])
 @pytest.mark.parametrize("kind", ["mean", "sum"])
 @pytest.mark.parametrize("warmup", [True, False])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
@@ -128,16 +129,16 @@ def test_ema_impulse():
 def test_ma_sum_does_not_drift():
     """After 1e5 steps with spikes, the running sum is the sum of the ring to its rounding."""
     tx = bj.optim.grokfast_ma(10, 1.0, filter_type="sum")
-    grads = jax.random.normal(jax.random.key(0), (100_000, 4))
-    spikes = jax.random.bernoulli(jax.random.key(1), 1e-3, (100_000, 1))
-    grads = grads * jnp.where(spikes, 1e4, 1.0)
-    grads = grads.at[-25:].set(grads[-25:] / jnp.abs(grads[-25:]))
+    grads = np.array(normal(100_000, 4))
+    spikes = np.random.default_rng(1).random((100_000, 1)) < 1e-3
+    grads = grads * np.where(spikes, np.float32(1e4), np.float32(1))
+    grads[-25:] /= np.abs(grads[-25:])
     state, _ = jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), tx.init(grads[0]), grads)
     exact = np.asarray(grads[-10:], np.float64).sum(0)
     np.testing.assert_allclose(state.total, exact, rtol=0, atol=1e-6 * 10)
 
 
-@pytest.mark.parametrize("at", range(12))
+@cases("at", range(12), core=[0, 5, 11])
 def test_nan_leaves_the_sums_within_two_windows(at):
     tx = bj.optim.grokfast_ma(5, 1.0, warmup=False)
     grads = [jnp.float32(jnp.nan if t == at else 1.0) for t in range(at + 11)]
@@ -162,38 +163,24 @@ def test_a_window_stays_in_place():
         assert compiled.memory_analysis().temp_size_in_bytes < 64 * 64 * 4 * 3
 
 
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np, bitnet_jax as bj
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-g = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
-for kind in (AxisType.Auto, AxisType.Explicit):
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", FILTERS)
+def test_states_are_sharded_as_their_gradients(kind, name):
+    g = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
-    for tx in (bj.optim.grokfast_ema(), bj.optim.grokfast_ma(2, warmup=False)):
-        alone = tx.init(g)
+    options = {"grokfast_ema": {}, "grokfast_ma": {"window_size": 2, "warmup": False}}[name]
+    tx = getattr(bj.optim, name)(**options)
+    alone, update = tx.init(g), jax.jit(tx.update)
+    for _ in range(3):
+        want, alone = update(g, alone)
+    with jax.set_mesh(mesh):
+        w = jax.device_put(g, NamedSharding(mesh, P("x", "y")))
+        state = tx.init(w)
         for _ in range(3):
-            want, alone = jax.jit(tx.update)(g, alone)
-        with jax.set_mesh(mesh):
-            w = jax.device_put(g, NamedSharding(mesh, P("x", "y")))
-            state = tx.init(w)
-            for _ in range(3):
-                got, state = jax.jit(tx.update)(w, state)
-        for leaf in (got, *jax.tree.leaves(state)):
-            assert leaf.ndim == 0 or leaf.sharding.spec[-2:] == ("x", "y"), leaf.sharding
-        np.testing.assert_allclose(got, want, rtol=1e-6)
-print("sharded")
-"""
-
-
-def test_states_are_sharded_as_their_gradients():
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "sharded", done.stderr
+            got, state = update(w, state)
+    for leaf in (got, *jax.tree.leaves(state)):
+        assert leaf.ndim == 0 or leaf.sharding.spec[-2:] == ("x", "y"), leaf.sharding
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_memory_is_said_before_it_is_taken(caplog):
@@ -226,9 +213,9 @@ def test_mixed_dtypes(name):
 
 def test_the_filter_sees_straight_through_gradients():
     """dW = x_q^T g of the latent kernel, averaged as it is."""
-    layer, x = bj.linen.BitDense(3), jax.random.normal(jax.random.key(0), (8, 5))
-    params = layer.init(jax.random.key(1), x)["params"]
-    grads = jax.grad(lambda p: layer.apply({"params": p}, x).sum())(params)
+    layer, x = bj.linen.BitDense(3), normal(8, 5)
+    params = params_of(layer, x)
+    grads = jax.jit(jax.grad(lambda p: layer.apply({"params": p}, x).sum()))(params)
     codes, scale = bj.quantize_activations(x)
     want = np.repeat((np.asarray(codes) * np.asarray(scale) / 127).sum(0)[:, None], 3, 1)
     out, _ = run(bj.optim.grokfast_ema(lamb=2.0), [grads])

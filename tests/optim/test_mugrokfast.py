@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import cases
+from draws import normal, params_of
 from flax import linen as nn
 from flax import nnx
 from optax import contrib
@@ -42,11 +44,11 @@ def test_routing_by_selector_and_contraction():
 
 def test_muon_orthogonalises_kernels_only():
     grads = jax.tree.map(jnp.asarray, tree(1, np.float32)) | {
-        "conv": {"kernel": jax.random.normal(jax.random.key(0), (2, 2, 4, 3))}
+        "conv": {"kernel": normal(2, 2, 4, 3)}
     }
     axes = lambda p, _: {"contracting_axes": (0, 1, 2)} if p[0] == "conv" else None  # noqa: E731
     tx = bj.optim.mugrokfast(1.0, lamb=0.0, nesterov=False, adam_learning_rate=0.5, axes=axes)
-    updates, _ = tx.update(grads, tx.init(grads), grads)
+    updates, _ = jax.jit(tx.update)(grads, jax.jit(tx.init)(grads), grads)
     for kernel in (updates["a"]["kernel"], updates["conv"]["kernel"].reshape(16, 3)):
         singular = np.linalg.svd(kernel, compute_uv=False)
         assert singular.min() > 0.5
@@ -54,7 +56,7 @@ def test_muon_orthogonalises_kernels_only():
     np.testing.assert_allclose(np.abs(updates["b"]), 0.5, rtol=1e-2)
 
 
-@pytest.mark.parametrize("phase", list(bj.optim.PHASES))
+@cases("phase", list(bj.optim.PHASES), core=["curriculum"])
 def test_phases_are_their_settings(phase):
     preset = bj.optim.PHASES[phase]
     params = jax.tree.map(jnp.asarray, tree(0, np.float32))
@@ -72,10 +74,11 @@ def attention_case(ternary, heads=4):
         model = bj.linen.ternarize(
             model, lambda path, _: bj.PHASE4 if path[-1] == "kernel" else None
         )
-    x = 20.0 * jax.random.normal(jax.random.key(0), (2, 9, 16))
-    params = model.init(jax.random.key(1), x)["params"]
-    params["query"]["bias"] = 3.0 * jax.random.normal(jax.random.key(2), (heads, 8))
+    x = 20.0 * normal(2, 9, 16)
+    params = params_of(model, x)
+    params["query"]["bias"] = 3.0 * normal(heads, 8, seed=2)
 
+    @jax.jit
     def logits(params):
         kept = model.apply(
             {"params": params},
@@ -88,7 +91,7 @@ def attention_case(ternary, heads=4):
     return params, logits
 
 
-@pytest.mark.parametrize("ternary", [False, True])
+@cases("ternary", [False, True], core=[True])
 def test_qk_clip_bounds_attention_logits(ternary):
     params, logits = attention_case(ternary)
     before = logits(params)
@@ -104,8 +107,8 @@ def test_qk_clip_bounds_attention_logits(ternary):
 
 
 def test_qk_clip_shares_keys_and_leaves_the_rest():
-    q = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
-    k = jax.random.normal(jax.random.key(1), (2, 6, 2, 8))
+    q = normal(2, 6, 4, 8)
+    k = normal(2, 6, 2, 8, seed=1)
     x = jnp.eye(48)
     params = {
         "layer": {
@@ -137,7 +140,7 @@ def test_mugrokfast_clips_where_it_is_given_logits():
     }
     tx = bj.optim.mugrokfast(1e-6, axes=axes, qk_tau=5.0)
     grads, before = jax.tree.map(jnp.ones_like, params), logits(params)
-    updates, _ = tx.update(grads, tx.init(params), params, max_logits=before)
+    updates, _ = jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params, max_logits=before)
     assert logits(optax.apply_updates(params, updates)).max() <= 5.0 * 1.01
     plain = bj.optim.mugrokfast(1e-6, axes=axes)
     with pytest.raises(ValueError, match="there is no bound"):
@@ -150,6 +153,11 @@ def test_nnx_optimizer_takes_them():
     tx = optax.chain(bj.optim.grokfast_ema(), bj.optim.mugrokfast(1e-2))
     optimizer, x = nnx.Optimizer(model, tx, wrt=bj.nnx.trainable), jnp.ones((2, 8))
     before = model.kernel.get_value()
-    for _ in range(2):
+
+    @nnx.jit
+    def step(model, optimizer):
         optimizer.update(model, nnx.grad(lambda m: jnp.square(m(x) - 1.0).mean())(model))
+
+    for _ in range(2):
+        step(model, optimizer)
     assert np.abs(model.kernel.get_value() - before).max() > 0

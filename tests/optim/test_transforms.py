@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from cases import cases
 from transforms import FILTERS, TRANSFORMS, equal, follow
 
 import bitnet_jax as bj
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.standard_promotion
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@cases("dtype", [jnp.float32, jnp.bfloat16], core=[jnp.bfloat16])
 def test_every_transform_under_chain_and_jit(name, dtype):
     params, _ = follow(optax.chain(TRANSFORMS[name](), optax.scale(0.5)), dtype=dtype)
     assert all(x.dtype == dtype and np.isfinite(x).all() for x in jax.tree.leaves(params))

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import oracles
 import pytest
+from cases import cases
 
 import bitnet_jax as bj
 from bitnet_jax._matmul import xla
@@ -33,7 +34,9 @@ KERNELS = {
     ),
     "two-batch": ((2, 3, 8, 5), bj.TWN, {"batch_axes": (0, 1)}),
 }
-every_kernel = pytest.mark.parametrize(("shape", "config", "axes"), KERNELS.values(), ids=KERNELS)
+every_kernel = cases(
+    ("shape", "config", "axes"), KERNELS, core=["odd", "groups", "stacked-attention"]
+)
 
 
 def gaussian(shape, seed=0, dtype=np.float32):
@@ -41,7 +44,7 @@ def gaussian(shape, seed=0, dtype=np.float32):
 
 
 def pack(w, config=bj.B158, **axes):
-    return jax.jit(lambda w: bj.pack(w, config, **axes))(w)
+    return bj.pack(w, config, **axes)
 
 
 def static(leaf):
@@ -81,7 +84,7 @@ def test_invariants_and_bytes(shape, config, axes):
     assert (packed.config, packed.dtype) == (config, np.float32)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@cases("dtype", [np.float32, ml_dtypes.bfloat16, np.float16], core=[ml_dtypes.bfloat16])
 def test_unpack_returns_the_kernels_own_dtype_or_the_one_asked_for(dtype):
     w = gaussian((24, 10), dtype=dtype)
     packed = pack(w)
@@ -126,27 +129,33 @@ def test_static_data_tells_kernels_apart():
     assert static(pack(gaussian((3, 8, 9)), batch_axes=0)) == static(packed)
 
 
-def test_slices_of_a_stack_are_leaves_and_stacking_them_restores_it():
+@cases(
+    "config",
+    {"tensor": bj.B158, "channel": bj.PHASE4, "groups": bj.TernaryConfig(granularity=4)},
+    core=["groups"],
+)
+def test_slices_of_a_stack_are_leaves_and_stacking_them_restores_it(config):
     w = gaussian((3, 8, 5))
-    for config in (bj.B158, bj.PHASE4, bj.TernaryConfig(granularity=4)):
-        stacked = pack(w, config, batch_axes=0)
-        alone = [pack(w[i], config) for i in range(3)]
-        for i, one in enumerate(alone):
-            piece = jax.tree.map(lambda a, i=i: a[i], stacked)
-            assert_valid(piece, (8, 5))
-            assert static(piece) == static(one)
-            jax.tree.map(oracles.assert_same_bits, piece, one)
-        again = jax.tree.map(lambda *parts: jnp.stack(parts), *alone)
-        assert_valid(again, (3, 8, 5))
-        jax.tree.map(oracles.assert_same_bits, again, stacked)
-        by_vmap = jax.vmap(functools.partial(bj.pack, config=config))(w)
-        assert_valid(by_vmap, (3, 8, 5))
-        jax.tree.map(oracles.assert_same_bits, by_vmap, stacked)
-        assert static(by_vmap) == static(stacked)
+    stacked = pack(w, config, batch_axes=0)
+    alone = [pack(w[i], config) for i in range(3)]
+    for i, one in enumerate(alone):
+        piece = jax.tree.map(lambda a, i=i: a[i], stacked)
+        assert_valid(piece, (8, 5))
+        assert static(piece) == static(one)
+        jax.tree.map(oracles.assert_same_bits, piece, one)
+    again = jax.tree.map(lambda *parts: jnp.stack(parts), *alone)
+    assert_valid(again, (3, 8, 5))
+    jax.tree.map(oracles.assert_same_bits, again, stacked)
+    by_vmap = jax.vmap(functools.partial(bj.pack, config=config))(w)
+    assert_valid(by_vmap, (3, 8, 5))
+    jax.tree.map(oracles.assert_same_bits, by_vmap, stacked)
+    assert static(by_vmap) == static(stacked)
 
 
 @pytest.mark.parametrize("prepare", [False, True], ids=["stored", "prepared"])
-@pytest.mark.parametrize("config", [bj.PHASE4, bj.TernaryConfig(granularity=4)])
+@cases(
+    "config", {"channel": bj.PHASE4, "groups": bj.TernaryConfig(granularity=4)}, core=["channel"]
+)
 def test_scan_and_vmap_over_stacked_layers(config, prepare):
     x, w = gaussian((5, 8)), gaussian((3, 8, 8), 1)
     stacked = pack(w, config, batch_axes=0)

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import oracles
 import pytest
+from cases import cases
 
 import bitnet_jax as bj
 
@@ -21,7 +22,7 @@ def gaussian(shape, seed=0, dtype=np.float32, sigma=1.0):
     return (np.random.default_rng(seed).normal(size=shape) * sigma).astype(dtype)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@cases("bits", range(2, 9), core=[2, 8])
 def test_activations_at_every_width(bits):
     config = bj.ActivationConfig(bits=bits)
     x = gaussian((5, 33), seed=bits)
@@ -36,7 +37,7 @@ def test_activations_at_every_width(bits):
     oracles.assert_same_bits(gamma, want_gamma)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@cases("dtype", DTYPES, core=["bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "axes"), [((7,), -1), ((2, 3, 5), (-1,)), ((2, 3, 4, 5), (1, 2, 3))]
 )

@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cases
+from draws import normal
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
 from bitnet_jax._packed.kernel import PreparedTernary
 
 INT8 = bj.Int8Config()
-W = jax.random.normal(jax.random.key(0), (24, 10)) * jnp.linspace(0.01, 3.0, 10)
-X = jax.random.normal(jax.random.key(1), (5, 24))
+W = normal(24, 10) * np.linspace(0.01, 3.0, 10, dtype=np.float32)[None]
+X = normal(5, 24, seed=1)
 
 
 def exact(w, axis=0):
@@ -35,7 +37,7 @@ def test_codes_and_scales_are_those_of_the_definition():
     assert np.abs(np.asarray(packed.codes)).max() == 127
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@cases("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], core=[jnp.bfloat16])
 def test_dtypes_zeros_and_extremes(dtype):
     w = W.astype(dtype).at[:, 3].set(0)
     packed = bj.pack(w, INT8)
@@ -72,7 +74,7 @@ def test_the_bits_of_training_everywhere():
 
 
 def test_gradients():
-    g = jax.random.normal(jax.random.key(2), (5, 10))
+    g = normal(5, 10, seed=2)
     dx, dw = jax.vjp(lambda x, w: bj.ternary_dot(x, w, INT8), X, W)[1](g)
     codes, step = exact(W)
     x_codes, gamma = bj.quantize_activations(X)
@@ -84,9 +86,10 @@ def test_gradients():
     np.testing.assert_allclose(served, dx, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [2, 20])  # 20: from 4096 elements on XLA's maximum drops NaN
+# From 4096 elements on, 20 rows here, XLA's maximum drops NaN.
+@cases("rows", [2, 20], core=[20])
 def test_a_nan_is_never_lost(rows):
-    x = jax.random.normal(jax.random.key(0), (rows, 256)).at[1, 7].set(jnp.nan)
+    x = normal(rows, 256).at[1, 7].set(jnp.nan)
     for quantize in (bj.quantize_activations, jax.jit(bj.quantize_activations)):
         gamma = quantize(x)[1][:, 0]
         assert not np.isfinite(gamma[1])

@@ -7,9 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import cases
+from draws import params_of
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
-from meshes import both_kinds, compiled, gaussian, mesh_of, net_and_params, put, sharded_params
+from meshes import (
+    compiled,
+    explicit_in_core,
+    gaussian,
+    mesh_of,
+    net_and_params,
+    put,
+    sharded_params,
+)
 
 import bitnet_jax as bj
 
@@ -23,17 +33,17 @@ def step_of(net, boxed, x):
     return jax.value_and_grad(loss), (boxed, x)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("way", "config"),
-    [
-        ("fsdp", bj.B158),
-        ("fsdp", bj.Int8Config()),
-        ("fsdp, outputs", bj.B158),
-        ("fsdp and tensor", bj.B158),
-    ],
-    ids=["fsdp", "eight bits", "outputs", "and tensor"],
+    {
+        "fsdp": ("fsdp", bj.B158),
+        "eight bits": ("fsdp", bj.Int8Config()),
+        "outputs": ("fsdp, outputs", bj.B158),
+        "and tensor": ("fsdp and tensor", bj.B158),
+    },
+    core=["fsdp", "eight bits"],
 )
-@both_kinds
+@explicit_in_core
 def test_fsdp_gathers_codes(kind, way, config):
     """Each kernel's codes once forward and once backward, but for the first layer's dx."""
     mesh = mesh_of(kind)
@@ -57,6 +67,7 @@ def test_fsdp_gathers_codes(kind, way, config):
     assert max(floats, default=0) < min(kernels) // cut  # rows of sums for the scale, at most
 
 
+@pytest.mark.full
 def test_without_the_context_xla_gathers_int8_codes():
     mesh = mesh_of("auto", (8,), ("data",))
     ws = [gaussian(i, 1024, 1024) * 0.03 for i in range(3)]
@@ -86,6 +97,7 @@ def test_weight_only_gathers_codes_too():
     np.testing.assert_allclose(dw, jnp.broadcast_to(x.sum(axis=0)[:, None], (K, N)), rtol=1e-4)
 
 
+@pytest.mark.full
 def test_explicit_axes_and_several_axes_of_outputs_or_a_traced_strength():
     mesh, x = mesh_of("explicit"), gaussian(0, M, K)
     heads, w, one = gaussian(1, K, 8, 16), gaussian(1, K, N), jnp.float32(1)
@@ -110,7 +122,7 @@ def nnx_product(kernel_metadata):
     return bj.nnx.BitLinear(K, N, rngs=nnx.Rngs(0), kernel_metadata=kernel_metadata)
 
 
-@pytest.mark.parametrize("logical", [False, True])
+@cases("logical", [False, True], core=[True])
 def test_nnx_metadata(logical):
     from flax import nnx
 
@@ -136,7 +148,7 @@ def test_logical_names():
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
     layer = bj.linen.BitDense(N, kernel_init=init)
     x = gaussian(0, M, K)
-    boxed = layer.init(jax.random.key(0), x)["params"]
+    boxed = params_of(layer, x)
     packed, _ = bj.pack_params(boxed, bj.PHASE4)
     with pytest.raises(ValueError, match=r"logical axes \('embed', 'mlp'\) .* map to no mesh axes"):
         bj.sharding.partition_specs(packed)

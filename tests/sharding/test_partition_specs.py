@@ -6,7 +6,7 @@ import oracles
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import GROUPS, both_kinds, gaussian, mesh_of, net_and_params
+from meshes import GROUPS, explicit_in_core, gaussian, mesh_of, net_and_params
 
 import bitnet_jax as bj
 
@@ -59,7 +59,7 @@ def test_specs_keep_boxes_and_leave_the_rest_whole():
     assert specs["layer_2"]["kernel"].value == P(None, "model")
 
 
-@both_kinds
+@explicit_in_core
 def test_a_file_is_loaded_onto_a_mesh(kind, tmp_path):
     mesh, x = mesh_of(kind), gaussian(0, M, K)
     packed, _ = bj.pack_params(

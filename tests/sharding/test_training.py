@@ -8,15 +8,20 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from cases import cases
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
-from meshes import WAYS, both_kinds, gaussian, mesh_of, net_and_params, put, sharded_params
+from meshes import WAYS, explicit_in_core, gaussian, mesh_of, net_and_params, put, sharded_params
 
 import bitnet_jax as bj
 
 
-@pytest.mark.parametrize(("way", "norm"), [*((way, False) for way in WAYS), ("tensor", True)])
-@both_kinds
+@cases(
+    ("way", "norm"),
+    [*((way, False) for way in WAYS), ("tensor", True)],
+    core=[("fsdp and tensor", False), ("tensor", True)],
+)
+@explicit_in_core
 def test_the_forward_pass_of_training_has_the_bits_of_one_device(kind, norm, way):
     mesh = mesh_of(kind)
     net, boxed = net_and_params(way, norm=norm)
@@ -56,8 +61,8 @@ def trained_on_one_device():
 
 
 @pytest.mark.standard_promotion  # optax's adamw raises under the strict one
-@pytest.mark.parametrize("way", ["data", "fsdp", "tensor", "fsdp and tensor"])
-@both_kinds
+@cases("way", ["data", "fsdp", "tensor", "fsdp and tensor"], core=["fsdp and tensor"])
+@explicit_in_core
 def test_a_training_run_stays_with_that_of_one_device(kind, way):
     net, boxed = net_and_params(way)
     mesh, want = mesh_of(kind), trained_on_one_device()

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from cases import cases
+from draws import normal, params_of
 from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -28,8 +30,10 @@ CASES = {
 }
 ADAMW = optax.adamw(1e-3)
 
-every_case = pytest.mark.parametrize(
-    ("kind", "case"), [(kind, case) for kind in KINDS for case in CASES]
+every_case = cases(
+    ("kind", "case"),
+    [(kind, case) for kind in KINDS for case in CASES],
+    core=[("explicit", "fsdp and tensor")],
 )
 
 
@@ -67,8 +71,8 @@ class Real:
         specs, configs = CASES[case]
         self.mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(KINDS[kind],) * 2)
         self.net = Net(specs, configs)
-        x = jax.random.normal(jax.random.key(1), (BATCH, FEATURES[0]))
-        boxed = self.net.init(jax.random.key(0), x)["params"]
+        x = normal(BATCH, FEATURES[0], seed=1)
+        boxed = params_of(self.net, x)
         with self.training():
             specs = bj.sharding.partition_specs(boxed, mesh=self.mesh)
             self.places = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
@@ -136,6 +140,7 @@ def test_what_is_gathered(kind, case):
     assert told.largest_gradient == max(c.nbytes for c in sums)
 
 
+@pytest.mark.full
 def test_a_first_layer_whose_input_has_no_gradient_gathers_once():
     step = real("auto", "fsdp, groups")
     first = FEATURES[0] * FEATURES[1] // 4

@@ -1,5 +1,6 @@
 """The report of packing: its numbers, its table, its plot."""
 
+import functools
 import itertools
 import json
 import math
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cases
+from draws import params_of
 from flax import linen as nn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -20,8 +23,12 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize("config", [bj.B158, bj.PHASE4, bj.TWN, bj.TernaryConfig(granularity=5)])
-@pytest.mark.parametrize("shape", [(30, 7), (35, 8)])
+@cases(
+    "config",
+    {"b158": bj.B158, "phase4": bj.PHASE4, "twn": bj.TWN, "5": bj.TernaryConfig(granularity=5)},
+    core=["phase4", "5"],
+)
+@cases("shape", [(30, 7), (35, 8)], core=[(35, 8)])
 def test_numbers_are_counted_from_the_arrays(config, shape):
     w = normal(*shape)
     params = {"layer": {"kernel": w, "bias": jnp.zeros(shape[1])}, "steps": jnp.arange(3)}
@@ -47,13 +54,14 @@ def test_numbers_are_counted_from_the_arrays(config, shape):
     assert report.ratio == layer.ratio == layer.bytes_before / layer.bytes_after
 
 
-@pytest.mark.parametrize(
+@cases(
     ("config", "error"),
-    [
-        (bj.TernaryConfig(threshold=0.1), 0.327),
-        (bj.B158, 0.263),
-        (bj.TernaryConfig(scale="survivors", threshold=0.7), 0.190),
-    ],
+    {
+        "0.1": (bj.TernaryConfig(threshold=0.1), 0.327),
+        "b158": (bj.B158, 0.263),
+        "survivors": (bj.TernaryConfig(scale="survivors", threshold=0.7), 0.190),
+    },
+    core=["b158"],
 )
 def test_error_of_gaussian_weights(config, error):
     _, report = bj.pack_params({"kernel": normal(512, 512)}, config)
@@ -82,28 +90,37 @@ class MLP(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(
+@cases(
     ("inputs", "sizes", "count", "ratio"),
-    [
-        (128, (128, 128, 128, 10), 50_826, 14.3),
-        (2048, (4096, 2048, 2048, 2048), 25_176_064, 15.9),
-    ],
+    {
+        "small": (128, (128, 128, 128, 10), 50_826, 14.3),
+        "large": (2048, (4096, 2048, 2048, 2048), 25_176_064, 15.9),
+    },
+    core=["small"],
 )
 def test_whole_model_ratio(inputs, sizes, count, ratio):
-    params = MLP(sizes).init(jax.random.key(0), jnp.ones((1, inputs)))["params"]
+    params = params_of(MLP(sizes), jax.ShapeDtypeStruct((1, inputs), jnp.float32))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
     _, report = bj.pack_params(params)
     assert report.model_ratio >= ratio
 
 
+@functools.cache
 def report_of(layers):
     return bj.pack_params({f"block_{i}": {"kernel": normal(16, 8)} for i in range(layers)})[1]
 
 
 def test_table_and_dict():
-    report = report_of(2)
+    report = report_of(3)
     text = str(report)
-    for wanted in ("block_0/kernel", "block_1/kernel", "16x8", "ternary kernels", "whole model"):
+    for wanted in (
+        "block_0/kernel",
+        "block_1/kernel",
+        "block_2/kernel",
+        "16x8",
+        "ternary kernels",
+        "whole model",
+    ):
         assert wanted in text
     assert len({line.rindex("x") for line in text.splitlines()[1:]}) == 1  # ratios line up
     plain = json.loads(json.dumps(report.to_dict()))
@@ -114,7 +131,7 @@ def test_table_and_dict():
     assert plain["model"]["ratio"] == report.model_ratio
 
 
-@pytest.mark.parametrize("layers", [1, 12])
+@cases("layers", [1, 12], core=[1])
 def test_plot_writes_a_picture(tmp_path, layers):
     path = tmp_path / "weights.png"
     report_of(layers).plot(path)
@@ -129,6 +146,7 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
         report_of(1).plot(tmp_path / "weights.png")
 
 
+@functools.cache
 def mixed():
     """Three kernels with their own configs and dtypes, among float leaves."""
     params = {
@@ -256,7 +274,7 @@ def drawn(report):
     return figure.axes, canvas.get_renderer()
 
 
-@pytest.mark.parametrize("layers", [3, 30])
+@cases("layers", [3, 30], core=[3])
 def test_labels_of_a_plot_do_not_overlap(layers):
     report = report_of(layers)
     (codes, error, size), renderer = drawn(report)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cases
 from flax import linen as nn
 from flax import nnx
 from oracles import assert_same_bits
@@ -310,7 +311,11 @@ def test_axes_that_are_no_function_are_refused_with_a_remedy(axes):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("config", [bj.B158, bj.TWN, bj.TernaryConfig(scale="absmedian")], ids=str)
+@cases(
+    "config",
+    {"b158": bj.B158, "twn": bj.TWN, "median": bj.TernaryConfig(scale="absmedian")},
+    core=["twn"],
+)
 def test_bad_weights_are_named_and_the_tree_is_untouched(bad, config):
     params = tree()
     params["body"]["dense"]["kernel"] = params["body"]["dense"]["kernel"].at[3, 2].set(bad)
