@@ -18,7 +18,7 @@ import bitnet_jax as bj
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
-PAGE = pathlib.Path(__file__).parents[2] / "examples" / "big_runs.md"
+PAGE = pathlib.Path(__file__).parents[2] / "examples" / "guides" / "big_runs.md"
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def catching(monkeypatch):
         module.sow("caught", "kernel", (inputs, y))
         return y
 
-    monkeypatch.setattr(_layers, "run_layer", run_and_note)
+    monkeypatch.setattr(_in_scope, "run_layer", run_and_note)
     monkeypatch.setattr(_in_scope, "forward", forward_and_sow)
     return static
 

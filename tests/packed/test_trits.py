@@ -20,7 +20,7 @@ pack_trits = jax.jit(trits.pack_trits, static_argnums=1)
 unpack_trits = jax.jit(trits.unpack_trits, static_argnums=(1, 2))
 
 
-def trits(shape, seed=0):
+def draw_codes(shape, seed=0):
     return np.random.default_rng(seed).integers(-1, 2, shape).astype(np.int8)
 
 
@@ -51,7 +51,7 @@ def test_the_bytes_named_in_the_file():
 
 @cases("length", range(1, 14), core=[1, 3, 5, 8])
 def test_every_length(length):
-    line = trits((length,), length)
+    line = draw_codes((length,), length)
     packed = pack_trits(line, 0)
     assert packed.tolist() == oracles.pack_line(line.tolist())
     assert packed.shape == (trits.packed_length(length),) == (-(-length // 4),)
@@ -63,14 +63,14 @@ def test_every_length(length):
 @pytest.mark.parametrize("axis", [0, 1, 2, 3, -1, -2, -3, -4])
 @cases("shape", [(4, 8, 3, 5), (1, 2, 6, 7)], core=[(1, 2, 6, 7)])
 def test_every_axis(shape, axis):
-    codes = trits(shape)
+    codes = draw_codes(shape)
     packed = pack_trits(codes, axis)
     oracles.assert_same_bits(packed, oracles.pack_bytes(codes, axis))
     oracles.assert_same_bits(unpack_trits(packed, axis, shape[axis]), codes)
 
 
 def test_a_cut_at_a_multiple_of_four_rows_is_a_cut_between_bytes():
-    codes = trits((24, 5))
+    codes = draw_codes((24, 5))
     packed = np.asarray(pack_trits(codes, 0))
     for rows in (4, 8, 20):
         oracles.assert_same_bits(pack_trits(codes[:rows], 0), packed[: rows // 4])
@@ -122,7 +122,7 @@ def test_invalid_knows_all_256_bytes_in_every_place(length):
 def test_nothing_that_pack_wrote_is_invalid():
     for shape in ((13, 4), (5, 6), (8, 3)):
         for axis in (0, 1):
-            packed = np.asarray(pack_trits(trits(shape), axis))
+            packed = np.asarray(pack_trits(draw_codes(shape), axis))
             assert not invalid(packed, axis, shape[axis]).any()
 
 

@@ -138,7 +138,7 @@ def test_nnx_metadata(logical):
         told = bj.sharding.collectives(program).of("all-gather").rows
     assert [(g.dtype, g.nbytes) for g in told] == [("u8", K * N // 4)]
     packed, _ = bj.nnx.pack(layer)
-    specs = bj.sharding.partition_specs(packed)
+    specs = bj.sharding.partition_specs(nnx.state(packed, nnx.Param))
     assert specs["kernel"].get_value().codes == P("data", None)
     assert specs["bias"].get_value() == P(None)
 
