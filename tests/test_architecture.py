@@ -37,6 +37,7 @@ FLOORS = {
     "nnx": 8,
     "sharding": 8,
     "optim": 9,
+    "models": 9,
     "_doctor": 10,
     "__main__": 11,
 }
@@ -61,6 +62,7 @@ EXPORTS = [
     "linen",
     "lora",
     "matmul",
+    "models",
     "nnx",
     "only",
     "optim",
@@ -204,6 +206,7 @@ def test_exports_are_frozen():
         "ternarize",
         "trainable",
     ]
+    assert bj.models.__all__ == ["Decoder", "DecoderConfig", "LoadReport", "LoadedKernel", "Rope"]
     assert bj.analysis.__all__ == [
         "Comparison",
         "GradientFlow",
@@ -296,7 +299,17 @@ def test_reports_are_alike(module):
 
 
 def public():
-    for module in (bj, bj.analysis, bj.io, bj.linen, bj.lora, bj.nnx, bj.optim, bj.sharding):
+    for module in (
+        bj,
+        bj.analysis,
+        bj.io,
+        bj.linen,
+        bj.lora,
+        bj.models,
+        bj.nnx,
+        bj.optim,
+        bj.sharding,
+    ):
         for name in module.__all__:
             value = getattr(module, name)
             if inspect.isclass(value) or inspect.isfunction(value):

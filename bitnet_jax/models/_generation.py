@@ -1,0 +1,297 @@
+"""Tokens after tokens: prefill, then one step each, from a preallocated cache.
+
+Prompts are padded on the left to a bucket, a power of two, and the cache to another, so
+that a few shapes serve all lengths: one trace for each bucket, and one for all single
+steps on caches of a length. The cache is donated: a step writes its keys and values where
+they lie. A row that has ended keeps its place in the batch until all have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bitnet_jax import _checks
+from bitnet_jax.models._sampling import Filters, Sampling, choose
+from bitnet_jax.models._text import Pieces, Text
+
+SMALLEST = 16  # tokens of the smallest bucket
+
+
+def bucket(length: int) -> int:
+    """The power of two that a length is padded to."""
+    return max(SMALLEST, 1 << (length - 1).bit_length())
+
+
+class _Graph:
+    """A model without its arrays, as a static argument that hashes once."""
+
+    def __init__(self, graph: Any, tree: Any):
+        self.graph, self.tree = graph, tree
+        self._hash = hash((graph, tree))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        same = isinstance(other, _Graph)
+        return same and self.graph == other.graph and self.tree == other.tree
+
+    def model(self, leaves: list[jax.Array]) -> Any:
+        """The model again."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
+
+
+def run_step(
+    graph: _Graph,
+    filters: Filters,
+    leaves: list[jax.Array],
+    cache: Any,
+    seen: jax.Array | None,
+    tokens: jax.Array,
+    mask: jax.Array,
+    key: jax.Array,
+    values: dict[str, jax.Array],
+) -> tuple[jax.Array, Any, jax.Array | None]:
+    """Some tokens of every row in, the next one out: prefill, and every step after it."""
+    model = graph.model(leaves)
+    x, cache = model.hidden(tokens, None, cache, mask)
+    # The head reads the last token alone: prompts end where their bucket does.
+    logits = model.logits(jax.lax.slice_in_dim(x, x.shape[1] - 1, x.shape[1], axis=1))
+    ids = choose(jnp.squeeze(logits, 1), seen, key, filters, values)
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(ids)), ids].set(True)
+    return ids, cache, seen
+
+
+step = jax.jit(run_step, static_argnums=(0, 1), donate_argnums=(3, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What ``generate`` was asked, checked.
+
+    Attributes:
+      rows: token ids of each prompt.
+      as_text: whether text goes back.
+      single: whether one prompt was given, and not a list of them.
+      most: how many tokens to make at most.
+      sampling: how each is chosen.
+      stop_ids: tokens that end a row.
+      stop_texts: strings that end a row.
+      cache_size: slots of the cache; None: as many as are needed.
+      cache_dtype: of keys and values; None: the model's.
+    """
+
+    rows: list[list[int]]
+    as_text: bool
+    single: bool
+    most: int
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    stop_texts: tuple[str, ...]
+    cache_size: int | None
+    cache_dtype: Any
+
+
+def tokens_of(model: Any, request: Request) -> Iterator[list[int | None]]:
+    """The next token of every row, again and again; None where a row has ended."""
+    rows = request.rows
+    longest = max(map(len, rows))
+    length = bucket(longest)
+    slots = _slots(length, request)
+    tokens = np.zeros((len(rows), length), np.int32)
+    mask = np.ones((len(rows), slots), bool)
+    for r, row in enumerate(rows):
+        tokens[r, length - len(row) :] = row
+        mask[r, : length - len(row)] = False
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    sampling, filters = request.sampling, request.sampling.filters
+    cache = model.init_cache(len(rows), slots, request.cache_dtype)
+    seen = _seen(rows, model.config.vocabulary) if filters.penalty else None
+    now, seeing = jnp.asarray(tokens), jnp.asarray(mask)
+    key, still = jax.random.key(sampling.seed), [True] * len(rows)
+    frozen, values = _Graph(graph, tree), sampling.values
+    for n in range(request.most):
+        ids, cache, seen = step(
+            frozen, filters, leaves, cache, seen, now, seeing, jax.random.fold_in(key, n), values
+        )
+        now = ids[:, None]
+        out = [int(i) if alive else None for i, alive in zip(np.asarray(ids), still, strict=True)]
+        still = [i is not None and i not in request.stop_ids for i in out]
+        yield out
+        if not any(still):
+            return
+
+
+def _seen(rows: Sequence[Sequence[int]], vocabulary: int) -> jax.Array:
+    seen = np.zeros((len(rows), vocabulary), bool)
+    for r, row in enumerate(rows):
+        seen[r, row] = True
+    return jnp.asarray(seen)
+
+
+def _slots(length: int, request: Request) -> int:
+    """Slots of the cache: a bucket, or what was asked for if it is enough."""
+    needed = length + request.most - 1  # the last token is not looked at again
+    if request.cache_size is None:
+        return bucket(needed)
+    if request.cache_size < needed:
+        raise ValueError(
+            f"generate: `cache_size` is {request.cache_size}, and {needed} slots are needed: the "
+            f"longest prompt takes {length}, and max_new_tokens={request.most}. Leave it out, or "
+            "ask for fewer tokens."
+        )
+    return request.cache_size
+
+
+def generate(model: Any, request: Request) -> Any:
+    """All tokens of every row: text or ids, of one prompt or of several."""
+    made: list[list[int]] = [[] for _ in request.rows]
+    pieces = [_pieces(model, request) for _ in request.rows]
+    texts = ["" for _ in request.rows]
+    ended = [False] * len(made)
+    for out in tokens_of(model, request):
+        for r, token in enumerate(out):
+            if token is None or ended[r]:
+                continue
+            made[r].append(token)
+            decoder = pieces[r]
+            if decoder is not None and token not in request.stop_ids:
+                texts[r] += decoder.push(token)
+                ended[r] = decoder.stopped
+        if all(ended[r] or token is None for r, token in enumerate(out)):
+            break
+    if request.as_text:
+        texts = [t + p.finish() for t, p in zip(texts, pieces, strict=True) if p is not None]
+    answers: list[Any] = texts if request.as_text else made
+    return answers[0] if request.single else answers
+
+
+def stream(model: Any, request: Request) -> Iterator[Any]:
+    """Pieces of one answer as they come: text that is valid UTF-8, or ids."""
+    decoder = _pieces(model, request)
+    for (token,) in tokens_of(model, request):
+        if token is None:
+            break
+        if not request.as_text:
+            yield token
+        if decoder is None or token in request.stop_ids:
+            continue
+        piece = decoder.push(token)
+        if piece and request.as_text:
+            yield piece
+        if decoder.stopped:
+            return
+    rest = decoder.finish() if decoder is not None and request.as_text else ""
+    if rest:
+        yield rest
+
+
+def _pieces(model: Any, request: Request) -> Pieces | None:
+    """A decoder of one row, where text goes back or is looked for."""
+    if not (request.as_text or request.stop_texts):
+        return None
+    text = _text(model)
+    _ = text.tokenizer  # that there is none is said before the first token
+    return Pieces(text, request.stop_texts)
+
+
+def _text(model: Any) -> Text:
+    if model.text is None:
+        raise ValueError(
+            "generate: this decoder has no tokenizer, for it was not loaded from a checkpoint. "
+            "Pass token ids, a list of integers: they come back as ids."
+        )
+    return model.text
+
+
+def checked(
+    model: Any,
+    prompt: Any,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Any,
+    cache_size: int | None,
+    cache_dtype: Any,
+) -> Request:
+    """The arguments of ``generate``, checked and in one form."""
+    who = "generate"
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(
+            f"{who}: `max_new_tokens` must be an integer >= 1, got {max_new_tokens!r}."
+        )
+    rows, as_text, single = _rows(model, prompt)
+    _require_tokens(rows, model.config.vocabulary)
+    longest, context = max(map(len, rows)), model.config.context
+    if longest + max_new_tokens > context:
+        raise ValueError(
+            f"{who}: the prompt has {longest} tokens, max_new_tokens is {max_new_tokens}, and the "
+            f"model's context {context}. Shorten the prompt, or ask for at most "
+            f"{max(context - longest, 0)} tokens."
+        )
+    given = [stop] if isinstance(stop, (str, int)) else list(stop or ())
+    if not all(isinstance(one, int) or (isinstance(one, str) and one) for one in given):
+        raise TypeError(f"{who}: `stop` must be strings or token ids, got {stop!r}.")
+    own = frozenset() if model.text is None else model.text.stops
+    return Request(
+        rows,
+        as_text,
+        single,
+        max_new_tokens,
+        sampling,
+        own | frozenset(one for one in given if isinstance(one, int)),
+        tuple(one for one in given if isinstance(one, str)),
+        cache_size,
+        cache_dtype,
+    )
+
+
+def _rows(model: Any, prompt: Any) -> tuple[list[list[int]], bool, bool]:
+    """Token ids of every prompt, whether it was text, and whether it was one."""
+    if isinstance(prompt, str):
+        return [_text(model).encode(prompt)], True, True
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Sequence) or not prompt:
+        _refuse_prompt(prompt)
+    first = prompt[0]
+    if isinstance(first, Mapping):
+        return [_text(model).chat(prompt)], True, True
+    if isinstance(first, (int, np.integer)) and not isinstance(first, bool):
+        return [[*map(int, prompt)]], False, True
+    if not isinstance(first, (str, Sequence)) and not hasattr(first, "tolist"):
+        _refuse_prompt(prompt)
+    parts = [_rows(model, one) for one in prompt]
+    if any(not single for _, _, single in parts) or len({text for _, text, _ in parts}) != 1:
+        _refuse_prompt(prompt)
+    return [rows[0] for rows, _, _ in parts], parts[0][1], False
+
+
+def _refuse_prompt(prompt: Any) -> NoReturn:
+    raise TypeError(
+        "generate: `prompt` must be a text, token ids, or messages with a role and a content; or a "
+        f"list of one of these, got {_checks.describe(prompt):.200}."
+    )
+
+
+def _require_tokens(rows: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Refuses empty prompts, and ids that the model has no row for."""
+    for row in rows:
+        if not row:
+            raise ValueError("generate: a prompt has no tokens. Give at least one.")
+        low, high = min(row), max(row)
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"generate: token {low if low < 0 else high} is not in the model's vocabulary of "
+                f"{vocabulary}. Check that the tokenizer is this model's."
+            )

@@ -1,0 +1,298 @@
+"""A published folder as a decoder's config and leaves.
+
+Every tensor of the checkpoint is used, or is one that is known to carry nothing, or the
+checkpoint is refused: a bias, a norm or a head that a config forgets would otherwise be
+dropped in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bitnet_jax._packed.pack import unpack
+from bitnet_jax._quantize.int8 import INT8, ActivationConfig
+from bitnet_jax._quantize.ternary import B158, KernelConfig
+from bitnet_jax.io._huggingface import Folder
+from bitnet_jax.models import _grid, _kernels, _names
+from bitnet_jax.models._config import DecoderConfig
+from bitnet_jax.models._kernels import Kernel
+from bitnet_jax.models._pretrained import DECLARED, Options, Pretrained
+from bitnet_jax.models._published import (
+    WHO,
+    Quantization,
+    Stored,
+    decoder_config,
+    quantization,
+    refuse,
+)
+from bitnet_jax.models._report import LoadedKernel, LoadReport
+from bitnet_jax.models._text import Text, tokenizer_from
+
+
+def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
+    """Reads a folder: the decoder's config, its leaves by path, and the report."""
+    folder = Folder(WHO, path)
+    content = folder.json("config.json")
+    says = quantization(content, options.quantization_config)
+    shape = decoder_config(content)
+    if shape.tied and says.of("lm_head") != "float":
+        refuse(
+            "quantization_config.modules_to_not_convert",
+            list(says.left or ()),
+            "a list with lm_head where tie_word_embeddings is true",
+        )
+    loader = _Loader(folder, shape, says, options)
+    leaves = dict(loader.leaves())
+    loader.refuse_rest()
+    text = text_of(folder, content, shape.vocabulary)
+    return Pretrained(loader.final_config(), leaves, LoadReport(tuple(loader.rows)), text)
+
+
+def text_of(folder: Folder, content: Mapping[str, Any], vocabulary: int) -> Text:
+    """The tokenizer, chat template and stop tokens of a folder; none of them has to be there."""
+    says = folder.json("tokenizer_config.json", needed=False)
+    stops: set[int] = set()
+    for given in (content, folder.json("generation_config.json", needed=False)):
+        eos = given.get("eos_token_id")
+        for one in eos if isinstance(eos, list) else [eos]:
+            if isinstance(one, int) and not isinstance(one, bool):
+                stops.add(one)
+    tokens = {}
+    for key, value in says.items():
+        value = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(value, str):
+            tokens[key] = value
+    file = os.path.join(folder.path, "tokenizer.json")
+    there = os.path.exists(file)
+    return Text(
+        vocabulary,
+        frozenset(stops),
+        (lambda: tokenizer_from(file)) if there else None,
+        _template(folder, says),
+        tokens,
+        f"{folder.path!r} has no tokenizer.json",
+    )
+
+
+def _template(folder: Folder, says: Mapping[str, Any]) -> str | None:
+    """The chat template: a file of its own, or in tokenizer_config.json, alone or by name."""
+    file = os.path.join(folder.path, "chat_template.jinja")
+    if os.path.exists(file):
+        with open(file, encoding="utf-8") as opened:
+            return opened.read()
+    given = says.get("chat_template")
+    if isinstance(given, list):
+        named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
+        given = named.get("default")
+    return given if isinstance(given, str) else None
+
+
+class _Loader:
+    """Reads tensors by name, notes which were used, and decides every kernel's form."""
+
+    def __init__(self, folder: Folder, config: DecoderConfig, says: Quantization, options: Options):
+        self.config, self.says, self.options = config, says, options
+        self.tensors = _canonical_names(folder)
+        self.used: set[str] = set()
+        self.rows: list[LoadedKernel] = []
+        self.kinds: dict[str, KernelConfig | None] = {}
+        self.scales = _exact_scales(folder.metadata)
+
+    def leaves(self) -> Iterator[tuple[str, Any]]:
+        """Every parameter of the decoder, by path."""
+        for path, name, n_in, n_out, bias in _names.projections(self.config):
+            yield from self._projection(path, name, n_in, n_out, bias)
+            self.options.progress(len(self.used) / len(self.tensors))
+        for path, name, length in _names.norms(self.config):
+            yield f"{path}/scale", self._vector(f"{name}.weight", length)
+        yield "embed/embedding", self._table()
+        if not self.config.tied:
+            yield from self._projection(
+                "head", "lm_head", self.config.width, self.config.vocabulary, False
+            )
+
+    def take(self, name: str) -> np.ndarray:
+        """A tensor that has to be there."""
+        if name not in self.tensors:
+            raise ValueError(
+                f"{WHO}: the checkpoint has no {name!r}, which config.json asks for. Download "
+                "all of its files."
+            )
+        self.used.add(name)
+        return self.tensors[name]
+
+    def _vector(self, name: str, length: int, said: str = "a vector") -> Any:
+        array = self.take(name)
+        _kernels.require_floats(name, array, said)
+        _kernels.require_shape(name, array, (length,))
+        return jnp.asarray(array.astype(np.float32))
+
+    def _projection(
+        self, path: str, name: str, n_in: int, n_out: int, has_bias: bool
+    ) -> Iterator[tuple[str, Any]]:
+        """The kernel, bias and norm of one linear layer, by path."""
+        stored = self.says.of(name)
+        where = path if path == "head" else f"{path}/linear"
+        if stored in ("multiply", "divide"):
+            kernel, scale = self._offline(name, n_in, n_out, stored)
+        else:
+            kernel, scale = self._floats(path, name, n_in, n_out, stored), None
+        self.kinds[path] = kernel.config
+        self.rows.append(_kernels.row(path, f"{name}.weight", kernel))
+        yield f"{where}/kernel", kernel.value
+        if has_bias:
+            bias = self._vector(f"{name}.bias", n_out)
+            # The offline autobitlinear adds its bias before it multiplies by the scale.
+            yield f"{where}/bias", bias if stored != "multiply" else bias * scale
+        if self.says.norm and stored != "float":
+            yield f"{path}/norm/scale", self._vector(f"{name}.rms_norm.weight", n_in)
+
+    def _offline(
+        self, name: str, n_in: int, n_out: int, stored: Stored
+    ) -> tuple[Kernel, np.float32]:
+        packed = self.take(f"{name}.weight")
+        if f"{name}.weight_scale" not in self.tensors and packed.dtype != np.uint8:
+            _kernels.from_offline(f"{name}.weight", packed, np.float32(1), n_in, n_out, np.float32)
+        raw = self.take(f"{name}.weight_scale")
+        scale = _kernels.scale_of(f"{name}.weight_scale", raw, stored)
+        scale = self.scales.get(name, lambda s: s)(scale)
+        value = _kernels.from_offline(
+            f"{name}.weight", packed, scale, n_in, n_out, self.options.dtype
+        )
+        why = _kernels.oddness_of_codes(f"{name}.weight", value) or self.says.said
+        if self.options.packed:
+            return Kernel(value, B158, why), scale
+        return Kernel(unpack(value), _grid.config_of("tensor"), why), scale
+
+    def _floats(self, path: str, name: str, n_in: int, n_out: int, stored: Stored) -> Kernel:
+        w = self.take(f"{name}.weight")
+        _kernels.require_floats(f"{name}.weight", w, self.says.said)
+        _kernels.require_shape(f"{name}.weight", w, (n_out, n_in))
+        if stored == "online":
+            kernel = _kernels.from_floats(name, w, B158, packed=self.options.packed)
+            return kernel._replace(why=kernel.why or self.says.said)
+        asked = self.options.head if path == "head" else self.options.weights
+        if asked is None:
+            found = _kernels.detect(name, w) if self.options.packed else None
+            if found is not None:
+                return found
+        kernel = _kernels.from_floats(
+            name, w.astype(self.options.dtype), asked, packed=self.options.packed
+        )
+        why = self._why_float() if asked is None else "asked for"
+        return kernel._replace(why=kernel.why or why)
+
+    def _why_float(self) -> str:
+        if self.says.stored != "float":
+            return "in modules_to_not_convert"
+        return "floats on no grid" if self.options.packed else "floats"
+
+    def _table(self) -> Any:
+        """The embedding, and the head where both are one."""
+        config, name = self.config, "model.embed_tokens.weight"
+        w = self.take(name)
+        _kernels.require_floats(name, w, "the embedding")
+        _kernels.require_shape(name, w, (config.vocabulary, config.width))
+        if config.tied and "lm_head.weight" in self.tensors:
+            self._require_same("lm_head.weight", w)
+        asked = self.options.head if config.tied else None
+        found = None
+        if asked is None and self.options.packed and self.says.stored == "float":
+            found = _kernels.detect(name, w)
+        if found is not None:
+            kernel = found._replace(value=_kernels.turned(found.value))
+        else:
+            w = w.astype(self.options.dtype)
+            kernel = _kernels.table(name, w, asked, packed=self.options.packed)
+            why = "floats" if asked is None else "asked for"
+            kernel = kernel._replace(why=kernel.why or why)
+        self.kinds["embedding"] = kernel.config
+        self.rows.append(_kernels.row("embed", name, kernel))
+        return kernel.value
+
+    def _require_same(self, name: str, table: np.ndarray) -> None:
+        head = self.take(name)
+        if head.shape != table.shape or not np.array_equal(head, table):
+            raise ValueError(
+                f"{WHO}: `tie_word_embeddings` is true, and {name!r} is not the embedding. "
+                "Set it to false in config.json if the head is its own."
+            )
+
+    def final_config(self) -> DecoderConfig:
+        """The config with what was decided of every kernel."""
+        options, says = self.options, self.says
+        inner = {p: k for p, k in self.kinds.items() if p not in ("head", "embedding")}
+        common = max(set(inner.values()), key=lambda k: sum(v == k for v in inner.values()))
+        activations: ActivationConfig | None = INT8 if says.stored != "float" else None
+        if options.weights is not None:
+            activations = INT8
+        if options.activations != DECLARED:
+            activations = options.activations
+        rounding = "input" if says.stored == "divide" else "float32"
+        return dataclasses.replace(
+            self.config,
+            weights=common,
+            activations=activations,
+            activation_rounding=rounding,
+            projection_norm=says.norm and says.stored != "float",
+            projection_norm_eps=says.norm_eps,
+            embedding=self.kinds["embedding"],
+            head=self.kinds.get("head"),
+            overrides=tuple((p, k) for p, k in inner.items() if k != common),
+            dtype=options.dtype,
+            param_dtype=options.dtype,
+            scan=options.scan,
+        )
+
+    def refuse_rest(self) -> None:
+        """Refuses tensors that nothing used."""
+        rest = sorted(n for n in set(self.tensors) - self.used if not n.endswith(".inv_freq"))
+        if rest:
+            shown = ", ".join(rest[:4]) + (", ..." if len(rest) > 4 else "")
+            raise ValueError(
+                f"{WHO}: {len(rest)} tensors are not in a decoder of this config: {shown}. "
+                "config.json is of another checkpoint, or leaves out a key (use_rms_norm, "
+                "attention_bias, tie_word_embeddings)."
+            )
+
+
+def _canonical_names(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The tensors by transformers' names, whatever the publisher calls them."""
+    names: dict[str, str] = {}
+    for name in tensors:
+        canonical = name
+        for old, new in _names.ALIASES.items():
+            canonical = canonical.replace(f".{old}.", f".{new}.")
+        names[canonical] = name
+    return _Renamed(tensors, names)
+
+
+class _Renamed(Mapping[str, np.ndarray]):
+    """Tensors under other names; each is still read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], names: Mapping[str, str]):
+        self.tensors, self.names = tensors, names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.tensors[self.names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _exact_scales(metadata: Mapping[str, str]) -> dict[str, Callable[[np.float32], np.float32]]:
+    """Scales that this library exported, to the bit; a reciprocal alone may lose the last one."""
+    del metadata
+    return {}

@@ -1,0 +1,79 @@
+"""What a loader hands over, and a decoder made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bitnet_jax._packed.kernel import is_packed
+from bitnet_jax._quantize.ternary import KernelConfig
+from bitnet_jax.models._config import DecoderConfig
+from bitnet_jax.models._report import LoadReport
+from bitnet_jax.models._text import Text
+
+DECLARED = "declared"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a caller asks of a loader; the arguments of ``Decoder.from_pretrained``."""
+
+    dtype: Any = np.float32
+    packed: bool = True
+    weights: KernelConfig | None = None
+    head: KernelConfig | None = None
+    activations: Any = DECLARED
+    quantization_config: Mapping[str, Any] | None = None
+    scan: bool = False
+    progress: Callable[[float], None] = lambda _: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint, read.
+
+    Attributes:
+      config: of the decoder.
+      leaves: its parameters by path, names joined by ``/``.
+      report: what was decided of each kernel.
+      text: the tokenizer and chat template.
+    """
+
+    config: DecoderConfig
+    leaves: dict[str, Any]
+    report: LoadReport
+    text: Text
+
+
+def fill(model: nnx.Module, loaded: Pretrained) -> None:
+    """Puts leaves into a decoder that ``nnx.eval_shape`` made, without arrays of its own."""
+    state = nnx.state(model, nnx.Param)
+    wanted = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    leaves = _stacked(loaded) if loaded.config.scan else loaded.leaves
+    if set(wanted) != set(leaves):
+        different = sorted(set(wanted) ^ set(leaves))
+        raise AssertionError(f"loader and decoder disagree on {different}")
+    for path, variable in wanted.items():
+        value = leaves[path]
+        if tuple(value.shape) != tuple(variable.shape):
+            raise AssertionError(f"{path}: {value.shape} is not {variable.shape}")
+        if not is_packed(value):
+            value = value.astype(variable.dtype)
+        variable.set_value(value)
+    nnx.update(model, state)
+
+
+def _stacked(loaded: Pretrained) -> dict[str, Any]:
+    """The leaves of all layers as one, ``layers/3/mlp/...`` as ``layers/mlp/...``."""
+    single = {p: v for p, v in loaded.leaves.items() if not p.startswith("layers/")}
+    rest = sorted({p.split("/", 2)[2] for p in loaded.leaves if p.startswith("layers/")})
+    for path in rest:
+        parts = [loaded.leaves[f"layers/{i}/{path}"] for i in range(loaded.config.depth)]
+        single[f"layers/{path}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    return single

@@ -1,0 +1,148 @@
+"""Published layouts, loaded and run, against float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from published import Checkpoint, distance
+
+import bitnet_jax as bj
+
+IDS = np.array([[3, 17, 31, 5, 38, 11, 9], [7, 7, 7, 30, 1, 4, 37]])
+MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]])
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+NORM = {"use_rms_norm": True}
+CASES = {
+    "bitnet-multiply": Checkpoint(),
+    "bitnet-divide": Checkpoint(stored="divide", rope_scaling=LLAMA3),
+    "bitnet-online": Checkpoint(stored="online", tie_word_embeddings=False),
+    "llama-multiply-bias": Checkpoint("LlamaForCausalLM", attention_bias=True, mlp_bias=True),
+    "llama-divide-norm": Checkpoint("LlamaForCausalLM", "divide", quantization_config=NORM),
+    # of seed 0 one activation lies on the border of two codes
+    "llama-divide-mqa": Checkpoint(
+        "LlamaForCausalLM", "divide", 1, num_key_value_heads=1, head_dim=16, rope_scaling=YARN
+    ),
+    "qwen3-float": Checkpoint("Qwen3ForCausalLM", "float", rope_scaling=LINEAR),
+    "qwen3-grid": Checkpoint("Qwen3ForCausalLM", 16, tie_word_embeddings=False),
+    "minicpm-tensor": Checkpoint("MiniCPMForCausalLM", "tensor"),
+    "minicpm-channel": Checkpoint("MiniCPMForCausalLM", "channel"),
+}
+
+
+@nnx.jit
+def logits_of(model, ids, mask):
+    return model(ids, None, None, mask)[0]
+
+
+@pytest.fixture
+def load(tmp_path):
+    def write_and_load(checkpoint, shards=1, **options):
+        return bj.models.Decoder.from_pretrained(checkpoint.write(tmp_path, shards), **options)
+
+    return write_and_load
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits(name, load):
+    checkpoint = CASES[name]
+    model = load(checkpoint)
+    got = logits_of(model, jnp.asarray(IDS), jnp.asarray(MASK))
+    far = distance(got, checkpoint.logits64(IDS, MASK))[MASK > 0]
+    print(f"{name}: {far.max():.1e}, {(far > 1e-5).sum()} of {far.size} beyond an int8 flip")
+    assert (far <= 1e-5).all()
+
+
+def test_shards_and_stacked_layers(load):
+    checkpoint = CASES["bitnet-multiply"]
+    model = load(checkpoint, shards=3, scan=True)
+    assert model.layers.mlp.down.linear.kernel.get_value().shape == (2, 48, 32)
+    far = distance(logits_of(model, jnp.asarray(IDS), None), checkpoint.logits64(IDS))
+    assert (far <= 1e-5).all()
+
+
+def test_modules_to_not_convert(load):
+    checkpoint = Checkpoint("LlamaForCausalLM", "online", tie_word_embeddings=False)
+    left = ["lm_head", "down_proj"]
+    checkpoint.config["quantization_config"]["modules_to_not_convert"] = left
+    model = load(checkpoint)
+    kinds = {row.path: row.kind for row in model.report.rows}
+    assert kinds["layers/1/mlp/down"] == kinds["head"] == "float"
+    assert kinds["layers/1/mlp/up"] == "ternary"
+    far = distance(logits_of(model, jnp.asarray(IDS), None), checkpoint.logits64(IDS))
+    assert (far <= 1e-5).all()
+
+
+def test_an_int8_head_and_int8_projections(load):
+    checkpoint = CASES["qwen3-float"]
+    model = load(checkpoint, weights=bj.Int8Config(), head=bj.Int8Config())
+    assert {row.kind for row in model.report.rows} == {"int8"}
+    far = distance(logits_of(model, jnp.asarray(IDS), None), checkpoint.logits64(IDS))
+    assert 1e-5 < far.max() < 0.1
+
+
+@pytest.mark.parametrize("stored", ["multiply", "online"])
+def test_floats_to_train(stored, load):
+    """Unpacked kernels train; before a step they answer as the packed ones do."""
+    checkpoint = Checkpoint(stored=stored, num_hidden_layers=1)
+    model = load(checkpoint, packed=False)
+    far = distance(logits_of(model, jnp.asarray(IDS), None), checkpoint.logits64(IDS))
+    assert (far <= 1e-5).all()
+    packed, report = bj.nnx.pack(model)
+    assert len(report.rows) == 7
+    difference = logits_of(packed, jnp.asarray(IDS), None) != logits_of(
+        model, jnp.asarray(IDS), None
+    )
+    print(f"{int(difference.sum())} of {difference.size} logits differ between float and packed")
+    assert int(difference.sum()) == 0
+
+
+def test_the_report_names_what_was_decided(load):
+    model = load(CASES["bitnet-divide"])
+    rows = {row.path: row for row in model.report.rows}
+    assert rows["layers/0/mlp/up"].why == "no linear_class, so bitlinear, offline"
+    assert rows["embed"].kind == "float"
+    assert str(model.report).startswith("path ")
+    assert model.report.to_dict()["rows"][0]["shape"] == [32, 32]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "kept"), [("tensor", "tensor"), ("channel", "channel"), (16, None), (32, 32)]
+)
+def test_a_grid_is_found_only_where_it_is_exact(granularity, kept, load):
+    """Groups of 16 are not looked for; of 32 are."""
+    checkpoint = Checkpoint(
+        "Qwen3ForCausalLM",
+        granularity,
+        hidden_size=64,
+        intermediate_size=64,
+        head_dim=16,
+        num_hidden_layers=1,
+    )
+    model = load(checkpoint)
+    kernel = model.layers[0].mlp.down.linear.kernel.get_value()
+    assert (kept is None) == (not hasattr(kernel, "codes"))
+    if kept is None:
+        assert model.report.rows[0].why == "floats on no grid"
+        return
+    assert kernel.config.granularity == kept
+    w = checkpoint.tensors["model.layers.0.mlp.down_proj.weight"]
+    assert np.array_equal(np.asarray(bj.unpack(kernel)), w.T)
+
+
+def test_bfloat16_stays_within_its_own_distance(load):
+    """Both roundings of activations: of the input's dtype, and float32."""
+    for name in ("bitnet-multiply", "bitnet-divide"):
+        checkpoint = CASES[name]
+        model = load(checkpoint, dtype=jnp.bfloat16)
+        assert model.config.activation_rounding == ("input" if "divide" in name else "float32")
+        far = distance(logits_of(model, jnp.asarray(IDS), None), checkpoint.logits64(IDS))
+        print(f"{name} in bfloat16: {far.max():.4f} of max")
+        assert far.max() < 0.08

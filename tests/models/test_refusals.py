@@ -1,0 +1,313 @@
+"""Checkpoints and requests that are refused, each with what is wrong and what to do."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from published import Checkpoint, byte_tokenizer
+
+import bitnet_jax as bj
+from bitnet_jax.models._template import TemplateError, render
+
+ONE = {"num_hidden_layers": 1}
+UP = "model.layers.0.mlp.up_proj"
+
+
+def refused(folder, error, match, **options):
+    with pytest.raises(error, match=match) as raised:
+        bj.models.Decoder.from_pretrained(folder, **options)
+    assert str(raised.value).startswith("from_pretrained: ")
+    return str(raised.value)
+
+
+# What a config may hold, and what the refusal says.
+KEYS = {
+    "architectures": (["GPT2LMHeadModel"], "`architectures` is .*GPT2"),
+    "hidden_act": ("gelu", "`hidden_act` is 'gelu', and must be one of silu, swish, relu2"),
+    "hidden_size": ("32", "`hidden_size` is '32', and must be a int"),
+    "rms_norm_eps": (True, "`rms_norm_eps`"),
+    "rope_scaling": ({"rope_type": "longrope"}, "`rope_scaling.rope_type` is 'longrope'"),
+    "rope_theta": ("big", "`rope_theta`"),
+    "use_sliding_window": (True, "sliding"),
+    "layer_types": (["sliding_attention"], "`layer_types`"),
+    "partial_rotary_factor": (0.5, "`partial_rotary_factor`"),
+    "num_local_experts": (8, "experts"),
+    "vocab_size": (None, "config.json has no `vocab_size`"),
+}
+SAYS = {
+    "quant_method": ("gptq", "`quantization_config.quant_method` is 'gptq'"),
+    "linear_class": ("bitlinear2", "`quantization_config.linear_class` is 'bitlinear2'"),
+    "quantization_mode": ("later", "`quantization_config.quantization_mode` is 'later'"),
+    "modules_to_not_convert": ("lm_head", "`quantization_config.modules_to_not_convert`"),
+    "use_rms_norm": ("yes", "`use_rms_norm` is 'yes', and must be a bool"),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_of_a_config(key, tmp_path):
+    value, match = KEYS[key]
+    checkpoint = Checkpoint(**ONE)
+    checkpoint.config[key] = value
+    refused(checkpoint.write(tmp_path), ValueError, match)
+
+
+@pytest.mark.parametrize("key", SAYS)
+def test_keys_of_a_quantization_config(key, tmp_path):
+    value, match = SAYS[key]
+    checkpoint = Checkpoint(**ONE, quantization_config={key: value})
+    refused(checkpoint.write(tmp_path), ValueError, match)
+
+
+def test_online_needs_autobitlinear(tmp_path):
+    says = {"linear_class": "bitlinear", "quantization_mode": "online"}
+    checkpoint = Checkpoint(**ONE, stored="online", quantization_config=says)
+    refused(checkpoint.write(tmp_path), ValueError, "offline for linear_class bitlinear")
+
+
+def test_what_the_config_says_and_the_file_holds_must_agree(tmp_path):
+    """Every pairing that transformers runs in silence, or fails at."""
+    floats, packed = Checkpoint(**ONE, stored="online"), Checkpoint(**ONE)
+    floats.config["quantization_config"] = packed.config["quantization_config"]
+    match = "'model.layers.0.self_attn.q_proj.weight' is float32, and the config .offline. means"
+    refused(floats.write(tmp_path / "a"), ValueError, match)
+    packed.config["quantization_config"]["quantization_mode"] = "online"
+    refused(packed.write(tmp_path / "b"), ValueError, "is uint8, and the config .*means floats")
+    del packed.config["quantization_config"]
+    refused(packed.write(tmp_path / "c"), ValueError, "no `quantization_config`")
+    llama = Checkpoint("LlamaForCausalLM", **ONE)
+    del llama.config["quantization_config"]
+    refused(llama.write(tmp_path / "d"), ValueError, "is uint8")
+    asked = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
+    bj.models.Decoder.from_pretrained(tmp_path / "d", quantization_config=asked)
+
+
+def test_tensors_that_a_config_forgets(tmp_path):
+    normed = Checkpoint("LlamaForCausalLM", **ONE, quantization_config={"use_rms_norm": True})
+    normed.config["quantization_config"]["use_rms_norm"] = False
+    refused(normed.write(tmp_path / "a"), ValueError, "7 tensors are not in a decoder.*rms_norm")
+    biased = Checkpoint("LlamaForCausalLM", **ONE, attention_bias=True)
+    biased.config["attention_bias"] = False
+    refused(biased.write(tmp_path / "b"), ValueError, "k_proj.bias")
+    missing = Checkpoint(**ONE)
+    del missing.tensors[f"{UP}.weight_scale"]
+    refused(missing.write(tmp_path / "c"), ValueError, "has no .*up_proj.weight_scale")
+
+
+def test_a_head_that_is_not_the_embedding(tmp_path):
+    checkpoint = Checkpoint(**ONE, tie_word_embeddings=False)
+    checkpoint.config["tie_word_embeddings"] = True
+    refused(checkpoint.write(tmp_path / "a"), ValueError, "`tie_word_embeddings` is true")
+    tied = Checkpoint(**ONE)
+    tied.tensors["lm_head.weight"] = tied.tensors["model.embed_tokens.weight"].copy()
+    bj.models.Decoder.from_pretrained(tied.write(tmp_path / "b"))
+    tied.config["quantization_config"]["modules_to_not_convert"] = []
+    refused(tied.write(tmp_path / "c"), ValueError, "lm_head")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("stored", ["multiply", "divide"])
+def test_scales(stored, value, tmp_path):
+    checkpoint = Checkpoint(**ONE, stored=stored)
+    checkpoint.tensors[f"{UP}.weight_scale"][0] = value
+    refused(checkpoint.write(tmp_path), ValueError, "up_proj.weight_scale' (is|has)")
+
+
+def test_codes_shapes_and_floats(tmp_path):
+    three = Checkpoint(**ONE)
+    three.tensors[f"{UP}.weight"][0, 0] |= 3
+    refused(three.write(tmp_path / "a"), ValueError, "up_proj.weight' holds the code 3 in 1 bytes")
+    short = Checkpoint(**ONE)
+    short.tensors[f"{UP}.weight"] = short.tensors[f"{UP}.weight"][:-1]
+    refused(short.write(tmp_path / "b"), ValueError, r"has shape \(11, 32\).*\(12, 32\)")
+    odd = Checkpoint(**ONE, intermediate_size=46)
+    refused(odd.write(tmp_path / "c"), ValueError, "has 46 outputs, which .* cannot pack")
+    broken = Checkpoint(**ONE, stored="online")
+    broken.tensors[f"{UP}.weight"][0, 0] = np.nan
+    refused(broken.write(tmp_path / "d"), ValueError, "up_proj.weight' has 1 NaN or Inf")
+
+
+@pytest.mark.parametrize(("value", "what"), [(0.0, "all zero"), (0.5, "all the same")])
+def test_degenerate_weights_are_named(value, what, tmp_path):
+    checkpoint = Checkpoint("LlamaForCausalLM", **ONE, stored="online")
+    checkpoint.tensors[f"{UP}.weight"][:] = value
+    with pytest.warns(UserWarning, match=f"up_proj' are {what}"):
+        model = bj.models.Decoder.from_pretrained(checkpoint.write(tmp_path))
+    assert {row.path: row.why for row in model.report.rows}["layers/0/mlp/up"] == what
+
+
+def test_files(tmp_path):
+    refused(tmp_path / "nowhere", FileNotFoundError, "no folder")
+    folder = Checkpoint(**ONE).write(tmp_path / "a", shards=2)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refused(folder, FileNotFoundError, "has no model-00002-of-00002.safetensors, a shard")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"}}))
+    refused(folder, bj.io.FormatError, "no file of the folder")
+    index.write_text("{")
+    refused(folder, bj.io.FormatError, "is no JSON")
+    index.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    refused(folder, FileNotFoundError, "only pytorch_model.bin, which")
+    (folder / "config.json").unlink()
+    whole = Checkpoint(**ONE).write(tmp_path / "b")
+    (whole / "config.json").unlink()
+    refused(whole, FileNotFoundError, "has no config.json")
+    cut = Checkpoint(**ONE).write(tmp_path / "c") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-5])
+    refused(tmp_path / "c", bj.io.FormatError, "truncated")
+
+
+def test_an_index_that_names_what_a_shard_does_not_hold(tmp_path):
+    folder = Checkpoint(**ONE).write(tmp_path, shards=2)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    refused(folder, bj.io.FormatError, "does not hold 'ghost'")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return bj.models.Decoder.from_pretrained(Checkpoint(**ONE).write(folder))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "error", "match"),
+    [
+        ("text", {}, ValueError, "no tokenizer.*Pass token ids"),
+        ([{"role": "user", "content": "x"}], {}, ValueError, "no chat template"),
+        ([], {}, TypeError, "`prompt` must be"),
+        ([[]], {}, TypeError, "`prompt` must be"),
+        (3, {}, TypeError, "`prompt` must be"),
+        ([[1], "a"], {}, ValueError, "no tokenizer"),
+        ([40], {}, ValueError, "token 40 is not in the model's vocabulary of 40"),
+        ([-1], {}, ValueError, "token -1"),
+        ([1] * 60, {"max_new_tokens": 10}, ValueError, "context 64.*at most 4 tokens"),
+        ([1], {"max_new_tokens": 0}, ValueError, "`max_new_tokens`"),
+        ([1], {"temperature": -1}, ValueError, "`temperature`"),
+        ([1], {"top_k": 0}, ValueError, "`top_k`"),
+        ([1], {"top_p": 1.5}, ValueError, "`top_p`"),
+        ([1], {"min_p": 0}, ValueError, "`min_p`"),
+        ([1], {"repetition_penalty": 0.0}, ValueError, "`repetition_penalty`"),
+        ([1], {"stop": ""}, TypeError, "`stop`"),
+        ([1], {"stop": "x"}, ValueError, "no tokenizer"),
+        ([1], {"cache_size": 10, "max_new_tokens": 4}, ValueError, "19 slots are needed"),
+    ],
+)
+def test_requests(model, prompt, options, error, match):
+    with pytest.raises(error, match=match):
+        model.generate(prompt, **({"max_new_tokens": 2} | options))
+
+
+def test_several_prompts_are_no_stream(model):
+    with pytest.raises(ValueError, match="must be one prompt"):
+        model.stream([[1], [2]], max_new_tokens=2)
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    folder = Checkpoint(**ONE).write(tmp_path)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    model = bj.models.Decoder.from_pretrained(folder)
+    with pytest.raises(ValueError, match="the tokenizer has 256 tokens, and the model 40"):
+        model.generate("abc", max_new_tokens=2)
+    (folder / "tokenizer.json").write_text("{}")
+    model = bj.models.Decoder.from_pretrained(folder)
+    with pytest.raises(ValueError, match="is no tokenizer"):
+        model.generate("abc", max_new_tokens=2)
+
+
+def test_calls(model):
+    ids = jnp.zeros((1, 4), jnp.int32)
+    for tokens, options, error, match in (
+        (ids[0], {}, ValueError, "`tokens` must be .batch, length."),
+        (ids.astype(jnp.float32), {}, TypeError, "`tokens` must be integers"),
+        (ids, {"cache": model.init_cache(1, 3)}, ValueError, "3 slots, and 4 tokens"),
+        (ids, {"attention_mask": jnp.ones((1, 5))}, ValueError, "`attention_mask` must have"),
+    ):
+        with pytest.raises(error, match=match):
+            model(tokens, **options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"depth": 0}, "`depth`"),
+        ({"heads": 5}, "`width` must be a multiple of heads"),
+        ({"kv_heads": 3}, "`heads` must be a multiple of kv_heads"),
+        ({"head_dim": 7}, "`head_dim` must be a multiple of 2"),
+        ({"activation": "gelu"}, "`activation` must be one of"),
+        ({"activation_rounding": "bfloat16"}, "`activation_rounding` must be one of"),
+        ({"norm_eps": 0.0}, "`eps`"),
+        ({"dtype": jnp.int8}, "`dtype` must be a floating-point"),
+        ({"logit_multiplier": 0.0}, "`logit_multiplier`"),
+    ],
+)
+def test_configs(fields, match):
+    with pytest.raises(ValueError, match=match):
+        bj.models.DecoderConfig(vocabulary=8, **fields)
+    with pytest.raises(ValueError, match=re.escape("Rope: `kind` must be one of")):
+        bj.models.Rope(kind="dynamic")
+
+
+def test_stacked_layers_must_be_alike():
+    config = bj.models.DecoderConfig(
+        vocabulary=8, width=16, hidden=16, overrides=(("layers/0/mlp/up", None),), scan=True
+    )
+    with pytest.raises(ValueError, match="`scan` stacks layers that are all alike"):
+        bj.models.Decoder(config, rngs=nnx.Rngs(0))
+
+
+MESSAGES = [{"role": "user", "content": "x & <y>"}]
+LOOP = "{% for i in range(60) %}"
+BAD_TEMPLATES = {
+    "loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+    "a long loop": "{% for i in range(999999999) %}{% endfor %}",
+    "recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "a tree of calls": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}"
+    "{{ f(40) }}",
+    "doubling": "{% set n = namespace(x='a') %}" + LOOP + "{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "adding": "{% set n = namespace(x='a') %}" + LOOP + "{% set n.x = n.x + n.x %}{% endfor %}",
+    "blocks": "{% set n = namespace(x='a') %}"
+    + LOOP
+    + "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+    "replacing": "{% set n = namespace(x='a') %}"
+    + LOOP
+    + "{% set n.x = n.x|replace('a', 'aa') %}{% endfor %}",
+    "a product": "{{ 'a' * 999999999 }}",
+    "a power": "{{ 10 ** 10 ** 10 }}",
+    "a format": "{{ '%999999999d' % 5 }}",
+    "another format": "{{ '{:999999999}'.format(5) }}",
+    "padding": "{{ 'a'.ljust(999999999) }}",
+    "classes": "{{ ''.__class__.__mro__ }}",
+    "subclasses": "{{ messages.__class__.__base__.__subclasses__() }}",
+    "a file": "{% include '/etc/passwd' %}",
+    "an import": "{% import '/etc/passwd' as x %}",
+    "open": "{{ open('/etc/passwd').read() }}",
+    "globals": "{{ raise_exception.__globals__['__builtins__'] }}",
+    "changing the messages": "{{ messages.append(1) }}",
+    "what is not there": "{{ messages[7].content }}",
+    "no template": "{% if %}",
+    "its own refusal": "{{ raise_exception('only one system message') }}",
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEMPLATES)
+def test_templates(name):
+    with pytest.raises(TemplateError, match=r"^generate: the checkpoint's chat template"):
+        render(BAD_TEMPLATES[name], MESSAGES, {"eos_token": "</s>"})
+
+
+def test_what_published_templates_use():
+    source = (
+        "{%- for m in messages %}\n"
+        "    {{- '<|' + m['role'] + '|>' ~ m.content | trim + eos_token }}"
+        "\n{%- endfor %}{% set ns = namespace(a=1) %}{% set ns.a = ns.a + 1 %}{{ ns.a }}"
+        "{{ {'k': '<&>'} | tojson }}{% for i in range(3) %}{% if i == 1 %}{% continue %}{% endif %}"
+        "{{ i }}{% endfor %}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
+    )
+    got = render(source, MESSAGES, {"eos_token": "</s>"})
+    assert got == '<|user|>x & <y></s>2{"k": "<&>"}021'
