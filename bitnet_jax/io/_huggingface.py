@@ -8,9 +8,10 @@ is refused.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,41 @@ INDEX = "model.safetensors.index.json"
 _MAX_JSON = 64 << 20  # bytes; a tokenizer has about 20 MB
 
 _DTYPES = {tag: jnp.dtype(name) for name, tag in TAGS.items()}
+
+
+class Lazy(NamedTuple):
+    """An array that is made when it is written.
+
+    Attributes:
+      shape: of the array.
+      dtype: of the array.
+      make: makes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Published(NamedTuple):
+    """What a folder is to hold.
+
+    Attributes:
+      config: the content of config.json.
+      tensors: by name.
+      metadata: of the safetensors files.
+      files: others by name: their text, or the folder and name of one to copy if it is there.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Lazy]
+    metadata: dict[str, str]
+    files: dict[str, str | tuple[str, str]]
 
 
 class Folder(Mapping[str, np.ndarray]):

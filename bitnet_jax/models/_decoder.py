@@ -25,11 +25,13 @@ from jaxtyping import Array, Float, Float32, Int
 from bitnet_jax import _checks
 from bitnet_jax._quantize.int8 import ActivationConfig
 from bitnet_jax._quantize.ternary import KernelConfig
-from bitnet_jax.models import _blocks, _generation, _huggingface
+from bitnet_jax.io._huggingface import Published
+from bitnet_jax.models import _blocks, _generation, _gguf, _huggingface
 from bitnet_jax.models._attention import empty_layer
 from bitnet_jax.models._config import DecoderConfig
+from bitnet_jax.models._export import published
 from bitnet_jax.models._layers import RMSNorm, embedding, linear
-from bitnet_jax.models._pretrained import DECLARED, Options, fill
+from bitnet_jax.models._pretrained import DECLARED, Options, Origin, fill
 from bitnet_jax.models._report import LoadReport
 from bitnet_jax.models._rope import rotation
 from bitnet_jax.models._sampling import Sampling
@@ -76,6 +78,7 @@ class Decoder(nnx.Module):
         self.head = head
         self.report: LoadReport | None = None
         self.text: Text | None = None
+        self.origin = Origin()
 
     @classmethod
     def from_pretrained(
@@ -94,7 +97,7 @@ class Decoder(nnx.Module):
         """A decoder from a published checkpoint.
 
         Args:
-          path: a folder with config.json and safetensors files.
+          path: a folder with config.json and safetensors files, or a ``.gguf`` file.
           dtype: of the computation, and of what is held as floats.
           packed: whether quantised kernels are held packed; False: as floats, to train.
           weights: a quantiser for projections that the checkpoint holds as floats and runs
@@ -117,11 +120,28 @@ class Decoder(nnx.Module):
         options = Options(
             dtype, packed, weights, head, activations, quantization_config, scan, progress
         )
-        loaded = _huggingface.load(path, options)
+        of_file = os.fspath(path).endswith(".gguf")
+        loaded = (_gguf if of_file else _huggingface).load(path, options)
         model = nnx.eval_shape(lambda: cls(loaded.config, rngs=nnx.Rngs(0)))
         fill(model, loaded)
-        model.report, model.text = loaded.report, loaded.text
+        model.report, model.text, model.origin = loaded.report, loaded.text, loaded.origin
         return model
+
+    def published(self, layout: Literal["bitlinear", "autobitlinear"] = "bitlinear") -> Published:
+        """What ``bj.io.export_huggingface`` writes.
+
+        Args:
+          layout: how scales are stored.
+
+        Returns:
+          The config, and the tensors by their published names.
+
+        Raises:
+          NotImplementedError: flags that no architecture of transformers has.
+          TypeError: prepared or int8 kernels.
+          ValueError: outputs that are no multiple of four; a bias that this layout changes.
+        """
+        return published(self, layout)
 
     @property
     def num_embed(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,11 +19,13 @@ from bitnet_jax._packed.pack import unpack
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax.io._huggingface import Folder
+from bitnet_jax.io._safetensors import parse_json
 from bitnet_jax.models import _grid, _kernels, _names
 from bitnet_jax.models._config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
-from bitnet_jax.models._pretrained import DECLARED, Options, Pretrained
+from bitnet_jax.models._pretrained import DECLARED, Options, Origin, Pretrained
 from bitnet_jax.models._published import (
+    SCALES,
     WHO,
     Quantization,
     Stored,
@@ -51,7 +53,13 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
     leaves = dict(loader.leaves())
     loader.refuse_rest()
     text = text_of(folder, content, shape.vocabulary)
-    return Pretrained(loader.final_config(), leaves, LoadReport(tuple(loader.rows)), text)
+    return Pretrained(
+        loader.final_config(),
+        leaves,
+        LoadReport(tuple(loader.rows)),
+        text,
+        Origin(content, folder.path),
+    )
 
 
 def text_of(folder: Folder, content: Mapping[str, Any], vocabulary: int) -> Text:
@@ -161,7 +169,7 @@ class _Loader:
             _kernels.from_offline(f"{name}.weight", packed, np.float32(1), n_in, n_out, np.float32)
         raw = self.take(f"{name}.weight_scale")
         scale = _kernels.scale_of(f"{name}.weight_scale", raw, stored)
-        scale = self.scales.get(name, lambda s: s)(scale)
+        scale = self._exact(name, scale)
         value = _kernels.from_offline(
             f"{name}.weight", packed, scale, n_in, n_out, self.options.dtype
         )
@@ -169,6 +177,17 @@ class _Loader:
         if self.options.packed:
             return Kernel(value, B158, why), scale
         return Kernel(unpack(value), _grid.config_of("tensor"), why), scale
+
+    def _exact(self, name: str, scale: np.float32) -> np.float32:
+        """A scale as it was before its reciprocal was stored, where the file says so."""
+        exact = self.scales.get(name, scale)
+        if not abs(exact - scale) <= 2 * np.spacing(scale):
+            _kernels.refuse_tensor(
+                f"{name}.weight_scale",
+                f"means {scale}, and the metadata {exact}",
+                "Export the model again.",
+            )
+        return exact
 
     def _floats(self, path: str, name: str, n_in: int, n_out: int, stored: Stored) -> Kernel:
         w = self.take(f"{name}.weight")
@@ -228,7 +247,6 @@ class _Loader:
         """The config with what was decided of every kernel."""
         options, says = self.options, self.says
         inner = {p: k for p, k in self.kinds.items() if p not in ("head", "embedding")}
-        common = max(set(inner.values()), key=lambda k: sum(v == k for v in inner.values()))
         activations: ActivationConfig | None = INT8 if says.stored != "float" else None
         if options.weights is not None:
             activations = INT8
@@ -237,14 +255,13 @@ class _Loader:
         rounding = "input" if says.stored == "divide" else "float32"
         return dataclasses.replace(
             self.config,
-            weights=common,
+            **_kernels.decided(inner),
             activations=activations,
             activation_rounding=rounding,
             projection_norm=says.norm and says.stored != "float",
             projection_norm_eps=says.norm_eps,
             embedding=self.kinds["embedding"],
             head=self.kinds.get("head"),
-            overrides=tuple((p, k) for p, k in inner.items() if k != common),
             dtype=options.dtype,
             param_dtype=options.dtype,
             scan=options.scan,
@@ -292,7 +309,12 @@ class _Renamed(Mapping[str, np.ndarray]):
         return len(self.names)
 
 
-def _exact_scales(metadata: Mapping[str, str]) -> dict[str, Callable[[np.float32], np.float32]]:
+def _exact_scales(metadata: Mapping[str, str]) -> dict[str, np.float32]:
     """Scales that this library exported, to the bit; a reciprocal alone may lose the last one."""
-    del metadata
-    return {}
+    try:
+        given = parse_json(metadata.get(SCALES, "{}"))
+        return {name: np.float32(float.fromhex(text)) for name, text in given.items()}
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise ValueError(
+            f"{WHO}: the files' metadata has a damaged {SCALES!r}. Download or export again."
+        ) from None

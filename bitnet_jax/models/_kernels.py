@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -161,6 +163,14 @@ def turned(packed: PackedTernary) -> PackedTernary:
         config=packed.config,
         dtype=packed.dtype,
     )
+
+
+def decided(kinds: Mapping[str, KernelConfig | None]) -> dict[str, Any]:
+    """The config's ``weights`` and ``overrides``, from the quantiser of each projection."""
+    counts = collections.Counter(kinds.values())
+    common = counts.most_common(1)[0][0]
+    others = tuple((path, config) for path, config in kinds.items() if config != common)
+    return {"weights": common, "overrides": others}
 
 
 def row(path: str, source: str, kernel: Kernel) -> LoadedKernel:

@@ -34,6 +34,38 @@ class Options:
     progress: Callable[[float], None] = lambda _: None
 
 
+_PASSED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a decoder was loaded from, for what is passed through to an export.
+
+    Attributes:
+      config: the content of config.json; empty where there was none.
+      folder: the folder; None: there was none.
+    """
+
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    folder: str | None = None
+
+    def files(self, text: Any) -> dict[str, Any]:
+        """Tokenizer files: by name, a path to copy or the text itself."""
+        if self.folder is not None:
+            return {name: (self.folder, name) for name in _PASSED}
+        return {} if text is None else text.files()
+
+
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """A checkpoint, read.
@@ -43,12 +75,14 @@ class Pretrained:
       leaves: its parameters by path, names joined by ``/``.
       report: what was decided of each kernel.
       text: the tokenizer and chat template.
+      origin: the folder, for an export.
     """
 
     config: DecoderConfig
     leaves: dict[str, Any]
     report: LoadReport
     text: Text
+    origin: Origin
 
 
 def fill(model: nnx.Module, loaded: Pretrained) -> None:

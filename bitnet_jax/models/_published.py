@@ -63,6 +63,8 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 
 WHO = "from_pretrained"
 
+SCALES = "bitnet_jax.scales"  # the key of exact scales in the metadata of exported files
+
 
 def refuse(key: str, value: Any, wanted: str) -> NoReturn:
     """Reports a key of a config that this library cannot follow."""

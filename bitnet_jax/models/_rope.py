@@ -1,4 +1,4 @@
-"""Rotary position embeddings: frequencies of four published kinds, and the rotation.
+"""Rotary position embeddings: frequencies of the published kinds, and the rotation.
 
 A head's vector is cut in two halves ``(a, b)``; at position p with frequency f each pair
 turns by ``p f``::
@@ -8,7 +8,8 @@ turns by ``p f``::
 ``f_i = theta**(-2 i / head_dim)``. ``linear`` divides every frequency by a factor.
 ``llama3`` divides those whose wavelength is beyond the trained context, keeps the short
 ones, and blends between. ``yarn`` blends by the number of turns within the trained
-context, and scales cos and sin by an attention factor. Frequencies are float32 from the
+context, and scales cos and sin by an attention factor. ``factors`` divides each
+frequency by its own. Frequencies are float32 from the
 start, as the published models computed them.
 Left out: ``dynamic`` and ``longrope``, whose frequencies depend on the length of the input.
 """
@@ -26,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from bitnet_jax import _checks
 
-KINDS = ("default", "linear", "llama3", "yarn")
+KINDS = ("default", "linear", "llama3", "yarn", "factors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Rope:
       high: ``high_freq_factor`` of llama3; ``beta_fast`` of yarn.
       attention_factor: of yarn; None: ``0.1 log(factor) + 1``.
       truncate: whether yarn rounds its limits to whole frequencies.
+      factors: what each frequency is divided by, for ``"factors"``, as GGUF stores llama3's.
 
     Raises:
       ValueError: an unknown kind, or a number out of range.
@@ -56,13 +58,14 @@ class Rope:
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "factors"] = "default"
     factor: float = 1.0
     original_context: int = 0
     low: float = 1.0
     high: float = 4.0
     attention_factor: float | None = None
     truncate: bool = True
+    factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         who = "Rope"
@@ -73,6 +76,8 @@ class Rope:
             _checks.require_positive(who, "attention_factor", self.attention_factor)
         if self.kind in ("llama3", "yarn"):
             _checks.require_positive(who, "original_context", self.original_context)
+        for factor in self.factors:
+            _checks.require_positive(who, "factors", factor)
         if self.kind == "llama3" and self.high <= self.low:
             raise ValueError(
                 f"Rope: `high` must be above `low`, got {self.high!r} and {self.low!r}. They are "
@@ -92,6 +97,8 @@ class Rope:
         plain = np.float32(1) / np.float32(self.theta) ** exponents
         if self.kind == "default":
             return plain
+        if self.kind == "factors":
+            return plain / np.asarray(self.factors, np.float32)
         if self.kind == "linear":
             return plain / np.float32(self.factor)
         return self._llama3(plain) if self.kind == "llama3" else self._yarn(plain, head_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,20 @@ class Text:
                 )
             self._tokenizer = tokenizer
         return self._tokenizer
+
+    def files(self) -> dict[str, str]:
+        """What a folder holds of this: tokenizer.json and its config, by name."""
+        if self._make is None:
+            return {}
+        stops = sorted(self.stops)
+        says = dict(self._tokens) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if self._template is not None:
+            says["chat_template"] = self._template
+        return {
+            "tokenizer.json": self.tokenizer.to_str(),
+            "tokenizer_config.json": json.dumps(says, ensure_ascii=False, indent=2),
+            "generation_config.json": json.dumps({"eos_token_id": stops} if stops else {}),
+        }
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids; ``special`` adds those that begin or end a text."""

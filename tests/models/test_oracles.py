@@ -11,6 +11,7 @@ from flax import nnx
 from published import ORACLES, distance
 
 import bitnet_jax as bj
+from bitnet_jax.models import _layers
 
 CASES = sorted(path.parent.name for path in ORACLES.glob("*/oracle.npz"))
 # One token of the 24 lies on the border of two codes, and four look at it.
@@ -59,6 +60,28 @@ def test_greedy_tokens(case):
     model.text.stops = frozenset()
     greedy = oracle["greedy"]
     assert model.generate(greedy[:, :5], max_new_tokens=16) == greedy[:, 5:].tolist()
+
+
+def q8_0(x):
+    """As llama.cpp rounds what meets Q2_0: int8 for each 32, with a float16 scale."""
+    groups = x.reshape(*x.shape[:-1], -1, 32)
+    step = jnp.abs(groups).max(-1, keepdims=True) / np.float32(127)
+    codes = jnp.round(jnp.where(step > 0, groups / jnp.where(step > 0, step, 1), 0))
+    return (codes * step.astype(jnp.float16).astype(jnp.float32)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("case", sorted(path.stem for path in (ORACLES / "gguf").glob("*.npz")))
+def test_gguf(case, monkeypatch):
+    """Against llama.cpp: one block of its int8 activations is a whole token at 256 features."""
+    oracle = np.load(ORACLES / "gguf" / f"{case}.npz")
+    model = bj.models.Decoder.from_pretrained(ORACLES / "gguf" / f"{case}.gguf")
+    if model.config.activations is None:
+        plain = _layers.Projection.__call__
+        monkeypatch.setattr(_layers.Projection, "__call__", lambda self, x: plain(self, q8_0(x)))
+    ids = jnp.asarray(oracle["input_ids"], jnp.int32)[None]
+    far = distance(logits_of(model, ids, None)[0], oracle["logits"])
+    print(f"{case}: {far.min():.1e} to {far.max():.1e}, {(far > 1e-5).sum()} of {far.size} flipped")
+    assert (far <= 1e-5).all()
 
 
 def test_bfloat16_is_as_near_as_the_dtype_is():

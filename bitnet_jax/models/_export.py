@@ -1,0 +1,307 @@
+"""A decoder as a folder that transformers loads; undoes what ``_huggingface`` reads.
+
+Ternary kernels with one scale for a tensor are written packed, with a
+``quantization_config``; those with one for an output or a group, as floats on their grid,
+which is how such models are published; float kernels as they are. What transformers could
+not run, or would run as something else, is refused.
+
+``bitlinear`` stores 1/s, and not every float32 s is the reciprocal of a float32: the few
+that are not are in the files' metadata, where this library finds them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Prepared
+from bitnet_jax._packed.pack import pack
+from bitnet_jax._packed.trits import PER_BYTE
+from bitnet_jax._quantize.int8 import INT8, Int8Config
+from bitnet_jax._quantize.ternary import TernaryConfig
+from bitnet_jax.io._huggingface import Lazy, Published
+from bitnet_jax.models import _codes, _names
+from bitnet_jax.models._config import DecoderConfig
+from bitnet_jax.models._published import SCALES
+from bitnet_jax.models._rope import Rope
+
+WHO = "export_huggingface"
+
+Layout = Literal["bitlinear", "autobitlinear"]
+
+
+def published(model: Any, layout: Layout) -> Published:
+    """The config, tensors and files of a folder."""
+    config: DecoderConfig = model.config
+    writer = _Writer(model, layout)
+    tensors = dict(writer.tensors())
+    # What a newer file says of rope in one key is written in two; remote code is not needed.
+    replaced = ("quantization_config", "rope_parameters", "auto_map")
+    content = {k: v for k, v in model.origin.config.items() if k not in replaced}
+    content |= _content(config)
+    if writer.packed:
+        content["quantization_config"] = writer.quantization_config()
+    metadata = {"format": "pt"}
+    if writer.scales:
+        metadata[SCALES] = json.dumps(writer.scales, sort_keys=True)
+    return Published(content, tensors, metadata, model.origin.files(model.text))
+
+
+class _Writer:
+    """Every tensor by its published name, made when it is written."""
+
+    def __init__(self, model: Any, layout: Layout):
+        self.model, self.layout, self.config = model, layout, model.config
+        self.packed: list[str] = []
+        self.floats: list[str] = []
+        self.on_grid: list[str] = []
+        self.scales: dict[str, str] = {}
+        self.dtype = np.dtype(self.config.param_dtype)
+
+    def tensors(self) -> Iterator[tuple[str, Lazy]]:
+        """Names and what makes each array; what cannot be written is refused here."""
+        self._refuse()
+        yield "model.embed_tokens.weight", self._table(self.model.embed.embedding.get_value())
+        for path, name, n_in, n_out, bias in _names.projections(self.config):
+            projection = self._at(path)
+            yield from self._linear(name, projection.linear, n_in, n_out, bias)
+            if projection.norm is not None:
+                yield f"{name}.rms_norm.weight", self._floats(projection.norm.scale.get_value())
+        for path, name, _ in _names.norms(self.config):
+            yield f"{name}.weight", self._floats(self._at(path).scale.get_value())
+        if self.model.head is not None:
+            sizes = self.config.width, self.config.vocabulary
+            yield from self._linear("lm_head", self.model.head, *sizes, False)
+        self._refuse_mixtures()
+
+    def _at(self, path: str) -> Any:
+        node = self.model
+        for part in path.split("/"):
+            node = node[int(part)] if part.isdigit() else getattr(node, part)
+        return node
+
+    def _linear(
+        self, name: str, layer: Any, n_in: int, n_out: int, bias: bool
+    ) -> Iterator[tuple[str, Lazy]]:
+        kernel: Any = layer.kernel.get_value()
+        weights = getattr(layer, "weights", None)
+        _require_published_kind(name, kernel, weights)
+        if isinstance(weights, TernaryConfig) and not isinstance(kernel, PackedTernary):
+            kernel = pack(kernel, weights)
+        if not isinstance(kernel, PackedTernary):
+            self.floats.append(name)
+            yield f"{name}.weight", self._turned(kernel)
+        elif kernel.scale.size > 1:
+            self.on_grid.append(name)
+            yield f"{name}.weight", self._turned(kernel)
+        else:
+            self.packed.append(name)
+            yield from self._codes(name, kernel, n_in, n_out)
+        if bias:
+            if self.layout == "autobitlinear" and name in self.packed:
+                raise ValueError(
+                    f"{WHO}: {name} has a bias, and transformers multiplies it by the scale "
+                    "(autobitlinear). Use layout='bitlinear'."
+                )
+            yield f"{name}.bias", self._floats(layer.bias.get_value())
+
+    def _codes(
+        self, name: str, kernel: PackedTernary, n_in: int, n_out: int
+    ) -> Iterator[tuple[str, Lazy]]:
+        if n_out % PER_BYTE:
+            raise ValueError(
+                f"{WHO}: {name} has {n_out} outputs, and this layout packs four to a byte. Choose "
+                "a multiple of 4."
+            )
+        scale = np.asarray(kernel.scale, np.float32).reshape(1)
+        if self.layout == "bitlinear":
+            stored, exact = _reciprocal(scale[0])
+            if not exact:
+                self.scales[name] = float(scale[0]).hex()
+            scale = np.array([stored], np.float32)
+        yield (
+            f"{name}.weight",
+            Lazy(
+                (n_out // PER_BYTE, n_in),
+                np.dtype(np.uint8),
+                lambda: _codes.to_huggingface(np.asarray(kernel.codes), n_in),
+            ),
+        )
+        yield f"{name}.weight_scale", Lazy((1,), scale.dtype, lambda: scale)
+
+    def _floats(self, array: Any) -> Lazy:
+        """A vector: in the model's dtype, unless that would change it."""
+        wide = np.asarray(array)
+        narrow = wide.astype(self.dtype)
+        kept = narrow if np.array_equal(narrow.astype(wide.dtype), wide) else wide
+        return Lazy(kept.shape, kept.dtype, lambda: kept)
+
+    def _turned(self, kernel: Any) -> Lazy:
+        """A kernel (in, out) as floats (out, in), in its own dtype."""
+        shape, dtype = tuple(kernel.shape), np.dtype(kernel.dtype)
+
+        def make() -> np.ndarray:
+            floats = kernel.dequantize() if isinstance(kernel, PackedTernary) else kernel
+            return np.ascontiguousarray(np.asarray(floats).T)
+
+        return Lazy(shape[::-1], dtype, make)
+
+    def _table(self, table: Any) -> Lazy:
+        kind = getattr(self.model.embed, "weights", None)
+        _require_published_kind("the embedding", table, kind)
+        if kind is not None and not isinstance(table, PackedTernary):
+            table = pack(table, kind, contracting_axes=-1)
+        return Lazy(
+            tuple(table.shape),
+            np.dtype(table.dtype),
+            lambda: np.asarray(table.dequantize() if kind is not None else table),
+        )
+
+    def _refuse(self) -> None:
+        """Refuses flags that no architecture of transformers has together."""
+        config = self.config
+        if config.scan:
+            raise NotImplementedError(
+                f"{WHO}: this decoder's layers are stacked. Build or load it with scan=False."
+            )
+        numbers = (
+            config.embedding_multiplier,
+            config.residual_multiplier,
+            config.logit_multiplier,
+        )
+        if any(number != 1.0 for number in numbers):
+            raise NotImplementedError(
+                f"{WHO}: transformers has no architecture with MiniCPM's multipliers. Save the "
+                "parameters with bj.io.save."
+            )
+        if config.rope.kind == "factors":
+            raise NotImplementedError(
+                f"{WHO}: this decoder's rope divides by a list of factors (GGUF's rope_freqs), "
+                "which transformers does not read. Replace config.rope by one of kind llama3."
+            )
+        family(config)
+
+    def _refuse_mixtures(self) -> None:
+        """Refuses what a quantization_config cannot say."""
+        if self.packed and self.on_grid:
+            raise NotImplementedError(
+                f"{WHO}: {self.packed[0]} has one scale and {self.on_grid[0]} several, and no "
+                "layout holds both. Quantise both alike."
+            )
+        if self.packed and self.config.activations != INT8:
+            raise NotImplementedError(
+                f"{WHO}: transformers runs packed kernels with int8 activations, and this decoder "
+                f"has {self.config.activations}. Build it with activations=bj.ActivationConfig()."
+            )
+        if self.on_grid and self.config.activations is not None:
+            raise NotImplementedError(
+                f"{WHO}: transformers runs kernels with several scales as floats, weight-only, and "
+                "this decoder quantises activations. Use one scale for a tensor, or "
+                "activations=None."
+            )
+
+    def quantization_config(self) -> dict[str, Any]:
+        """What transformers has to be told."""
+        config = self.config
+        left = ["lm_head", *(name for name in self.floats if name != "lm_head")]
+        says: dict[str, Any] = {
+            "quant_method": "bitnet",
+            "linear_class": self.layout,
+            "quantization_mode": "offline",
+            "modules_to_not_convert": [name for name in left if name not in self.packed],
+        }
+        if config.projection_norm:
+            says |= {"use_rms_norm": True, "rms_norm_eps": config.projection_norm_eps}
+        return says
+
+
+def _require_published_kind(name: str, kernel: Any, weights: Any) -> None:
+    """Refuses prepared and int8 kernels."""
+    if not isinstance(kernel, (Prepared, PackedInt8)) and not isinstance(weights, Int8Config):
+        return
+    what = "is prepared" if isinstance(kernel, Prepared) else "is int8"
+    remedy = (
+        "Export the stored model, before bj.prepare"
+        if isinstance(kernel, Prepared)
+        else "Load or build the model with this kernel in float or ternary"
+    )
+    raise TypeError(f"{WHO}: {name} {what}, which no published layout holds. {remedy}.")
+
+
+def _reciprocal(scale: np.float32) -> tuple[np.float32, bool]:
+    """A float32 whose reciprocal is a scale, and whether there is one."""
+    near = np.float32(1) / scale
+    for one in (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))):
+        if np.float32(1) / one == scale:
+            return one, True
+    return near, False
+
+
+def family(config: DecoderConfig) -> str:
+    """The architecture of transformers that computes what a config describes."""
+    what = []
+    if config.sub_norms and config.query_key_norm:
+        what.append("sub_norms with query_key_norm")
+    if config.mlp_bias and (config.sub_norms or config.query_key_norm):
+        what.append("mlp_bias with sub_norms or query_key_norm")
+    if what:
+        raise NotImplementedError(
+            f"{WHO}: no architecture of transformers has {' and '.join(what)}. Save the parameters "
+            "with bj.io.save."
+        )
+    if config.sub_norms:
+        return "BitNetForCausalLM"
+    return "Qwen3ForCausalLM" if config.query_key_norm else "LlamaForCausalLM"
+
+
+_MODEL_TYPES = {
+    "BitNetForCausalLM": "bitnet",
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+def _content(config: DecoderConfig) -> dict[str, Any]:
+    """``config.json``, but for the quantization."""
+    name = family(config)
+    dtype = np.dtype(config.param_dtype).name
+    content = {
+        "architectures": [name],
+        "model_type": _MODEL_TYPES[name],
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": config.activation,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _scaling(config.rope),
+        "tie_word_embeddings": config.tied,
+        "attention_bias": config.attention_bias,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    if name == "LlamaForCausalLM":
+        content["mlp_bias"] = config.mlp_bias
+    return content
+
+
+def _scaling(rope: Rope) -> dict[str, Any] | None:
+    if rope.kind == "default":
+        return None
+    says: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
+    if rope.kind in ("llama3", "yarn"):
+        says["original_max_position_embeddings"] = rope.original_context
+    if rope.kind == "llama3":
+        says |= {"low_freq_factor": rope.low, "high_freq_factor": rope.high}
+    if rope.kind == "yarn":
+        says |= {"beta_slow": rope.low, "beta_fast": rope.high, "truncate": rope.truncate}
+        says["attention_factor"] = rope.magnitude
+    return says

@@ -1,0 +1,170 @@
+"""Folders that are written: read again to the bit, and refused where transformers would differ."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from published import Checkpoint, byte_tokenizer, distance
+
+import bitnet_jax as bj
+from bitnet_jax.models._export import _reciprocal
+
+IDS = np.array([[3, 17, 31, 5, 38, 11, 9]])
+NORM = {"use_rms_norm": True}
+CASES = {
+    "bitnet-tied": Checkpoint(num_hidden_layers=1),
+    "bitnet-untied": Checkpoint(num_hidden_layers=1, tie_word_embeddings=False),
+    "llama-norm": Checkpoint("LlamaForCausalLM", "divide", quantization_config=NORM),
+    "llama-online": Checkpoint("LlamaForCausalLM", "online", tie_word_embeddings=False),
+    "llama-float": Checkpoint("LlamaForCausalLM", "float", attention_bias=True),
+    "qwen3-grid": Checkpoint("Qwen3ForCausalLM", "channel", num_hidden_layers=1),
+    "qwen3-packed": Checkpoint("Qwen3ForCausalLM", "multiply", num_hidden_layers=1),
+}
+
+
+def load(folder, **options):
+    return bj.models.Decoder.from_pretrained(folder, **options)
+
+
+def leaves(model):
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param))
+    }
+
+
+def same_bits(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype, path
+        assert np.array_equal(a[path], b[path]), path
+
+
+@pytest.mark.parametrize("layout", ["bitlinear", "autobitlinear"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_round_trip_gives_the_same_bits(case, layout, tmp_path):
+    model = load(CASES[case].write(tmp_path / "in"))
+    bj.io.export_huggingface(model, tmp_path / "out", layout=layout)
+    again = load(tmp_path / "out")
+    same_bits(model, again)
+    skipped = {"activation_rounding": "float32"}
+    assert dataclasses.replace(again.config, **skipped) == dataclasses.replace(
+        model.config, **skipped
+    )
+    bj.io.export_huggingface(again, tmp_path / "twice", layout=layout)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_every_scale_survives_its_reciprocal(tmp_path):
+    """About one float32 in five is no reciprocal of another; the metadata has those."""
+    rng = np.random.default_rng(0)
+    scales = np.float32(rng.uniform(1e-3, 2, 2000))
+    exact = [_reciprocal(s) for s in scales]
+    assert all(
+        np.float32(1) / stored == s for s, (stored, ok) in zip(scales, exact, strict=True) if ok
+    )
+    lost = next(s for s, (_, ok) in zip(scales, exact, strict=True) if not ok)
+    assert 0 < np.mean([not ok for _, ok in exact]) < 0.5
+    checkpoint = Checkpoint(num_hidden_layers=1)
+    checkpoint.tensors["model.layers.0.mlp.up_proj.weight_scale"][:] = lost
+    model = load(checkpoint.write(tmp_path / "in"))
+    bj.io.export_huggingface(model, tmp_path / "out")
+    same_bits(model, load(tmp_path / "out"))
+    file = tmp_path / "out" / "model.safetensors"
+    hexed = float(lost).hex().encode()
+    assert hexed in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(hexed, hexed.replace(b"0x1", b"0x2")))
+    with pytest.raises(ValueError, match=r"up_proj.weight_scale' means .* and the metadata"):
+        load(tmp_path / "out")
+
+
+def test_a_trained_decoder_in_shards(tmp_path):
+    """Float kernels are packed on the way; a file is begun when the last is full."""
+    config = bj.models.DecoderConfig(vocabulary=40, width=32, hidden=48, depth=2, tied=False)
+    model = bj.models.Decoder(config, rngs=nnx.Rngs(0))
+    bj.io.export_huggingface(model, tmp_path, shard_bytes=6000)
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(names) > 2
+    assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(names)
+    packed, _ = bj.nnx.pack(model)
+    same_bits(packed, load(tmp_path))
+    answer = nnx.jit(lambda m, ids: m(ids)[0])
+    ids = jnp.asarray(IDS)
+    assert bool((answer(packed, ids) == answer(load(tmp_path), ids)).all())
+
+
+def test_what_is_written_is_what_the_layout_means(tmp_path):
+    """The float64 oracle, which reads the published layout, reads the export."""
+    from safetensors.numpy import load_file
+
+    model = load(CASES["bitnet-untied"].write(tmp_path / "in"))
+    for layout, stored in (("bitlinear", "divide"), ("autobitlinear", "multiply")):
+        bj.io.export_huggingface(model, tmp_path / layout, layout=layout)
+        oracle = Checkpoint(num_hidden_layers=1, tie_word_embeddings=False, stored=stored)
+        oracle.tensors = load_file(tmp_path / layout / "model.safetensors")
+        far = distance(nnx.jit(lambda m, i: m(i)[0])(model, jnp.asarray(IDS)), oracle.logits64(IDS))
+        assert (far <= 1e-5).all()
+
+
+def test_tokenizer_and_unknown_keys_pass_through(tmp_path):
+    folder = Checkpoint(vocab_size=256, num_hidden_layers=1, my_own_key=[1, 2]).write(
+        tmp_path / "a"
+    )
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    bj.io.export_huggingface(load(folder), tmp_path / "b")
+    again = load(tmp_path / "b")
+    assert again.text.encode("abc") == load(folder).text.encode("abc")
+    assert again.text.stops == {2, 7, 9}
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["my_own_key"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "match"),
+    [
+        ({"query_key_norm": True}, NotImplementedError, "sub_norms with query_key_norm"),
+        ({"mlp_bias": True}, NotImplementedError, "mlp_bias with sub_norms"),
+        ({"logit_multiplier": 2.0}, NotImplementedError, "multipliers"),
+        ({"scan": True}, NotImplementedError, "stacked"),
+        ({"activations": None}, NotImplementedError, "int8 activations"),
+        ({"weights": bj.PHASE4}, NotImplementedError, "weight-only"),
+        ({"weights": bj.Int8Config()}, TypeError, "q_proj is int8"),
+        ({"embedding": bj.Int8Config()}, TypeError, "the embedding is int8"),
+        ({"hidden": 46}, ValueError, "46 outputs"),
+        ({"rope": bj.models.Rope(kind="factors", factors=(1.0,) * 4)}, NotImplementedError, "rope"),
+    ],
+)
+def test_what_transformers_does_not_run(fields, error, match, tmp_path):
+    shape = {"vocabulary": 16, "width": 32, "hidden": 48, "depth": 1}
+    model = bj.models.Decoder(bj.models.DecoderConfig(**shape | fields), rngs=nnx.Rngs(0))
+    with pytest.raises(error, match=match) as raised:
+        bj.io.export_huggingface(model, tmp_path / "out")
+    assert str(raised.value).startswith("export_huggingface: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusals(tmp_path):
+    model = load(CASES["bitnet-tied"].write(tmp_path / "in"))
+    with pytest.raises(FileExistsError, match=r"holds model.safetensors already"):
+        bj.io.export_huggingface(model, tmp_path / "in")
+    with pytest.raises(ValueError, match=r"`layout` must be one of"):
+        bj.io.export_huggingface(model, tmp_path / "out", layout="bit")
+    with pytest.raises(TypeError, match=r"`model` must be a bj.models.Decoder, got dict"):
+        bj.io.export_huggingface({}, tmp_path / "out")
+    nnx.update(model, bj.prepare(nnx.state(model, nnx.Param)))
+    with pytest.raises(TypeError, match=r"is prepared.*before bj.prepare"):
+        bj.io.export_huggingface(model, tmp_path / "out")
+    biased = Checkpoint("LlamaForCausalLM", "divide", num_hidden_layers=1, attention_bias=True)
+    model = load(biased.write(tmp_path / "biased"))
+    with pytest.raises(ValueError, match=r"has a bias, and transformers multiplies it"):
+        bj.io.export_huggingface(model, tmp_path / "out", layout="autobitlinear")
+    bj.io.export_huggingface(model, tmp_path / "out")
+    same_bits(model, load(tmp_path / "out"))
