@@ -23,6 +23,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from bitnet_jax import _checks
+from bitnet_jax._matmul import prepare
+from bitnet_jax._packed.kernel import PackedTernary, is_packed
 from bitnet_jax._quantize.int8 import ActivationConfig
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.io._huggingface import Published
@@ -125,6 +127,34 @@ class Decoder(nnx.Module):
         model = nnx.eval_shape(lambda: cls(loaded.config, rngs=nnx.Rngs(0)))
         fill(model, loaded)
         model.report, model.text, model.origin = loaded.report, loaded.text, loaded.origin
+        return model
+
+    def prepare(self) -> Decoder:
+        """A decoder whose packed kernels are laid out for this machine, as ``bj.prepare`` does.
+
+        Call it once, after loading, to generate; keep the stored decoder to save or export.
+
+        Returns:
+          A decoder that shares all other parameters with this one.
+
+        Example:
+          >>> import bitnet_jax as bj
+          >>> from flax import nnx
+          >>> config = bj.models.DecoderConfig(vocabulary=64, width=32, hidden=64, depth=1)
+          >>> model = bj.models.Decoder(config, rngs=nnx.Rngs(0))
+          >>> packed, report = bj.nnx.pack(model)
+          >>> fast = packed.prepare()
+          >>> fast.generate([1, 2], max_new_tokens=3) == packed.generate([1, 2], max_new_tokens=3)
+          True
+        """
+        graph, state = nnx.split(self)
+        # A ternary table is read by rows, which only the stored layout serves.
+        table = self.embed.embedding.get_value()
+        if any(map(is_packed, jax.tree.leaves(state, is_leaf=is_packed))):
+            state = prepare(state)
+        model = nnx.merge(graph, state)
+        if isinstance(table, PackedTernary):
+            model.embed.embedding.set_value(table)
         return model
 
     def published(self, layout: Literal["bitlinear", "autobitlinear"] = "bitlinear") -> Published:

@@ -9,7 +9,8 @@ they lie. A row that has ended keeps its place in the batch until all have.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -177,10 +178,16 @@ def generate(model: Any, request: Request) -> Any:
     return answers[0] if request.single else answers
 
 
-def stream(model: Any, request: Request) -> Iterator[Any]:
-    """Pieces of one answer as they come: text that is valid UTF-8, or ids."""
+def stream(
+    model: Any, request: Request, clock: Callable[[float], None] = lambda _: None
+) -> Iterator[Any]:
+    """Pieces of one answer as they come: text that is valid UTF-8, or ids.
+
+    ``clock`` gets the time at which each token came.
+    """
     decoder = _pieces(model, request)
     for (token,) in tokens_of(model, request):
+        clock(time.perf_counter())
         if token is None:
             break
         if not request.as_text:

@@ -90,13 +90,10 @@ def fill(model: nnx.Module, loaded: Pretrained) -> None:
     state = nnx.state(model, nnx.Param)
     wanted = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     leaves = _stacked(loaded) if loaded.config.scan else loaded.leaves
-    if set(wanted) != set(leaves):
-        different = sorted(set(wanted) ^ set(leaves))
-        raise AssertionError(f"loader and decoder disagree on {different}")
+    assert set(wanted) == set(leaves), sorted(set(wanted) ^ set(leaves))
     for path, variable in wanted.items():
         value = leaves[path]
-        if tuple(value.shape) != tuple(variable.shape):
-            raise AssertionError(f"{path}: {value.shape} is not {variable.shape}")
+        assert tuple(value.shape) == tuple(variable.shape), path
         if not is_packed(value):
             value = value.astype(variable.dtype)
         variable.set_value(value)
