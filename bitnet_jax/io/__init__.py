@@ -14,7 +14,7 @@ same for checkpoints that another library writes, Orbax for example.
 """
 
 from bitnet_jax.io._checkpoint import abstract, check, describe
-from bitnet_jax.io._export import export_huggingface
+from bitnet_jax.io._export_huggingface import export_huggingface
 from bitnet_jax.io._file import load, save
 from bitnet_jax.io._safetensors import FormatError
 

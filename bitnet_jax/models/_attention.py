@@ -21,8 +21,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from bitnet_jax._quantize.int8 import quantize_activations
-from bitnet_jax.models._config import DecoderConfig
-from bitnet_jax.models._layers import Projection, norm_if
+from bitnet_jax.models._decoder_config import DecoderConfig
+from bitnet_jax.models._parts import Projection, norm_if
 from bitnet_jax.models._rope import rotate
 
 LayerCache = dict[str, jax.Array]

@@ -12,8 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from bitnet_jax.models._attention import Attention, LayerCache
-from bitnet_jax.models._config import DecoderConfig
-from bitnet_jax.models._layers import Projection, RMSNorm, norm_if
+from bitnet_jax.models._decoder_config import DecoderConfig
+from bitnet_jax.models._parts import Projection, RMSNorm, norm_if
 
 Cache = dict[str, LayerCache]
 

@@ -28,12 +28,12 @@ from bitnet_jax._packed.kernel import PackedTernary, is_packed
 from bitnet_jax._quantize.int8 import ActivationConfig
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.io._huggingface import Published
-from bitnet_jax.models import _blocks, _generation, _gguf, _huggingface
+from bitnet_jax.models import _blocks, _generation, _load_folder, _load_gguf
 from bitnet_jax.models._attention import empty_layer
-from bitnet_jax.models._config import DecoderConfig
-from bitnet_jax.models._export import published
-from bitnet_jax.models._layers import RMSNorm, embedding, linear
+from bitnet_jax.models._decoder_config import DecoderConfig
+from bitnet_jax.models._parts import RMSNorm, embedding, linear
 from bitnet_jax.models._pretrained import DECLARED, Options, Origin, fill
+from bitnet_jax.models._publish import published
 from bitnet_jax.models._report import LoadReport
 from bitnet_jax.models._rope import rotation
 from bitnet_jax.models._sampling import Sampling
@@ -123,7 +123,7 @@ class Decoder(nnx.Module):
             dtype, packed, weights, head, activations, quantization_config, scan, progress
         )
         of_file = os.fspath(path).endswith(".gguf")
-        loaded = (_gguf if of_file else _huggingface).load(path, options)
+        loaded = (_load_gguf if of_file else _load_folder).load(path, options)
         model = nnx.eval_shape(lambda: cls(loaded.config, rngs=nnx.Rngs(0)))
         fill(model, loaded)
         model.report, model.text, model.origin = loaded.report, loaded.text, loaded.origin

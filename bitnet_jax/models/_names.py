@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bitnet_jax.models._config import DecoderConfig
+from bitnet_jax.models._decoder_config import DecoderConfig
 
 PROJECTIONS = {
     "attention/query": "self_attn.q_proj",

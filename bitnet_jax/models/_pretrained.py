@@ -13,7 +13,7 @@ from flax import nnx
 
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.ternary import KernelConfig
-from bitnet_jax.models._config import DecoderConfig
+from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._report import LoadReport
 from bitnet_jax.models._text import Text
 

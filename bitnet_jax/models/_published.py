@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn
 
-from bitnet_jax.models._config import DecoderConfig
+from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._rope import Rope
 
 Stored = Literal["float", "online", "multiply", "divide"]

@@ -11,7 +11,7 @@ from flax import nnx
 from published import Checkpoint, byte_tokenizer, distance
 
 import bitnet_jax as bj
-from bitnet_jax.models._export import _reciprocal
+from bitnet_jax.models._publish import _reciprocal
 
 IDS = np.array([[3, 17, 31, 5, 38, 11, 9]])
 NORM = {"use_rms_norm": True}

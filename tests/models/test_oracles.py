@@ -11,7 +11,7 @@ from flax import nnx
 from published import ORACLES, distance
 
 import bitnet_jax as bj
-from bitnet_jax.models import _layers
+from bitnet_jax.models import _parts
 
 CASES = sorted(path.parent.name for path in ORACLES.glob("*/oracle.npz"))
 # One token of the 24 lies on the border of two codes, and four look at it.
@@ -76,8 +76,8 @@ def test_gguf(case, monkeypatch):
     oracle = np.load(ORACLES / "gguf" / f"{case}.npz")
     model = bj.models.Decoder.from_pretrained(ORACLES / "gguf" / f"{case}.gguf")
     if model.config.activations is None:
-        plain = _layers.Projection.__call__
-        monkeypatch.setattr(_layers.Projection, "__call__", lambda self, x: plain(self, q8_0(x)))
+        plain = _parts.Projection.__call__
+        monkeypatch.setattr(_parts.Projection, "__call__", lambda self, x: plain(self, q8_0(x)))
     ids = jnp.asarray(oracle["input_ids"], jnp.int32)[None]
     far = distance(logits_of(model, ids, None)[0], oracle["logits"])
     print(f"{case}: {far.min():.1e} to {far.max():.1e}, {(far > 1e-5).sum()} of {far.size} flipped")

@@ -1,4 +1,4 @@
-"""A decoder as a folder that transformers loads; undoes what ``_huggingface`` reads.
+"""A decoder as a folder that transformers loads; undoes what ``_load_folder`` reads.
 
 Ternary kernels with one scale for a tensor are written packed, with a
 ``quantization_config``; those with one for an output or a group, as floats on their grid,
@@ -24,7 +24,7 @@ from bitnet_jax._quantize.int8 import INT8, Int8Config
 from bitnet_jax._quantize.ternary import TernaryConfig
 from bitnet_jax.io._huggingface import Lazy, Published
 from bitnet_jax.models import _codes, _names
-from bitnet_jax.models._config import DecoderConfig
+from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._published import SCALES
 from bitnet_jax.models._rope import Rope
 

@@ -21,7 +21,7 @@ from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax.io._huggingface import Folder
 from bitnet_jax.io._safetensors import parse_json
 from bitnet_jax.models import _grid, _kernels, _names
-from bitnet_jax.models._config import DecoderConfig
+from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
 from bitnet_jax.models._pretrained import DECLARED, Options, Origin, Pretrained
 from bitnet_jax.models._published import (

@@ -21,8 +21,8 @@ from bitnet_jax._packed.kernel import PackedTernary
 from bitnet_jax._quantize.int8 import INT8
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.io._gguf import Gguf
-from bitnet_jax.models import _codes, _gguf_text, _grid, _kernels
-from bitnet_jax.models._config import DecoderConfig
+from bitnet_jax.models import _codes, _gguf_tokenizer, _grid, _kernels
+from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
 from bitnet_jax.models._names import norms, projections
 from bitnet_jax.models._pretrained import DECLARED, Options, Origin, Pretrained
@@ -67,7 +67,7 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
     loader = _Loader(file, options)
     leaves = dict(loader.leaves())
     loader.refuse_rest()
-    text = _gguf_text.text_of(file, loader.config.vocabulary)
+    text = _gguf_tokenizer.text_of(file, loader.config.vocabulary)
     return Pretrained(loader.final_config(), leaves, LoadReport(tuple(loader.rows)), text, Origin())
 
 

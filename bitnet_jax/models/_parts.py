@@ -16,7 +16,7 @@ from bitnet_jax._packed.kernel import PackedTernary, is_packed
 from bitnet_jax._quantize.int8 import ActivationConfig
 from bitnet_jax._quantize.straight_through import fake_quantize
 from bitnet_jax._quantize.ternary import KernelConfig, TernaryConfig
-from bitnet_jax.models._config import DecoderConfig
+from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.nnx import BitLinear, ternarize
 
 
@@ -72,7 +72,8 @@ class Projection(nnx.Module):
         if is_packed(kernel):
             y = matmul(codes, kernel, activations=same, dtype=jnp.float32)
         else:
-            y = ternary_dot(codes, kernel, self.linear.weights, same, dtype=jnp.float32)
+            weights = self.linear.weights
+            y = ternary_dot(codes, kernel, weights, activations=same, dtype=jnp.float32)
         y = (y / scale).astype(self.dtype)
         if self.linear.bias is None:
             return y
@@ -169,7 +170,7 @@ class TernaryEmbed(nnx.Module):
         if is_packed(table):
             return matmul(query, table, activations=self.activations, dtype=self.dtype)
         options: dict[str, Any] = {"contracting_axes": -1, "dtype": self.dtype}
-        return ternary_dot(query, table, self.weights, self.activations, **options)
+        return ternary_dot(query, table, self.weights, activations=self.activations, **options)
 
 
 def embedding(config: DecoderConfig, rngs: nnx.Rngs) -> Any:
