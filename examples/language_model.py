@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import pathlib
 import time
 from pydoc_data.topics import topics
@@ -98,16 +97,23 @@ def train(kind: str, steps: int) -> tuple[bj.models.Decoder, list[float]]:
     return model, [float(loss) for loss in losses]
 
 
-def measure(model: bj.models.Decoder, tokens: int) -> tuple[float, int, float]:
-    """Nats a byte on text that was not trained on, bytes of parameters, tokens a second."""
+def measure(model: bj.models.Decoder) -> tuple[float, int]:
+    """Nats a byte on text that was not trained on, and bytes of parameters."""
     _, ids = text()
     loss = float(evaluate(model, windows(ids, 64, np.random.default_rng(1))))
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    write = functools.partial(model.generate, list(PROMPT.encode()), cache_size=512)
-    write(max_new_tokens=2)  # compiles
-    begin = time.perf_counter()
-    write(max_new_tokens=tokens)
-    return loss, nbytes, tokens / (time.perf_counter() - begin)
+    return loss, sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def speeds(models: dict[str, bj.models.Decoder], tokens: int) -> dict[str, float]:
+    """Tokens a second of each, taken in turn after a warm-up: medians of three."""
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(4):
+        for name, model in models.items():
+            begin = time.perf_counter()
+            model.generate(list(PROMPT.encode()), max_new_tokens=tokens)
+            if turn:
+                taken[name].append(tokens / (time.perf_counter() - begin))
+    return {name: float(np.median(rates)) for name, rates in taken.items()}
 
 
 def plot(curves: dict[str, list[float]], file: pathlib.Path) -> None:
@@ -137,7 +143,8 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[float, int, floa
         models[kind], curves[kind] = train(kind, steps)
     packed, _ = bj.nnx.pack(models["ternary"])
     models["packed"] = packed.prepare()
-    results = {name: measure(model, tokens) for name, model in models.items()}
+    rates = speeds(models, tokens)
+    results = {name: (*measure(model), rates[name]) for name, model in models.items()}
     print(f"\nfrom the bits: {PROMPT}{sample(models['packed'], tokens)}\n")
     rows = [
         (name, f"{loss:.3f}", f"{nbytes:,}", f"{speed:.0f}")

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float, Float32, Int, PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._matmul import prepare
@@ -30,6 +31,7 @@ from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.io._huggingface import Published
 from bitnet_jax.models import _blocks, _generation, _load_folder, _load_gguf
 from bitnet_jax.models._attention import empty_layer
+from bitnet_jax.models._axes import MeshAxes, specs_of
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._parts import RMSNorm, embedding, linear
 from bitnet_jax.models._pretrained import DECLARED, Options, Origin, fill
@@ -129,6 +131,30 @@ class Decoder(nnx.Module):
         model.report, model.text, model.origin = loaded.report, loaded.text, loaded.origin
         return model
 
+    def encode(self, prompt: Any, *, normalize: bool = True) -> Float32[Array, "*b k"]:
+        """A vector for each text, as embedding models have it: the last token's.
+
+        Args:
+          prompt: as for :meth:`generate`.
+          normalize: whether vectors have length 1.
+
+        Returns:
+          (width,) for one prompt, (prompts, width) for a list of them.
+
+        Raises:
+          ValueError: a prompt longer than the context; text without a tokenizer.
+          TypeError: another kind of prompt.
+
+        Example:
+          >>> import bitnet_jax as bj
+          >>> from flax import nnx
+          >>> config = bj.models.DecoderConfig(vocabulary=64, width=32, hidden=64, depth=1)
+          >>> model = bj.models.Decoder(config, rngs=nnx.Rngs(0))
+          >>> model.encode([[1, 2, 3], [4, 5]]).shape
+          (2, 32)
+        """
+        return _generation.encode(self, prompt, normalize)
+
     def prepare(self) -> Decoder:
         """A decoder whose packed kernels are laid out for this machine, as ``bj.prepare`` does.
 
@@ -156,6 +182,34 @@ class Decoder(nnx.Module):
         if isinstance(table, PackedTernary):
             model.embed.embedding.set_value(table)
         return model
+
+    def partition_specs(
+        self, rules: Mapping[str, MeshAxes], *, mesh: Mesh | AbstractMesh | None = None
+    ) -> PyTree:
+        """The ``PartitionSpec`` of every parameter, by the logical names of its axes.
+
+        Args:
+          rules: mesh axes by name: ``"vocabulary"``, ``"embed"``, ``"heads"``, ``"kv_heads"``,
+            ``"mlp"``, ``"layers"`` (of stacked layers). Names without a rule are not divided.
+          mesh: the mesh that the specs are checked against; by default that of
+            ``jax.set_mesh``, if there is one.
+
+        Returns:
+          A tree like ``nnx.state(model, nnx.Param)`` with a spec for every array.
+
+        Raises:
+          ValueError: an unknown name; a spec that does not divide its parameter.
+
+        Example:
+          >>> import bitnet_jax as bj
+          >>> from flax import nnx
+          >>> config = bj.models.DecoderConfig(vocabulary=64, width=32, hidden=64, depth=1)
+          >>> model = bj.models.Decoder(config, rngs=nnx.Rngs(0))
+          >>> specs = model.partition_specs({"mlp": "model"})
+          >>> specs["layers"][0]["mlp"]["up"]["linear"]["kernel"].get_value()
+          P(None, 'model')
+        """
+        return specs_of(nnx.state(self, nnx.Param), rules, mesh)
 
     def published(self, layout: Literal["bitlinear", "autobitlinear"] = "bitlinear") -> Published:
         """What ``bj.io.export_huggingface`` writes.

@@ -9,6 +9,7 @@ they lie. A row that has ended keeps its place in the batch until all have.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -109,11 +110,7 @@ def tokens_of(model: Any, request: Request) -> Iterator[list[int | None]]:
     longest = max(map(len, rows))
     length = bucket(longest)
     slots = _slots(length, request)
-    tokens = np.zeros((len(rows), length), np.int32)
-    mask = np.ones((len(rows), slots), bool)
-    for r, row in enumerate(rows):
-        tokens[r, length - len(row) :] = row
-        mask[r, : length - len(row)] = False
+    tokens, mask = _padded(rows, length, slots)
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
     sampling, filters = request.sampling, request.sampling.filters
@@ -220,6 +217,45 @@ def _text(model: Any) -> Text:
             "Pass token ids, a list of integers: they come back as ids."
         )
     return model.text
+
+
+def encode(model: Any, prompt: Any, normalize: bool) -> jax.Array:
+    """One vector for each prompt: what the last token has after the final norm."""
+    rows, _, single = _rows(model, prompt)
+    _require_tokens(rows, model.config.vocabulary)
+    longest, context = max(map(len, rows)), model.config.context
+    if longest > context:
+        raise ValueError(
+            f"encode: a prompt has {longest} tokens, and the model's context is {context}. "
+            "Shorten it."
+        )
+    tokens, mask = _padded(rows, bucket(longest), bucket(longest))
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    vectors = _last(_Graph(graph, tree), leaves, jnp.asarray(tokens), jnp.asarray(mask), normalize)
+    return vectors[0] if single else vectors
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _last(graph: _Graph, leaves: list[jax.Array], tokens, mask, normalize: bool) -> jax.Array:
+    x, _ = graph.model(leaves).hidden(tokens, None, None, mask)
+    last = jax.lax.index_in_dim(x, x.shape[1] - 1, axis=1, keepdims=False).astype(jnp.float32)
+    if not normalize:
+        return last
+    length = jnp.sqrt(jnp.sum(last * last, axis=-1, keepdims=True))
+    return last / jnp.maximum(length, np.float32(1e-12))
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], length: int, slots: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (rows, length), padded on the left, and which of the slots may be looked at."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    mask = np.ones((len(rows), slots), bool)
+    for r, row in enumerate(rows):
+        tokens[r, length - len(row) :] = row
+        mask[r, : length - len(row)] = False
+    return tokens, mask
 
 
 def checked(

@@ -285,7 +285,9 @@ def _canonical_names(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarr
     for name in tensors:
         canonical = name
         for old, new in _names.ALIASES.items():
-            canonical = canonical.replace(f".{old}.", f".{new}.")
+            canonical = canonical.replace(f"{old}.", f"{new}.")
+        if name.startswith(("layers.", "embed_tokens.", "norm.")):  # a model without its head
+            canonical = f"model.{canonical}"
         names[canonical] = name
     return _Renamed(tensors, names)
 

@@ -39,6 +39,7 @@ _QUERY_KEY_NORMS = {
 ALIASES = {
     "self_attn.inner_attn_ln": "self_attn.attn_sub_norm",  # 1bitLLM
     "mlp.ffn_layernorm": "mlp.ffn_sub_norm",
+    "proj.norm": "proj.rms_norm",  # BitNet embedding models
 }
 
 

@@ -56,6 +56,11 @@ FAMILIES = {
         _LLAMA | {"head_dim": 128, "max_position_embeddings": 32768},
         {"sub_norms": False, "query_key_norm": True},
     ),
+    # The same without its head: an encoder of texts.
+    "Qwen3Model": Family(
+        _LLAMA | {"head_dim": 128, "max_position_embeddings": 32768, "tie_word_embeddings": True},
+        {"sub_norms": False, "query_key_norm": True},
+    ),
     "MiniCPMForCausalLM": Family(_LLAMA | {"tie_word_embeddings": True}, {"sub_norms": False}),
 }
 

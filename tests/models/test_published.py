@@ -80,6 +80,41 @@ def test_modules_to_not_convert(load):
     assert (far <= 1e-5).all()
 
 
+def test_the_names_of_1bitllm(load):
+    """Another class, other names for the sub-norms, and no quantization_config: online."""
+    checkpoint = Checkpoint(stored="online", num_hidden_layers=1, hidden_act="silu")
+    wanted = checkpoint.logits64(IDS)
+    checkpoint.config["architectures"] = ["BitnetForCausalLM"]
+    del checkpoint.config["quantization_config"]
+    for old, new in (("attn_sub_norm", "inner_attn_ln"), ("ffn_sub_norm", "ffn_layernorm")):
+        for name in [name for name in checkpoint.tensors if old in name]:
+            checkpoint.tensors[name.replace(old, new)] = checkpoint.tensors.pop(name)
+    far = distance(logits_of(load(checkpoint), jnp.asarray(IDS), None), wanted)
+    assert (far <= 1e-5).all()
+
+
+def test_an_embedding_model(load):
+    """No head, no prefix, a norm in each projection; the last token's vector is the text's."""
+    says = {"use_rms_norm": True}
+    checkpoint = Checkpoint("Qwen3ForCausalLM", "online", quantization_config=says)
+    prompts = [row[row_mask > 0].tolist() for row, row_mask in zip(IDS, MASK, strict=True)]
+    # With the identity as its head, the oracle's logits are what comes before the head.
+    checkpoint.config["tie_word_embeddings"] = False
+    checkpoint.tensors["lm_head.weight"] = np.eye(32, dtype=np.float32)
+    wanted = checkpoint.logits64(IDS, MASK)[:, -1]
+    del checkpoint.tensors["lm_head.weight"]
+    checkpoint.config |= {"architectures": ["Qwen3Model"], "tie_word_embeddings": True}
+    checkpoint.tensors = {
+        name.removeprefix("model.").replace(".rms_norm.", ".norm."): tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    model = load(checkpoint)
+    assert np.allclose(model.encode(prompts, normalize=False), wanted, atol=1e-5)
+    unit = np.asarray(model.encode(prompts[0]))
+    assert unit.shape == (32,)
+    assert np.allclose(unit, wanted[0] / np.linalg.norm(wanted[0]), atol=1e-5)
+
+
 def test_an_int8_head_and_int8_projections(load):
     checkpoint = CASES["qwen3-float"]
     model = load(checkpoint, weights=bj.Int8Config(), head=bj.Int8Config())
