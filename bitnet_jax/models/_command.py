@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from bitnet_jax._quantize.int8 import Int8Config
 from bitnet_jax.models import _generation
 from bitnet_jax.models._decoder import Decoder
+from bitnet_jax.models._request import Request, checked
 from bitnet_jax.models._sampling import Sampling
 
 
@@ -51,9 +52,7 @@ def _run(parsed: argparse.Namespace) -> int:
         parsed.repetition_penalty,
         parsed.seed,
     )
-    request = _generation.checked(
-        model, asked, parsed.max_new_tokens, sampling, parsed.stop, None, None
-    )
+    request = checked(model, asked, parsed.max_new_tokens, sampling, parsed.stop, None, None)
     times: list[float] = []
     for piece in _generation.stream(model, request, times.append):
         print(piece, end="", flush=True)
@@ -62,9 +61,7 @@ def _run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _report(
-    model: Decoder, request: _generation.Request, loaded: float, times: list[float]
-) -> None:
+def _report(model: Decoder, request: Request, loaded: float, times: list[float]) -> None:
     """Tokens a second: of the prompt, in a second run without compilation, and of the answer."""
     begin = time.perf_counter()
     next(_generation.tokens_of(model, request))

@@ -8,20 +8,19 @@ they lie. A row that has ended keeps its place in the batch until all have.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bitnet_jax import _checks
-from bitnet_jax.models._sampling import Filters, Sampling, choose
-from bitnet_jax.models._text import Pieces, Text
+from bitnet_jax.models._request import Request, require_tokens, rows_of, text_of
+from bitnet_jax.models._sampling import Filters, choose
+from bitnet_jax.models._text import Pieces
 
 SMALLEST = 16  # tokens of the smallest bucket
 
@@ -75,33 +74,6 @@ def run_step(
 
 
 step = jax.jit(run_step, static_argnums=(0, 1), donate_argnums=(3, 4))
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What ``generate`` was asked, checked.
-
-    Attributes:
-      rows: token ids of each prompt.
-      as_text: whether text goes back.
-      single: whether one prompt was given, and not a list of them.
-      most: how many tokens to make at most.
-      sampling: how each is chosen.
-      stop_ids: tokens that end a row.
-      stop_texts: strings that end a row.
-      cache_size: slots of the cache; None: as many as are needed.
-      cache_dtype: of keys and values; None: the model's.
-    """
-
-    rows: list[list[int]]
-    as_text: bool
-    single: bool
-    most: int
-    sampling: Sampling
-    stop_ids: frozenset[int]
-    stop_texts: tuple[str, ...]
-    cache_size: int | None
-    cache_dtype: Any
 
 
 def tokens_of(model: Any, request: Request) -> Iterator[list[int | None]]:
@@ -205,24 +177,15 @@ def _pieces(model: Any, request: Request) -> Pieces | None:
     """A decoder of one row, where text goes back or is looked for."""
     if not (request.as_text or request.stop_texts):
         return None
-    text = _text(model)
+    text = text_of(model)
     _ = text.tokenizer  # that there is none is said before the first token
     return Pieces(text, request.stop_texts)
 
 
-def _text(model: Any) -> Text:
-    if model.text is None:
-        raise ValueError(
-            "generate: this decoder has no tokenizer, for it was not loaded from a checkpoint. "
-            "Pass token ids, a list of integers: they come back as ids."
-        )
-    return model.text
-
-
 def encode(model: Any, prompt: Any, normalize: bool) -> jax.Array:
     """One vector for each prompt: what the last token has after the final norm."""
-    rows, _, single = _rows(model, prompt)
-    _require_tokens(rows, model.config.vocabulary)
+    rows, _, single = rows_of(model, prompt)
+    require_tokens(rows, model.config.vocabulary)
     longest, context = max(map(len, rows)), model.config.context
     if longest > context:
         raise ValueError(
@@ -256,85 +219,3 @@ def _padded(
         tokens[r, length - len(row) :] = row
         mask[r, : length - len(row)] = False
     return tokens, mask
-
-
-def checked(
-    model: Any,
-    prompt: Any,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: Any,
-    cache_size: int | None,
-    cache_dtype: Any,
-) -> Request:
-    """The arguments of ``generate``, checked and in one form."""
-    who = "generate"
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(
-            f"{who}: `max_new_tokens` must be an integer >= 1, got {max_new_tokens!r}."
-        )
-    rows, as_text, single = _rows(model, prompt)
-    _require_tokens(rows, model.config.vocabulary)
-    longest, context = max(map(len, rows)), model.config.context
-    if longest + max_new_tokens > context:
-        raise ValueError(
-            f"{who}: the prompt has {longest} tokens, max_new_tokens is {max_new_tokens}, and the "
-            f"model's context {context}. Shorten the prompt, or ask for at most "
-            f"{max(context - longest, 0)} tokens."
-        )
-    given = [stop] if isinstance(stop, (str, int)) else list(stop or ())
-    if not all(isinstance(one, int) or (isinstance(one, str) and one) for one in given):
-        raise TypeError(f"{who}: `stop` must be strings or token ids, got {stop!r}.")
-    own = frozenset() if model.text is None else model.text.stops
-    return Request(
-        rows,
-        as_text,
-        single,
-        max_new_tokens,
-        sampling,
-        own | frozenset(one for one in given if isinstance(one, int)),
-        tuple(one for one in given if isinstance(one, str)),
-        cache_size,
-        cache_dtype,
-    )
-
-
-def _rows(model: Any, prompt: Any) -> tuple[list[list[int]], bool, bool]:
-    """Token ids of every prompt, whether it was text, and whether it was one."""
-    if isinstance(prompt, str):
-        return [_text(model).encode(prompt)], True, True
-    if hasattr(prompt, "tolist"):
-        prompt = prompt.tolist()
-    if not isinstance(prompt, Sequence) or not prompt:
-        _refuse_prompt(prompt)
-    first = prompt[0]
-    if isinstance(first, Mapping):
-        return [_text(model).chat(prompt)], True, True
-    if isinstance(first, (int, np.integer)) and not isinstance(first, bool):
-        return [[*map(int, prompt)]], False, True
-    if not isinstance(first, (str, Sequence)) and not hasattr(first, "tolist"):
-        _refuse_prompt(prompt)
-    parts = [_rows(model, one) for one in prompt]
-    if any(not single for _, _, single in parts) or len({text for _, text, _ in parts}) != 1:
-        _refuse_prompt(prompt)
-    return [rows[0] for rows, _, _ in parts], parts[0][1], False
-
-
-def _refuse_prompt(prompt: Any) -> NoReturn:
-    raise TypeError(
-        "generate: `prompt` must be a text, token ids, or messages with a role and a content; or a "
-        f"list of one of these, got {_checks.describe(prompt):.200}."
-    )
-
-
-def _require_tokens(rows: Sequence[Sequence[int]], vocabulary: int) -> None:
-    """Refuses empty prompts, and ids that the model has no row for."""
-    for row in rows:
-        if not row:
-            raise ValueError("generate: a prompt has no tokens. Give at least one.")
-        low, high = min(row), max(row)
-        if low < 0 or high >= vocabulary:
-            raise ValueError(
-                f"generate: token {low if low < 0 else high} is not in the model's vocabulary of "
-                f"{vocabulary}. Check that the tokenizer is this model's."
-            )

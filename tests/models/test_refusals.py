@@ -10,7 +10,8 @@ from flax import nnx
 from published import Checkpoint, byte_tokenizer
 
 import bitnet_jax as bj
-from bitnet_jax.models._template import TemplateError, render
+from bitnet_jax.models._template import render
+from bitnet_jax.models._template_limits import TemplateError
 
 ONE = {"num_hidden_layers": 1}
 UP = "model.layers.0.mlp.up_proj"

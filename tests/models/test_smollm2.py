@@ -47,6 +47,11 @@ def loss_of(model):
     return -likely[np.arange(len(likely)), ids[0, 1:]].mean()
 
 
+def test_the_loss_on_a_text(model):
+    """Beside transformers 5.24 in float32, on what export_huggingface wrote of this model."""
+    assert abs(loss_of(model) - 1.628565) < 1e-3
+
+
 def test_int8_costs_little(model):
     """All projections and the head at int8, on a real text."""
     exact = loss_of(model)

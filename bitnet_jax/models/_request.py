@@ -1,0 +1,131 @@
+"""The arguments of ``generate``, checked and in one form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from bitnet_jax import _checks
+from bitnet_jax.models._sampling import Sampling
+from bitnet_jax.models._text import Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What ``generate`` was asked, checked.
+
+    Attributes:
+      rows: token ids of each prompt.
+      as_text: whether text goes back.
+      single: whether one prompt was given, and not a list of them.
+      most: how many tokens to make at most.
+      sampling: how each is chosen.
+      stop_ids: tokens that end a row.
+      stop_texts: strings that end a row.
+      cache_size: slots of the cache; None: as many as are needed.
+      cache_dtype: of keys and values; None: the model's.
+    """
+
+    rows: list[list[int]]
+    as_text: bool
+    single: bool
+    most: int
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    stop_texts: tuple[str, ...]
+    cache_size: int | None
+    cache_dtype: Any
+
+
+def text_of(model: Any) -> Text:
+    if model.text is None:
+        raise ValueError(
+            "generate: this decoder has no tokenizer, for it was not loaded from a checkpoint. "
+            "Pass token ids, a list of integers: they come back as ids."
+        )
+    return model.text
+
+
+def checked(
+    model: Any,
+    prompt: Any,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Any,
+    cache_size: int | None,
+    cache_dtype: Any,
+) -> Request:
+    """The arguments of ``generate``, checked and in one form."""
+    who = "generate"
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(
+            f"{who}: `max_new_tokens` must be an integer >= 1, got {max_new_tokens!r}."
+        )
+    rows, as_text, single = rows_of(model, prompt)
+    require_tokens(rows, model.config.vocabulary)
+    longest, context = max(map(len, rows)), model.config.context
+    if longest + max_new_tokens > context:
+        raise ValueError(
+            f"{who}: the prompt has {longest} tokens, max_new_tokens is {max_new_tokens}, and the "
+            f"model's context {context}. Shorten the prompt, or ask for at most "
+            f"{max(context - longest, 0)} tokens."
+        )
+    given = [stop] if isinstance(stop, (str, int)) else list(stop or ())
+    if not all(isinstance(one, int) or (isinstance(one, str) and one) for one in given):
+        raise TypeError(f"{who}: `stop` must be strings or token ids, got {stop!r}.")
+    own = frozenset() if model.text is None else model.text.stops
+    return Request(
+        rows,
+        as_text,
+        single,
+        max_new_tokens,
+        sampling,
+        own | frozenset(one for one in given if isinstance(one, int)),
+        tuple(one for one in given if isinstance(one, str)),
+        cache_size,
+        cache_dtype,
+    )
+
+
+def rows_of(model: Any, prompt: Any) -> tuple[list[list[int]], bool, bool]:
+    """Token ids of every prompt, whether it was text, and whether it was one."""
+    if isinstance(prompt, str):
+        return [text_of(model).encode(prompt)], True, True
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Sequence) or not prompt:
+        _refuse_prompt(prompt)
+    first = prompt[0]
+    if isinstance(first, Mapping):
+        return [text_of(model).chat(prompt)], True, True
+    if isinstance(first, (int, np.integer)) and not isinstance(first, bool):
+        return [[*map(int, prompt)]], False, True
+    if not isinstance(first, (str, Sequence)) and not hasattr(first, "tolist"):
+        _refuse_prompt(prompt)
+    parts = [rows_of(model, one) for one in prompt]
+    if any(not single for _, _, single in parts) or len({text for _, text, _ in parts}) != 1:
+        _refuse_prompt(prompt)
+    return [rows[0] for rows, _, _ in parts], parts[0][1], False
+
+
+def _refuse_prompt(prompt: Any) -> NoReturn:
+    raise TypeError(
+        "generate: `prompt` must be a text, token ids, or messages with a role and a content; or a "
+        f"list of one of these, got {_checks.describe(prompt):.200}."
+    )
+
+
+def require_tokens(rows: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Refuses empty prompts, and ids that the model has no row for."""
+    for row in rows:
+        if not row:
+            raise ValueError("generate: a prompt has no tokens. Give at least one.")
+        low, high = min(row), max(row)
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"generate: token {low if low < 0 else high} is not in the model's vocabulary of "
+                f"{vocabulary}. Check that the tokenizer is this model's."
+            )
