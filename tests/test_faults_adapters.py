@@ -9,6 +9,8 @@ from flax import nnx
 
 import bitnet_jax as bj
 
+pytestmark = pytest.mark.optimised
+
 
 class Language(nn.Module):
     @nn.compact

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int8, Int32, UInt8
 
+from bitnet_jax._quantize.arrays import AnyArray
+
 PER_BYTE = 4
 
 ZEROS = np.uint8(0x55)
@@ -59,7 +61,7 @@ def pack_trits(codes: Int8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
     return parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
 
 
-def fields_of(packed: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
+def fields_of(packed: UInt8[AnyArray, "..."], axis: int) -> UInt8[Array, "..."]:
     """The four two-bit fields of each byte, on a new axis before ``axis``."""
     axis %= packed.ndim
     shifts = np.arange(0, 8, 2, dtype=np.uint8)

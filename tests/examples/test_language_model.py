@@ -3,6 +3,8 @@
 import pytest
 from example_loader import load_example
 
+pytestmark = pytest.mark.full  # each compiles a decoder
+
 
 @pytest.mark.slow
 @pytest.mark.standard_promotion

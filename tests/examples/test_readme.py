@@ -15,9 +15,9 @@ from bitnet_jax.__main__ import main
 
 ROOT = EXAMPLES.parent
 FILES = (ROOT / "README.md", *sorted((EXAMPLES / "guides").glob("*.md")))
-SLOW = ()  # pages whose code takes more than ten seconds
+CORE = ("README", "architecture", "files")  # pages whose code the fast core runs
 PAGES = [
-    pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem in SLOW else [])
+    pytest.param(file, id=file.stem, marks=[] if file.stem in CORE else [pytest.mark.full])
     for file in FILES
 ]
 COMMAND = "python -m bitnet_jax "
@@ -83,6 +83,7 @@ def test_a_run_takes_the_place_of_one_with_the_same_jax(tmp_path):
     assert kept == older[1]
 
 
+@pytest.mark.full
 def test_quickstart(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / "quickstart.py"))

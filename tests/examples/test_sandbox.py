@@ -101,6 +101,7 @@ def test_6_sparsity():
     mean_is(six["plus"], 0.5, 0.5 / math.sqrt(66_816 * (1 - share)))
 
 
+@pytest.mark.full
 def test_the_nets_start_as_torch_starts_them():
     net, params, _, _ = load_example("sandbox").build(64, 2, 1, 0)
     assert net.weights == bj.PHASE4
@@ -115,6 +116,7 @@ def test_the_nets_start_as_torch_starts_them():
         assert float(layer["bias"].min()) < 0 < float(layer["bias"].max())
 
 
+@pytest.mark.full
 def test_bytes():
     rows = {row.what: row for row in load_example("sandbox").byte_counts(0)}
     floats, original, phase4, phase4_file, b158, b158_file, trits = rows.values()
@@ -147,10 +149,12 @@ def test_the_gate_of_25_to_45_percent_zeros_needs_another_tau():
             assert float((codes == 0).mean()) == pytest.approx(zeros, abs=0.005)
 
 
+@pytest.mark.full
 def test_a_saved_net_is_the_net():
     assert load_example("sandbox").reloaded(0) == 0
 
 
+@pytest.mark.full
 def test_the_script_prints_its_tables(capsys):
     assert load_example("sandbox").main(["--seed", "3"]) == 0
     printed = capsys.readouterr().out

@@ -31,6 +31,7 @@ def test_digests_see_a_bit(monkeypatch):
     assert changed["outputs from packed"] == changed["outputs in training"]
 
 
+@pytest.mark.full
 def test_gathered_bytes():
     whole, left, codes = example.gathered("auto")
     kernels = [k * n for k, n in zip(example.FEATURES, example.FEATURES[1:], strict=False)]

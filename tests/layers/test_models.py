@@ -10,6 +10,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from cases import cases
 from draws import normal, params_of
 from flax import linen as nn
@@ -19,6 +20,8 @@ from oracles import assert_same_bits
 import bitnet_jax as bj
 from bitnet_jax._layers import forward as _layers
 from bitnet_jax.linen import _in_scope
+
+pytestmark = pytest.mark.optimised
 
 
 class Block(nn.Module):

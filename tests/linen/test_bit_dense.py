@@ -59,7 +59,8 @@ CASES = {
 }
 
 
-@cases("name", list(CASES), core=["plain", "norm, bf16 inputs"])
+@pytest.mark.optimised
+@cases("name", list(CASES), core=["norm, bf16 inputs"])
 def test_one_set_of_bits(name):
     fields, dtype = CASES[name]
     x = inputs(5, K, dtype=dtype)

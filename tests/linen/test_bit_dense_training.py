@@ -18,6 +18,7 @@ import bitnet_jax as bj
 from bitnet_jax.linen import BitDense
 
 
+@pytest.mark.optimised
 @pytest.mark.standard_promotion
 def test_a_net_trains_and_serves_the_same_bits():
     x, target = inputs(32, K), inputs(32, 4, seed=2)

@@ -14,6 +14,8 @@ import bitnet_jax as bj
 from bitnet_jax._matmul import IMPLEMENTATIONS, api, implementations
 from bitnet_jax._packed.kernel import PreparedTernary
 
+pytestmark = pytest.mark.optimised
+
 every_run = pytest.mark.parametrize(("name", "layout"), suite.RUNS)
 # The native product's own layout: test_native.py, on every path of it.
 every_run_but_native = pytest.mark.parametrize(

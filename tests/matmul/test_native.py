@@ -19,6 +19,8 @@ import bitnet_jax as bj
 from bitnet_jax._matmul import cpu, embedding_rows, native
 from bitnet_jax._packed.kernel import PreparedInt8
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture
 def path(request):

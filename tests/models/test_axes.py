@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 import bitnet_jax as bj
 
+pytestmark = pytest.mark.full  # each compiles a decoder
+
 TENSOR = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocabulary": "model"}
 RULES = {"tensor": TENSOR, "fsdp": {"embed": "data"}}
 BOTH = TENSOR | {"embed": "data"}

@@ -13,6 +13,8 @@ from published import Checkpoint, byte_tokenizer, distance
 import bitnet_jax as bj
 from bitnet_jax.models._publish import _reciprocal
 
+pytestmark = pytest.mark.full  # each compiles a decoder
+
 IDS = np.array([[3, 17, 31, 5, 38, 11, 9]])
 NORM = {"use_rms_norm": True}
 CASES = {

@@ -12,6 +12,8 @@ import bitnet_jax as bj
 from bitnet_jax.models import _generation, _sampling
 from bitnet_jax.models._text import Pieces, Text
 
+pytestmark = pytest.mark.full  # each compiles a decoder
+
 TEXT = "naïve 🙂 日本, stop here"
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -15,6 +15,8 @@ from published import Checkpoint, byte_tokenizer, distance
 import bitnet_jax as bj
 from bitnet_jax.io._gguf import Gguf
 
+pytestmark = pytest.mark.full  # each compiles a decoder
+
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_1", "TQ1_0", "TQ2_0", "Q2_0", "Q2_0/128"]
 IDS = np.array([[3, 17, 31, 5, 11, 9]])
 UP = "blk.0.ffn_up.weight"

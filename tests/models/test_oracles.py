@@ -13,6 +13,8 @@ from published import ORACLES, distance
 import bitnet_jax as bj
 from bitnet_jax.models import _parts
 
+pytestmark = pytest.mark.full  # each compiles a decoder
+
 CASES = sorted(path.parent.name for path in ORACLES.glob("*/oracle.npz"))
 # One token of the 24 lies on the border of two codes, and four look at it.
 FLIPPED = {"bitnet-auto-bf16": 5}

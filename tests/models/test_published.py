@@ -142,6 +142,8 @@ def test_floats_to_train(stored, load):
 def test_the_report_names_what_was_decided(load):
     model = load(CASES["bitnet-divide"])
     rows = {row.path: row for row in model.report.rows}
+    assert isinstance(model.report, bj.models.LoadReport)
+    assert all(isinstance(row, bj.models.LoadedKernel) for row in model.report.rows)
     assert rows["layers/0/mlp/up"].why == "no linear_class, so bitlinear, offline"
     assert rows["embed"].kind == "float"
     assert str(model.report).startswith("path ")

@@ -13,7 +13,7 @@ from published import ORACLES, SMOLLM2
 
 import bitnet_jax as bj
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 PROMPTS = json.loads((ORACLES / "smollm2-135m-instruct-q4_1.json").read_text())
 TEXT = (
     "In the beginning God created the heaven and the earth. And the earth was without form, and "

@@ -58,6 +58,7 @@ def test_arguments_are_those_of_linear():
     nnx.update(made, nnx.state(theirs))  # a float checkpoint drops in
 
 
+@pytest.mark.optimised
 @cases(
     "fields",
     {

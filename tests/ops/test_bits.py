@@ -17,6 +17,8 @@ from cases import cases
 
 import bitnet_jax as bj
 
+pytestmark = pytest.mark.optimised
+
 INT8 = bj.ActivationConfig()
 PRESETS = {"b158": bj.B158, "phase4": bj.PHASE4, "twn": bj.TWN}
 CONFIGS = {

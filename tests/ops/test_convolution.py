@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from cases import cases
 from draws import normal
 from oracles import assert_same_bits
@@ -156,6 +157,7 @@ def test_groups_along_the_contraction(group):
 PACKED = [bj.B158, bj.PHASE4, bj.TWN, bj.Int8Config()]
 
 
+@pytest.mark.optimised
 @cases(
     ("name", "config"),
     [(name, config) for name in ("same", "strided", "groups", "circular") for config in PACKED],

@@ -10,6 +10,8 @@ from oracles import assert_same_bits
 import bitnet_jax as bj
 from bitnet_jax._quantize.pinned import pinned, widened
 
+pytestmark = pytest.mark.optimised
+
 FLOATS = ("float32", "bfloat16", "float16")
 
 

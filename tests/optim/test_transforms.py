@@ -140,3 +140,19 @@ def test_a_window_that_is_traced_is_refused():
     tx = optax.inject_hyperparams(bj.optim.grokfast_ma)(window_size=3)
     with pytest.raises(TypeError, match="static_args="):
         tx.init(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("grokfast_ema", bj.optim.GrokfastEmaState),
+        ("grokfast_ma", bj.optim.GrokfastMaState),
+        ("watch_trits", bj.optim.WatchTritsState),
+    ],
+)
+def test_states_have_public_types(name, kind):
+    assert isinstance(TRANSFORMS[name]().init({"kernel": jnp.ones((8, 4))}), kind)
+
+
+def test_presets_have_a_public_type():
+    assert all(isinstance(preset, bj.optim.MuGrokfastPhase) for preset in bj.optim.PHASES.values())

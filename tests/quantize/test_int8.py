@@ -57,6 +57,7 @@ def test_matmul_is_the_exact_integer_sum_scaled_once():
     np.testing.assert_allclose(bj.matmul(X, packed), want, rtol=3e-7)
 
 
+@pytest.mark.optimised
 def test_the_bits_of_training_everywhere():
     packed = bj.pack(W, INT8)
     y = bj.ternary_dot(X, W, INT8)
