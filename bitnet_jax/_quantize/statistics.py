@@ -31,7 +31,7 @@ def mean(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, 
     """The mean of each group; ``across`` all outputs, or of each output on its own."""
     n = magnitude.shape[-2] * (magnitude.shape[-1] if across else 1)
     # Times a reciprocal that is rounded here, once: compilers treat a division each their way.
-    return _capped(_total(magnitude, across) * np.float32(1 / n))
+    return _capped(total(magnitude, across) * np.float32(1 / n))
 
 
 def mean_of_kept(
@@ -41,8 +41,8 @@ def mean_of_kept(
     # Integers add up exactly in any order; only the floats need the tree.
     count = keep.sum(axis=(-2, -1) if across else -2, keepdims=True, dtype=jnp.int32)
     # Zeros in the place of what is not kept: the tree has one shape, whatever is kept.
-    total = _total(jnp.where(keep, magnitude, 0.0), across)
-    return _capped(total / jnp.maximum(count, 1).astype(jnp.float32))
+    summed = total(jnp.where(keep, magnitude, 0.0), across)
+    return _capped(summed / jnp.maximum(count, 1).astype(jnp.float32))
 
 
 def median(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 1 m"]:
@@ -82,7 +82,8 @@ def _pair_sum(v: Float32[Array, "..."], axis: int) -> Float32[Array, "..."]:
     return v
 
 
-def _total(v: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 1 m"]:
+def total(v: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 1 m"]:
+    """The sum of each group in an order that is fixed; ``across`` all outputs, or of each."""
     # Down the contraction first: a shard of outputs sums what the whole kernel sums.
     v = _pair_sum(v, axis=-2)
     return _pair_sum(v, axis=-1) if across else v
