@@ -29,6 +29,7 @@ from bitnet_jax._quantize.int8 import quantize_activations
 from bitnet_jax._quantize.straight_through import fake_quantize, fake_quantize_activations
 from bitnet_jax._quantize.strength import phase_in
 from bitnet_jax._quantize.ternary import Ternary, quantize
+from bitnet_jax._transform import ternarize
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import (
     combine,
@@ -77,6 +78,7 @@ __all__ = [
     "quantize",
     "quantize_activations",
     "sharding",
+    "ternarize",
     "ternary_dot",
     "unpack",
     "unpack_params",

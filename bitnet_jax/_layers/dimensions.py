@@ -76,17 +76,20 @@ class ConvCall(NamedTuple):
       convolution: strides, padding, dilation and groups.
       pad: what to pad the input with, by ``pad_mode``, before it.
       pad_mode: as of ``jnp.pad``; None: nothing to pad.
+      output_axis: of the kernel.
     """
 
     kernel_shape: Shape
     convolution: Convolution
     pad: tuple[tuple[int, int], ...] = ()
     pad_mode: str | None = None
+    output_axis: int = -1
 
     @property
     def contracting_axes(self) -> Shape:
         """Of the kernel: all but the outputs."""
-        return tuple(range(len(self.kernel_shape) - 1))
+        ndim = len(self.kernel_shape)
+        return tuple(a for a in range(ndim) if a != self.output_axis % ndim)
 
     @property
     def batch_axes(self) -> Shape:

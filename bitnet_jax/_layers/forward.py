@@ -127,6 +127,7 @@ def _train(
         **arithmetic._asdict(),
     }
     if isinstance(call, ConvCall):
+        how["contracting_axes"] = call.contracting_axes
         return ternary_conv(x, kernel, call.convolution, config.weights, **how)
     axes = {"contracting_axes": call.contracting_axes, "batch_axes": call.batch_axes}
     return ternary_dot(x, kernel, config.weights, **axes, **how)

@@ -36,6 +36,8 @@ class Convolution(NamedTuple):
       input_dilation: one for each axis of space.
       kernel_dilation: one for each axis of space.
       feature_groups: how many groups the channels fall into.
+      order: where the input channels and each axis of space lie in ``window``, for kernels
+        that are not stored channels last; None: (*space, channels).
     """
 
     window: tuple[int, ...]
@@ -44,6 +46,7 @@ class Convolution(NamedTuple):
     input_dilation: tuple[int, ...]
     kernel_dilation: tuple[int, ...]
     feature_groups: int = 1
+    order: tuple[int, ...] | None = None
 
     @property
     def token_axes(self) -> tuple[int, ...]:
@@ -121,7 +124,7 @@ class Convolution(NamedTuple):
         last = x.ndim - 1
         space = tuple(range(1, last))
         out = (0, last, *space)
-        kernel = (last, last - 1, *range(last - 1))
+        kernel = (last, *(self.order or (last - 1, *range(last - 1))))
         return lax.conv_general_dilated(
             x,
             w.reshape(*self.window, w.shape[-1]),  # (K, N) -> (*window, N), channels last in K

@@ -127,13 +127,15 @@ def ternary_conv(
     backward_dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
     kernel_spec: PartitionSpec | None = None,
+    contracting_axes: AxesLike | None = None,
 ) -> Float[Array, "b *out n"]:
     """:func:`ternary_dot` for a convolution: one gamma per example."""
     who = "ternary_conv"
-    spec = _checked(who, x, w, weights, activations, tuple(range(w.ndim - 1)), ())
+    # All axes but the outputs are contracted: the window, and the channels of a group.
+    window = tuple(range(w.ndim - 1)) if contracting_axes is None else contracting_axes
+    spec = _checked(who, x, w, weights, activations, window, ())
     parts, gather = _placement(who, _mesh.spec_of(x)[:1], w, spec, kernel_spec)
     backward = np.dtype(backward_dtype or jnp.float32)
-    # All axes but the outputs are contracted: the window, and the channels of a group.
     product = Contraction(convolution, weights, activations, backward, gather)
     dtype = dtype or jnp.promote_types(x.dtype, w.dtype)
 

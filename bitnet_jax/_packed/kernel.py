@@ -229,6 +229,17 @@ class Prepared:
     implementation: str
     config: TernaryConfig | Int8Config
     dtype: np.dtype = _FLOAT32
+    contracting_axes: tuple[int, ...] | None = None
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The shape of the float kernel this leaf stands for, its axes as they are stored."""
+        if self.contracting_axes is None:
+            return self.shape
+        ndim = len(self.contraction) + len(self.outputs)
+        contracted, outputs = iter(self.contraction), iter(self.outputs)
+        own = (a - ndim in self.contracting_axes for a in range(ndim))
+        return (*self.batch, *(next(contracted if met else outputs) for met in own))
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -271,6 +282,7 @@ class PreparedTernary(Prepared):
       implementation: the name of the only implementation that reads it.
       config: the quantiser that made it.
       dtype: the float dtype of the kernel it stands for.
+      contracting_axes: of the stored kernel, counted from the end; None: its first.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -379,7 +391,8 @@ _register(PackedTernary, ("length", "contracting_axes", "kernel_ndim", "config",
 _register(PackedInt8, ("contracting_axes", "kernel_ndim", "config", "dtype"))
 
 for _prepared in (PreparedTernary, PreparedInt8):
-    _register(_prepared, ("contraction", "outputs", "implementation", "config", "dtype"))
+    static = ("contraction", "outputs", "implementation", "config", "dtype", "contracting_axes")
+    _register(_prepared, static)
 
 
 def lay_out(packed: Stored, codes: UInt8[Array, "..."], implementation: str) -> Prepared:
@@ -397,6 +410,7 @@ def lay_out(packed: Stored, codes: UInt8[Array, "..."], implementation: str) -> 
         implementation=implementation,
         config=packed.config,
         dtype=packed.dtype,
+        contracting_axes=packed.contracting_axes,
     )
 
 

@@ -1,0 +1,251 @@
+"""Kernels that enter jitted, rematerialised, custom and sharded code.
+
+Each rule says what comes out (``analyse``), and runs the primitive again around the interpreted
+body (``run``), so that its policies, shardings and names stay. Kernels pass its boundary as
+they are stored, packed or not, and are seen inside as they were outside.
+
+A ``custom_jvp`` or ``custom_vjp`` that multiplies a kernel is run as what it computes: its own
+derivative is that of the float product. One that hands a kernel on keeps its derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax.sharding import PartitionSpec
+
+from bitnet_jax import _mesh
+from bitnet_jax._transform import loops
+from bitnet_jax._transform.kinds import AnyJaxpr, Eqn, Value
+from bitnet_jax._transform.layout import is_float
+from bitnet_jax._transform.marks import Mark
+from bitnet_jax._transform.tracked import Tracked, tracked, values_of, views_of
+from bitnet_jax._transform.view import View
+
+
+class Rule(NamedTuple):
+    """What is to be done where a kernel meets a higher-order primitive.
+
+    Attributes:
+      analyse: (analysis, equation, marks of the operands, times) -> marks of the results.
+      run: (interpreter, equation, operands) -> results.
+    """
+
+    analyse: Callable[..., list[Mark]]
+    run: Callable[..., list[Any]]
+
+
+class Interpreter(Protocol):
+    """What a rule needs of the interpreter."""
+
+    def body(self, jaxpr: AnyJaxpr, operands: Sequence[Any]) -> list[Any]:
+        """Runs a jaxpr; results may be kernels still."""
+        ...
+
+    def alike(self, views: Sequence[View | None]) -> Any:
+        """A key that is the same for operands that are quantised and seen the same way."""
+        ...
+
+    def arrays(self, operands: Sequence[Any], eqn: Eqn) -> list[jax.Array]:
+        """What the program sees, for an equation that computes with it."""
+        ...
+
+    jitted: dict[Any, Any]
+
+
+def _body(params: dict[str, Any]) -> Any:
+    return next(params[k] for k in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr") if k in params)
+
+
+def _analyse_call(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+    return analysis.walk(_body(eqn.params), marks, times)
+
+
+def _analyse_custom(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+    outs = analysis.walk(_body(eqn.params), marks, times)
+    plain = all(m.view is None or _as_stored(m.view) for m in (*marks, *outs))
+    # A kernel that it hands on otherwise than as stored has lost the derivative given for it.
+    return outs if plain else [_kept_or_changed(analysis, eqn, mark) for mark in outs]
+
+
+def _kept_or_changed(analysis: Any, eqn: Eqn, mark: Mark) -> Mark:
+    return mark if mark.view is None else Mark(None, analysis.sources(eqn, mark), mark.live)
+
+
+def _as_stored(view: View) -> bool:
+    return view.is_plain and not view.dtypes
+
+
+def _inline(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
+    return interpreter.body(_body(eqn.params), operands)
+
+
+class _Wrapped:
+    """An interpreted body as a function of pytrees, which remembers how its results are seen."""
+
+    def __init__(self, interpreter: Interpreter, jaxpr: AnyJaxpr, views: Sequence[View | None]):
+        self._interpreter, self._jaxpr, self._views = interpreter, jaxpr, views
+        self._seen: list[View | None] = []
+
+    def __call__(self, *values: Value) -> list[Any]:
+        outs = self._interpreter.body(self._jaxpr, tracked(values, self._views))
+        self._seen = views_of(outs)
+        return values_of(outs)
+
+    def results(self, values: Sequence[Any], views: Sequence[View | None]) -> list[Any]:
+        """The results, their kernels seen as leaves of the operands of this call."""
+        pairs = zip(self._views, views, strict=True)
+        leaf = {old.leaf: new.leaf for old, new in pairs if old is not None and new is not None}
+        seen = [v if v is None else v._replace(leaf=leaf[v.leaf]) for v in self._seen]
+        return tracked(values, seen)
+
+
+def _jit(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
+    params, views = eqn.params, views_of(operands)
+    if getattr(params["inline"], "name", params["inline"]) in (True, "JAX_EARLY"):
+        return _inline(interpreter, eqn, operands)
+    # A block that is called again, with other kernels of the same kind, is traced once.
+    key = id(eqn.params["jaxpr"]), interpreter.alike(views)
+    if key not in interpreter.jitted:
+        body = _Wrapped(interpreter, params["jaxpr"], views)
+        interpreter.jitted[key] = body, jax.jit(_named(body, params["name"]), **_how(eqn, views))
+    body, run = interpreter.jitted[key]
+    return body.results(run(*values_of(operands)), views)
+
+
+def _named(body: Any, name: str) -> Callable[..., list[Any]]:
+    def run(*values: Value) -> list[Any]:
+        return body(*values)
+
+    run.__name__ = run.__qualname__ = name
+    return run
+
+
+def _how(eqn: Eqn, views: Sequence[View | None]) -> dict[str, Any]:
+    """The keywords of a jitted function, but for the shardings of its kernels."""
+    params = eqn.params
+
+    def given(sharding: Any) -> Any:
+        return None if type(sharding).__name__ == "UnspecifiedValue" else sharding
+
+    how: dict[str, Any] = {"keep_unused": params["keep_unused"]}
+    ins = [None if v is not None else given(s) for v, s in _paired(views, params["in_shardings"])]
+    outs = [given(s) for s in params["out_shardings"]]
+    if any(s is not None for s in ins):
+        how["in_shardings"] = tuple(ins)
+    if any(s is not None for s in outs):
+        how["out_shardings"] = outs
+    donated = [
+        i for i, (v, d) in enumerate(_paired(views, params["donated_invars"])) if d and not v
+    ]
+    if donated:
+        how["donate_argnums"] = tuple(donated)
+    return how
+
+
+def _paired(views: Sequence[View | None], other: Sequence[Any]) -> Any:
+    return zip(views, other, strict=True)
+
+
+def _remat(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
+    views = views_of(operands)
+    body = _Wrapped(interpreter, eqn.params["jaxpr"], views)
+    how = {"policy": eqn.params["policy"], "prevent_cse": eqn.params["prevent_cse"]}
+    return body.results(jax.checkpoint(_named(body, "body"), **how)(*values_of(operands)), views)
+
+
+def _custom(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
+    outs = _inline(interpreter, eqn, operands)
+    kernels = [o for o in (*operands, *outs) if isinstance(o, Tracked)]
+    if not any(isinstance(o, Tracked) for o in outs) or not all(
+        _as_stored(o.view) and is_float(o.value) for o in kernels
+    ):
+        return outs
+    # Handed on as it is: by the primitive itself, with its own derivative.
+    params = eqn.primitive.get_bind_params(eqn.params)
+    bound = eqn.primitive.bind(*values_of(operands), **params)
+    return tracked(bound, views_of(outs))
+
+
+def _shards(spec: Any, view: View, mesh: Any) -> View | None:
+    """A kernel as one device sees it; None where a split axis is not one of the leaf's own."""
+    for at, entry in enumerate(spec):
+        size = 1
+        for name in _mesh.names(entry):
+            size *= mesh.shape[name]
+        if size == 1:
+            continue
+        narrow = view.narrow(at, view.shape[at] // size)
+        if narrow is None:
+            return None
+        view = narrow
+    return view
+
+
+def _analyse_shard_map(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+    params = eqn.params
+    mesh, inner = params["mesh"], []
+    for spec, mark in zip(params["in_specs"], marks, strict=True):
+        view = None if mark.view is None else _shards(spec, mark.view, mesh)
+        if mark.view is not None and view is None:
+            mark = Mark(None, analysis.sources(eqn, mark), mark.live)
+        inner.append(Mark(view, mark.changed, mark.live))
+    for name in params.get("newly_manual_axes", params.get("manual_axes", ())):
+        times *= mesh.shape[name]
+    outs = analysis.walk(params["jaxpr"], inner, times)
+    return [Mark(None, analysis.sources(eqn, mark), mark.live) for mark in outs]
+
+
+def _shard_map(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
+    params = eqn.params
+    seen, specs = [], []
+    for operand, spec in zip(operands, params["in_specs"], strict=True):
+        kernel = isinstance(operand, Tracked)
+        seen.append(_shards(spec, operand.view, params["mesh"]) if kernel else None)
+        specs.append(_stored_spec(spec, operand.view) if kernel else spec)
+    body = _Wrapped(interpreter, params["jaxpr"], seen)
+
+    def run(*values: Value) -> list[Any]:
+        return interpreter.arrays(tracked(body(*values), body._seen), eqn)
+
+    return jax.shard_map(
+        run,
+        mesh=params["mesh"],
+        in_specs=tuple(specs),
+        out_specs=list(params["out_specs"]),
+        axis_names=frozenset(params.get("newly_manual_axes", params.get("manual_axes", ()))),
+        check_vma=params["check_vma"],
+    )(*values_of(operands))
+
+
+def _stored_spec(spec: Any, view: View) -> PartitionSpec:
+    """The spec of a kernel as it is stored, from that of what the program sees."""
+    entries: dict[int, Any] = {}
+    for at, entry in enumerate(spec):
+        axis = view.whole(at)
+        if axis is not None and entry is not None:
+            entries[axis] = entry
+    return PartitionSpec(*(entries.get(a) for a in view.kept))
+
+
+_CALL = Rule(_analyse_call, _inline)
+
+RULES: dict[str, Rule] = {
+    "jit": Rule(_analyse_call, _jit),
+    "pjit": Rule(_analyse_call, _jit),
+    "remat2": Rule(_analyse_call, _remat),
+    "checkpoint": Rule(_analyse_call, _remat),
+    "custom_jvp_call": Rule(_analyse_custom, _custom),
+    "custom_vjp_call": Rule(_analyse_custom, _custom),
+    "custom_vmap_call": _CALL,
+    "core_call": _CALL,
+    "call": _CALL,
+    "closed_call": _CALL,
+    "core_closed_call": _CALL,
+    "shard_map": Rule(_analyse_shard_map, _shard_map),
+    "scan": Rule(loops.analyse_scan, loops.run_scan),
+    "while": Rule(loops.analyse_while, loops.run_while),
+    "cond": Rule(loops.analyse_cond, loops.run_cond),
+}

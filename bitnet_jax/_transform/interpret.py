@@ -1,0 +1,207 @@
+"""Runs a program with some of its leaves quantised where they are multiplied.
+
+The equations that no such leaf reaches are run as they are. The others move a kernel, multiply
+it, run code that does, or compute with it in float; for each there is a rule. Nothing here is
+left in the program: interpreting is tracing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bitnet_jax import _mesh
+from bitnet_jax._ops.gather import gathering
+from bitnet_jax._transform import jaxprs, layout
+from bitnet_jax._transform.higher_order import RULES
+from bitnet_jax._transform.kinds import AnyJaxpr, Eqn
+from bitnet_jax._transform.lookups import plan_lookup
+from bitnet_jax._transform.products import PRODUCTS, Chosen, plan_of
+from bitnet_jax._transform.tracked import Tracked, shown
+from bitnet_jax._transform.view import View
+from bitnet_jax._tree.leaves import placement
+
+
+class Interpreter:
+    """Runs one program.
+
+    Args:
+      chosen: the quantised leaves, by their number.
+    """
+
+    def __init__(self, chosen: dict[int, Chosen]):
+        self._chosen = chosen
+        self.jitted: dict[Any, Any] = {}
+
+    def body(self, jaxpr: AnyJaxpr, operands: Sequence[Any]) -> list[Any]:
+        """Runs a jaxpr; operands and results are arrays, and kernels on their way."""
+        inner, consts = jaxprs.opened(jaxpr)
+        return _Run(self, inner, consts, operands).results()
+
+    def alike(self, views: Sequence[View | None]) -> Any:
+        """A key that is the same for operands that are quantised and seen the same way."""
+
+        def one(view: View | None) -> Any:
+            if view is None:
+                return None
+            chosen = self._chosen[view.leaf]
+            spec = placement(chosen.box) if gathering() else None
+            return view._replace(leaf=0), chosen.config, spec
+
+        return tuple(map(one, views))
+
+    def arrays(self, operands: Sequence[Any], eqn: Eqn) -> list[jax.Array]:
+        """What the program sees of its operands; refuses packed kernels."""
+        return [
+            shown(o, self._chosen[o.view.leaf].where, eqn.primitive.name)
+            if isinstance(o, Tracked)
+            else o
+            for o in operands
+        ]
+
+    def meet(self, eqn: Eqn, operands: list[Any], uncast: jax.Array | None) -> list[Any]:
+        """A product or a look-up; ``uncast``: the input as it was before the layer cast it."""
+        sides = [i for i, o in enumerate(operands) if isinstance(o, Tracked)]
+        (side,) = sides  # two kernels that meet were refused
+        view, value = operands[side]
+        lookup = eqn.primitive.name == "gather"
+        plan = (plan_lookup if lookup else plan_of)(eqn, side, view)
+        assert not isinstance(plan, str)  # such leaves were not chosen
+        x = operands[1 - side] if uncast is None else uncast
+        return [_placed(plan.run(eqn, self._chosen[view.leaf], x, value), eqn.outvars[0].aval)]
+
+
+def _placed(y: jax.Array, aval: Any) -> jax.Array:
+    """A result where its equation said: on Explicit mesh axes, and on those of a shard_map."""
+    varies = aval.manual_axis_type.varying - jax.typeof(y).manual_axis_type.varying
+    if varies:
+        y = jax.lax.pcast(y, tuple(sorted(varies)), to="varying")
+    wanted = getattr(aval, "sharding", None)
+    if wanted is None or not _mesh.is_typed(y) or wanted.spec == jax.typeof(y).sharding.spec:
+        return y
+    return jax.sharding.reshard(y, wanted.spec)
+
+
+class _Run:
+    """One evaluation of one jaxpr. Plain equations wait, and run together when they must."""
+
+    def __init__(self, interpreter: Interpreter, jaxpr: AnyJaxpr, consts: Any, operands: Any):
+        self._interpreter, self._jaxpr = interpreter, jaxpr
+        self._values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        self._values.update(zip(jaxpr.invars, operands, strict=True))
+        self._waiting: list[Any] = []
+        self._casts: dict[Any, tuple[Any, str]] = {}
+        self._last = _last_uses(jaxpr)
+
+    def results(self) -> list[Any]:
+        """Runs all of it."""
+        for at, eqn in enumerate(self._jaxpr.eqns):
+            if any(isinstance(self._values.get(v), Tracked) for v in _variables(eqn)):
+                self._special(at, eqn)
+            else:
+                self._waiting.append(eqn)
+                if eqn.primitive.name == "convert_element_type" and _between_floats(eqn):
+                    self._casts[eqn.outvars[0]] = eqn.invars[0], jaxprs.scope(eqn)
+        self._catch_up(len(self._jaxpr.eqns))
+        return [self._read(v) for v in self._jaxpr.outvars]
+
+    def _read(self, atom: Any) -> Any:
+        return self._values[atom] if jaxprs.is_variable(atom) else atom.val
+
+    def _catch_up(self, at: int) -> None:
+        """Runs the equations that wait, for whoever needs their results from ``at`` on."""
+        if self._waiting:
+            made = dict.fromkeys(v for eqn in self._waiting for v in eqn.outvars)
+            needed = [v for v in made if self._last.get(v, -1) >= at]
+            done = jaxprs.evaluate(self._jaxpr, self._waiting, needed, self._values)
+            self._values.update(zip(needed, done, strict=True))
+            self._waiting = []
+
+    def _special(self, at: int, eqn: Eqn) -> None:
+        """An equation that a kernel reaches."""
+        name = eqn.primitive.name
+        variables = _variables(eqn)
+        if any(v not in self._values for v in variables):
+            self._catch_up(at)
+        operands = [self._read(v) for v in eqn.invars]
+        with jaxprs.inside(eqn):
+            if name in RULES:
+                outs = RULES[name].run(self._interpreter, eqn, operands)
+            elif name == "optimization_barrier":
+                outs = _barrier(operands)
+            elif (name in PRODUCTS or name == "gather") and self._is_met(operands):
+                outs = self._interpreter.meet(eqn, operands, self._uncast(eqn, operands))
+            else:
+                outs = self._moved(eqn, operands) or self._computed(eqn, operands)
+        self._values.update(zip(eqn.outvars, outs, strict=True))
+
+    @staticmethod
+    def _is_met(operands: list[Any]) -> bool:
+        return sum(isinstance(o, Tracked) for o in operands) == 1
+
+    def _moved(self, eqn: Eqn, operands: list[Any]) -> list[Any] | None:
+        kernels = [i for i, o in enumerate(operands) if isinstance(o, Tracked)]
+        if len(kernels) != 1:
+            return None
+        view, value = operands[kernels[0]]
+        steps = layout.follow(eqn, kernels[0], view)
+        if steps is None:
+            return None
+        return [
+            Tracked(s.view, value if s.change is None else s.change(value, operands)) for s in steps
+        ]
+
+    def _computed(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
+        params = eqn.primitive.get_bind_params(eqn.params)
+        outs = eqn.primitive.bind(*self._interpreter.arrays(operands, eqn), **params)
+        return outs if eqn.primitive.multiple_results else [outs]
+
+    def _uncast(self, eqn: Eqn, operands: list[Any]) -> jax.Array | None:
+        """The input before the cast that its own layer made: it is quantised as the kernel is."""
+        (atom,) = (v for v, o in zip(eqn.invars, operands, strict=True) if not _is_kernel(o))
+        if not jaxprs.is_variable(atom) or atom not in self._casts:
+            return None
+        source, scope = self._casts[atom]
+        if scope != jaxprs.scope(eqn):
+            return None
+        value = self._values.get(source)
+        return None if isinstance(value, Tracked) else value
+
+
+def _is_kernel(operand: Any) -> bool:
+    return isinstance(operand, Tracked)
+
+
+def _variables(eqn: Eqn) -> list[Any]:
+    return [v for v in eqn.invars if jaxprs.is_variable(v)]
+
+
+def _between_floats(eqn: Eqn) -> bool:
+    (v,) = eqn.invars
+    kinds = v.aval.dtype, eqn.params["new_dtype"]
+    return jaxprs.is_variable(v) and all(jnp.issubdtype(k, jnp.floating) for k in kinds)
+
+
+def _last_uses(jaxpr: AnyJaxpr) -> dict[Any, int]:
+    """Where each variable is read last; the input of a cast as long as its result."""
+    last: dict[Any, int] = {}
+    casts: dict[Any, Any] = {}
+    for at, eqn in enumerate(jaxpr.eqns):
+        for v in _variables(eqn):
+            last[v] = at
+            if v in casts:
+                last[casts[v]] = at
+        if eqn.primitive.name == "convert_element_type" and jaxprs.is_variable(eqn.invars[0]):
+            casts[eqn.outvars[0]] = eqn.invars[0]
+    last.update(dict.fromkeys((v for v in jaxpr.outvars if jaxprs.is_variable(v)), len(jaxpr.eqns)))
+    return last
+
+
+def _barrier(operands: list[Any]) -> list[Any]:
+    """The barrier over what is no kernel: a kernel is quantised after it all the same."""
+    rest = [o for o in operands if not _is_kernel(o)]
+    held = iter(jax.lax.optimization_barrier(rest) if rest else ())
+    return [o if _is_kernel(o) else next(held) for o in operands]

@@ -1,0 +1,105 @@
+"""Where rows of a table are looked up: ``gather``, from an int8 embedding.
+
+A row has one scale, so the features are what a table contracts over, as where it is attended.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bitnet_jax._layers.forward import embed_lookup
+from bitnet_jax._packed.adapted import Adapted
+from bitnet_jax._quantize.straight_through import fake_quantize
+from bitnet_jax._quantize.strength import ambient
+from bitnet_jax._transform.kinds import Eqn, Value
+from bitnet_jax._transform.layout import is_float
+from bitnet_jax._transform.products import Chosen
+from bitnet_jax._transform.view import View
+
+
+class LookupPlan(NamedTuple):
+    """A ``gather`` of whole rows; see ``products.Plan``.
+
+    Attributes:
+      view: of the table.
+      contracting: the leaf's axes that a row has: its features.
+      batch: the leaf's axes that were mapped.
+    """
+
+    view: View
+    contracting: tuple[int, ...]
+    batch: tuple[int, ...]
+
+    def run(self, eqn: Eqn, chosen: Chosen, index: jax.Array, value: Value) -> jax.Array:
+        """The rows, from an int8 table."""
+        if not is_float(value):
+            return self._stored_rows(eqn, chosen, index, value)
+        view = self.view
+        table = fake_quantize(
+            value,
+            chosen.config.weights,
+            contracting_axes=tuple(map(view.position, self.contracting)),
+            batch_axes=tuple(map(view.position, self.batch)),
+            strength=ambient(None),
+        )
+        params = eqn.primitive.get_bind_params(eqn.params)
+        return eqn.primitive.bind(view.shown(table), index, **params)
+
+    def _stored_rows(self, eqn: Eqn, chosen: Chosen, index: jax.Array, value: Value) -> jax.Array:
+        if isinstance(value, Adapted):
+            _raise_adapted_table(chosen.where)
+        numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
+        if self.batch or value.ndim != 2 or not self.view.is_plain:
+            _raise_not_rows(chosen.where, value.shape)
+        rows = value.shape[0]
+        at = index[..., 0].astype(jnp.int32)
+        if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+            # Here a negative index is as far out as one too large: it is not counted from the end.
+            at = jnp.where(at < 0, rows, at)
+        else:
+            at = jnp.clip(at, 0, rows - 1)
+        y = embed_lookup(chosen.where, chosen.config.weights, value, at, aval.dtype, None)
+        return jnp.moveaxis(y, -1, numbers.offset_dims[0])
+
+
+def plan_lookup(eqn: Eqn, side: int, view: View) -> LookupPlan | str:
+    """How a ``gather`` looks rows up in the table that is its operand ``side``, or why not."""
+    if side != 0:
+        return "it is the index of a gather"
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    single = numbers.collapsed_slice_dims
+    mapped = tuple(numbers.operand_batching_dims)
+    rows = all(n == view.shape[a] for a, n in enumerate(sizes) if a not in (*single, *mapped))
+    if not rows or tuple(single) != tuple(numbers.start_index_map) or not single:
+        return "`gather` takes windows of it"
+    axes = [view.whole(a) for a in range(view.ndim)]
+    if any(axis is None for axis in axes):
+        return "`gather` takes a part of its axes"
+    features = [axes[a] for a in range(view.ndim) if a not in (*single, *mapped)]
+    if not features:
+        return "`gather` takes single weights of it"
+    cut = view.cut & {*features}
+    if cut:
+        return f"only a part of its axis {min(cut)} is taken"
+    batch = tuple(sorted(axes[a] for a in mapped))  # pyright: ignore[reportArgumentType]
+    return LookupPlan(view, tuple(sorted(features)), batch)  # pyright: ignore[reportArgumentType]
+
+
+def _raise_not_rows(path: str, shape: Any) -> NoReturn:
+    """Refuses a look-up in a packed table that is not (vocabulary, features)."""
+    raise NotImplementedError(
+        f"ternarize: the packed table at {path} has shape {tuple(shape)}, and rows are looked up "
+        "in tables (vocabulary, features) as they are stored. Leave it in float (select=)."
+    )
+
+
+def _raise_adapted_table(path: str) -> NoReturn:
+    """Refuses a look-up in a table with an adapter."""
+    raise NotImplementedError(
+        f"ternarize: the table at {path} has an adapter, and rows are looked up, which no low-rank "
+        "update reaches. Leave it out of bj.lora.init (select=)."
+    )

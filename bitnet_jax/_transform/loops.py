@@ -1,0 +1,194 @@
+"""Kernels that enter ``scan``, ``while`` and ``cond``.
+
+A kernel that a loop scans over is sliced, each slice with a scale of its own, whatever axis it
+is stacked along. One that a loop carries on unchanged is as good as a constant of it. One that
+comes out of a loop or a branch is computed there: it is float from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from bitnet_jax._transform.jaxprs import opened, scan_parts
+from bitnet_jax._transform.kinds import AnyJaxpr, Eqn, Value
+from bitnet_jax._transform.layout import leading
+from bitnet_jax._transform.marks import Mark
+from bitnet_jax._transform.tracked import Tracked, tracked, values_of, views_of
+from bitnet_jax._transform.view import View
+
+
+def _unchanged(jaxpr: AnyJaxpr, first: int, count: int) -> list[bool]:
+    """Which of what a loop carries its body hands on as it is."""
+    inner, _ = opened(jaxpr)
+    pairs = zip(inner.invars[first : first + count], inner.outvars[:count], strict=True)
+    return [a is b for a, b in pairs]
+
+
+def _carried(analysis: Any, eqn: Eqn, marks: Sequence[Mark], same: Sequence[bool]) -> list[Mark]:
+    """The marks of what a loop carries: kernels that it changes are kernels no more."""
+    done = []
+    for mark, keeps in zip(marks, same, strict=True):
+        if keeps:
+            done.append(mark)
+        else:
+            done.append(Mark(None, analysis.sources(eqn, mark), live=True))
+    return done
+
+
+def _around(
+    walk: Callable[[list[Mark], float], list[Mark]], carried: list[Mark], times: float
+) -> list[Mark]:
+    """The marks of what a loop hands on; what it computes from a kernel comes round again."""
+    outs = walk(carried, times)
+    again = [
+        a if a.view is not None else Mark(None, {**b.changed, **a.changed}, a.live)
+        for a, b in zip(carried, outs[: len(carried)], strict=True)
+    ]
+    if again != carried:
+        outs = walk(again, 0.0)
+    ends = [a if a.view is not None else b for a, b in zip(again, outs, strict=False)]
+    return [*ends, *outs[len(carried) :]]
+
+
+def _step(view: View) -> View | None:
+    """A stacked kernel as one step of a scan sees it; None: it is not stacked along an axis."""
+    one = view if view.shape[0] == 1 and not view.parts[0] else view.take(0)
+    return None if one is None else one.squeeze((0,))
+
+
+def analyse_scan(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+    """What comes out of a scan; see ``higher_order.Rule``."""
+    jaxpr, length = eqn.params["jaxpr"], eqn.params["length"]
+    n, m = scan_parts(eqn.params)
+    carried = _carried(analysis, eqn, marks[n : n + m], _unchanged(jaxpr, n, m))
+    steps = []
+    for mark in marks[n + m :]:
+        view = None if mark.view is None else _step(mark.view)
+        if mark.view is not None and view is None:
+            mark = Mark(None, analysis.sources(eqn, mark), mark.live)
+        steps.append(Mark(view, mark.changed, mark.live))
+
+    def walk(carried: list[Mark], times: float) -> list[Mark]:
+        return analysis.walk(jaxpr, [*marks[:n], *carried, *steps], times)
+
+    outs = _around(walk, carried, times * length)
+    return [*outs[:m], *(Mark(None, analysis.sources(eqn, o), o.live) for o in outs[m:])]
+
+
+def run_scan(interpreter: Any, eqn: Eqn, operands: list[Any]) -> list[Any]:
+    """A scan with its body interpreted."""
+    params = eqn.params
+    n, m = scan_parts(params)
+    fixed, carry = operands[:n], operands[n : n + m]
+    kept = _kept(carry, _unchanged(params["jaxpr"], n, m))
+    start = interpreter.arrays([c for c, k in zip(carry, kept, strict=True) if k is None], eqn)
+    steps, xs = [], []
+    for operand in operands[n + m :]:
+        view = _step(operand.view) if isinstance(operand, Tracked) else None
+        steps.append(view)
+        if view is None:
+            xs += interpreter.arrays([operand], eqn)
+        else:
+            xs.append(_stacked(operand, view))
+
+    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = interpreter.body(
+            params["jaxpr"], [*fixed, *_filled(kept, carry), *tracked(x, steps)]
+        )
+        left = [o for o, k in zip(outs[:m], kept, strict=True) if k is None]
+        return interpreter.arrays(left, eqn), interpreter.arrays(outs[m:], eqn)
+
+    how = {name: params[name] for name in ("length", "reverse", "unroll") if name in params}
+    if params.get("_split_transpose"):
+        how["_split_transpose"] = True
+    end, ys = lax.scan(body, start, xs, **how)
+    return [*_filled(kept, end), *ys]
+
+
+def _stacked(kernel: Tracked, step: View) -> Any:
+    """A kernel with the axis first that a scan steps along."""
+    for axis in {*kernel.view.kept} - {*step.kept}:
+        return leading(kernel.value, kernel.view.position(axis))
+    return jax.tree.map(lambda a: a[None], kernel.value)  # one slice was taken off it before
+
+
+def _kept(carry: Sequence[Any], same: Sequence[bool]) -> list[Any]:
+    """The kernels that a loop carries on unchanged; None for the rest."""
+    pairs = zip(carry, same, strict=True)
+    return [c if keeps and isinstance(c, Tracked) else None for c, keeps in pairs]
+
+
+def _filled(kept: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
+    """What a loop carries, its kernels put back in."""
+    left = iter(rest)
+    return [next(left) if k is None else k for k in kept]
+
+
+def analyse_while(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+    """What comes out of a while loop, whose body counts once; see ``higher_order.Rule``."""
+    params = eqn.params
+    c, b = params["cond_nconsts"], params["body_nconsts"]
+    same = _unchanged(params["body_jaxpr"], b, len(marks) - c - b)
+    carried = _carried(analysis, eqn, marks[c + b :], same)
+    analysis.walk(params["cond_jaxpr"], [*marks[:c], *carried], times)
+
+    def walk(carried: list[Mark], times: float) -> list[Mark]:
+        return analysis.walk(params["body_jaxpr"], [*marks[c : c + b], *carried], times)
+
+    return _around(walk, carried, times)
+
+
+def run_while(interpreter: Any, eqn: Eqn, operands: list[Any]) -> list[Any]:
+    """A while loop with its condition and its body interpreted."""
+    params = eqn.params
+    c, b = params["cond_nconsts"], params["body_nconsts"]
+    of_cond, of_body, carry = operands[:c], operands[c : c + b], operands[c + b :]
+    kept = _kept(carry, _unchanged(params["body_jaxpr"], b, len(carry)))
+    start = interpreter.arrays([x for x, k in zip(carry, kept, strict=True) if k is None], eqn)
+
+    def condition(carry: list[Any]) -> Any:
+        outs = interpreter.body(params["cond_jaxpr"], [*of_cond, *_filled(kept, carry)])
+        return interpreter.arrays(outs, eqn)[0]
+
+    def body(carry: list[Any]) -> list[Any]:
+        outs = interpreter.body(params["body_jaxpr"], [*of_body, *_filled(kept, carry)])
+        return interpreter.arrays([o for o, k in zip(outs, kept, strict=True) if k is None], eqn)
+
+    return _filled(kept, lax.while_loop(condition, body, start))
+
+
+def analyse_cond(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+    """What comes out of a conditional, whose branches count as their mean."""
+    branches = eqn.params["branches"]
+    times = times / len(branches)
+    each = [analysis.walk(branch, marks[1:], times) for branch in branches]
+    done = []
+    for outs in zip(*each, strict=True):
+        sources = {leaf: c for mark in outs for leaf, c in analysis.sources(eqn, mark).items()}
+        done.append(Mark(None, sources, any(mark.live for mark in (*outs, marks[0]))))
+    return done
+
+
+def run_cond(interpreter: Any, eqn: Eqn, operands: list[Any]) -> list[Any]:
+    """A conditional with its branches interpreted."""
+    index, *operands = operands
+    views, values = views_of(operands), values_of(operands)
+
+    def interpreted(branch: Any) -> Callable[..., list[Any]]:
+        def run(*values: Value) -> list[Any]:
+            return interpreter.arrays(interpreter.body(branch, tracked(values, views)), eqn)
+
+        return run
+
+    branches = [interpreted(branch) for branch in eqn.params["branches"]]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return lax.switch(index, branches, *values)
+    pairs = list(zip(branches, platforms, strict=True))
+    named = {name: branch for branch, names in pairs for name in names or ()}
+    default = next((branch for branch, names in pairs if names is None), None)
+    return lax.platform_dependent(*values, default=default, **named)

@@ -1,0 +1,87 @@
+"""What an analysis knows of the arrays of a program, and what it finds out about its leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from bitnet_jax._transform.view import View
+
+
+class Changed(NamedTuple):
+    """Something computed from a leaf.
+
+    Attributes:
+      primitive: what computed it.
+      size: how many numbers it is now.
+    """
+
+    primitive: str
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """What is known of one array of the program.
+
+    Attributes:
+      view: the leaf that it is.
+      changed: the leaves that it was computed from, and may stand for.
+      live: whether it depends on anything but parameters and constants.
+    """
+
+    view: View | None = None
+    changed: dict[int, Changed] = dataclasses.field(default_factory=dict)
+    live: bool = True
+
+    @property
+    def leaves(self) -> set[int]:
+        """The leaves that it is, or was computed from."""
+        return {*self.changed} | (set() if self.view is None else {self.view.leaf})
+
+
+LIVE, KNOWN = Mark(), Mark(live=False)
+
+
+class Use(NamedTuple):
+    """One product, or one look-up, that a leaf reaches.
+
+    Attributes:
+      leaf: which.
+      primitive: its name.
+      contracting: the leaf's axes.
+      batch: the leaf's axes, those included off which slices were taken.
+      problem: why there is no ternary form of it; None: there is.
+      partner: the other operand, where that is a leaf too.
+      beside: whether that other operand is spread over a batch, as an input is.
+      multiplications: as often as it is run.
+    """
+
+    leaf: int
+    primitive: str
+    contracting: tuple[int, ...]
+    batch: tuple[int, ...]
+    problem: str | None
+    partner: int | None
+    beside: bool
+    multiplications: float
+
+
+@dataclasses.dataclass
+class Found:
+    """What a program does with its leaves.
+
+    Attributes:
+      uses: products and look-ups.
+      changed: leaf to the primitive that changes it before it is multiplied.
+      read: leaf to the other primitives that compute with it.
+      missing: leaf to a higher-order primitive that has no rule, and where it is.
+      multiplications: of the whole program. A loop of unknown length counts once, and a
+        conditional as the mean of its branches.
+    """
+
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    changed: dict[int, str] = dataclasses.field(default_factory=dict)
+    read: dict[int, list[str]] = dataclasses.field(default_factory=dict)
+    missing: dict[int, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    multiplications: float = 0.0
