@@ -11,7 +11,7 @@ derivative is that of the float product. One that hands a kernel on keeps its de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import PartitionSpec
@@ -37,6 +37,7 @@ class Rule(NamedTuple):
     run: Callable[..., list[Any]]
 
 
+@runtime_checkable
 class Interpreter(Protocol):
     """What a rule needs of the interpreter."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class Chosen(NamedTuple):
     box: Any = None
 
 
+@runtime_checkable
 class Plan(Protocol):
     """How one product meets its kernel.
 
