@@ -117,7 +117,7 @@ def ternary_dot(
 
 def ternary_conv(
     x: Float[Array, "b *space c"],
-    w: Float[Array, "*window n"],
+    w: Kernel,
     convolution: Convolution,
     weights: KernelConfig = B158,
     *,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import jax
-
 from bitnet_jax import _checks
 from bitnet_jax._quantize.config import Int8Config, KernelConfig
 from bitnet_jax._quantize.kernel_spec import contraction_spec
@@ -170,9 +168,8 @@ class _Reach(NamedTuple):
         """Why a config is none for the shape and the axes of this leaf."""
         use = self.uses[0]
         who = f"{WHO}: {self.one.where}"
-        shape = jax.ShapeDtypeStruct(self.one.leaf.shape, self.one.leaf.dtype)
         try:
-            contraction_spec(who, shape, config, use.contracting, use.batch)
+            contraction_spec(who, self.one.leaf, config, use.contracting, use.batch)
         except ValueError as error:
             return error
         return None

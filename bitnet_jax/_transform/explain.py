@@ -110,16 +110,16 @@ def _axes_text(row: Reached) -> str:
 
 
 def _flops_text(flops: float) -> str:
-    units = ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"]
+    units = ["TFLOP", "GFLOP", "MFLOP", "kFLOP", "FLOP"]
     while flops >= 1000 and len(units) > 1:
-        flops, units = flops / 1000, units[1:]
-    return f"{flops:.3g} {units[0]}"
+        flops, _ = flops / 1000, units.pop()
+    return f"{flops:.3g} {units[-1]}"
 
 
 def coverage(
     candidates: Sequence[Candidate | None], decisions: Sequence[Decision | None], found: Found
 ) -> ProgramCoverage:
-    """The table of what an analysis found and was decided."""
+    """The table of what a survey found and was decided."""
     rows = []
     whole = found.multiplications or 1.0
     for i, (one, decision) in enumerate(zip(candidates, decisions, strict=True)):

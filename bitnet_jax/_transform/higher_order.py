@@ -11,17 +11,17 @@ derivative is that of the float product. One that hands a kernel on keeps its de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from bitnet_jax import _mesh
 from bitnet_jax._transform import loops
-from bitnet_jax._transform.kinds import AnyJaxpr, Eqn, Value
+from bitnet_jax._transform.jaxprs import Eqn, Jaxpr
 from bitnet_jax._transform.layout import is_float
-from bitnet_jax._transform.marks import Mark
-from bitnet_jax._transform.tracked import Tracked, tracked, values_of, views_of
+from bitnet_jax._transform.marks import Mark, Walker
+from bitnet_jax._transform.tracked import Interpreter, Tracked, tracked, values_of, views_of
 from bitnet_jax._transform.view import View
 
 
@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     """What is to be done where a kernel meets a higher-order primitive.
 
     Attributes:
-      analyse: (analysis, equation, marks of the operands, times) -> marks of the results.
+      analyse: (survey, equation, marks of the operands, times) -> marks of the results.
       run: (interpreter, equation, operands) -> results.
     """
 
@@ -37,42 +37,23 @@ class Rule(NamedTuple):
     run: Callable[..., list[Any]]
 
 
-@runtime_checkable
-class Interpreter(Protocol):
-    """What a rule needs of the interpreter."""
-
-    def body(self, jaxpr: AnyJaxpr, operands: Sequence[Any]) -> list[Any]:
-        """Runs a jaxpr; results may be kernels still."""
-        ...
-
-    def alike(self, views: Sequence[View | None]) -> Any:
-        """A key that is the same for operands that are quantised and seen the same way."""
-        ...
-
-    def arrays(self, operands: Sequence[Any], eqn: Eqn) -> list[jax.Array]:
-        """What the program sees, for an equation that computes with it."""
-        ...
-
-    jitted: dict[Any, Any]
-
-
 def _body(params: dict[str, Any]) -> Any:
     return next(params[k] for k in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr") if k in params)
 
 
-def _analyse_call(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
-    return analysis.walk(_body(eqn.params), marks, times)
+def _analyse_call(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+    return survey.walk(_body(eqn.params), marks, times)
 
 
-def _analyse_custom(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
-    outs = analysis.walk(_body(eqn.params), marks, times)
+def _analyse_custom(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+    outs = survey.walk(_body(eqn.params), marks, times)
     plain = all(m.view is None or _as_stored(m.view) for m in (*marks, *outs))
     # A kernel that it hands on otherwise than as stored has lost the derivative given for it.
-    return outs if plain else [_kept_or_changed(analysis, eqn, mark) for mark in outs]
+    return outs if plain else [_kept_or_changed(survey, eqn, mark) for mark in outs]
 
 
-def _kept_or_changed(analysis: Any, eqn: Eqn, mark: Mark) -> Mark:
-    return mark if mark.view is None else Mark(None, analysis.sources(eqn, mark), mark.live)
+def _kept_or_changed(survey: Walker, eqn: Eqn, mark: Mark) -> Mark:
+    return mark if mark.view is None else Mark(None, survey.sources(eqn, mark), mark.live)
 
 
 def _as_stored(view: View) -> bool:
@@ -86,11 +67,11 @@ def _inline(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any
 class _Wrapped:
     """An interpreted body as a function of pytrees, which remembers how its results are seen."""
 
-    def __init__(self, interpreter: Interpreter, jaxpr: AnyJaxpr, views: Sequence[View | None]):
+    def __init__(self, interpreter: Interpreter, jaxpr: Jaxpr, views: Sequence[View | None]):
         self._interpreter, self._jaxpr, self._views = interpreter, jaxpr, views
         self._seen: list[View | None] = []
 
-    def __call__(self, *values: Value) -> list[Any]:
+    def __call__(self, *values: Any) -> list[Any]:
         outs = self._interpreter.body(self._jaxpr, tracked(values, self._views))
         self._seen = views_of(outs)
         return values_of(outs)
@@ -116,8 +97,8 @@ def _jit(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
     return body.results(run(*values_of(operands)), views)
 
 
-def _named(body: Any, name: str) -> Callable[..., list[Any]]:
-    def run(*values: Value) -> list[Any]:
+def _named(body: _Wrapped, name: str) -> Callable[..., list[Any]]:
+    def run(*values: Any) -> list[Any]:
         return body(*values)
 
     run.__name__ = run.__qualname__ = name
@@ -128,7 +109,7 @@ def _how(eqn: Eqn, views: Sequence[View | None]) -> dict[str, Any]:
     """The keywords of a jitted function, but for the shardings of its kernels."""
     params = eqn.params
 
-    def given(sharding: Any) -> Any:
+    def given(sharding: object) -> Any:
         return None if type(sharding).__name__ == "UnspecifiedValue" else sharding
 
     how: dict[str, Any] = {"keep_unused": params["keep_unused"]}
@@ -170,7 +151,7 @@ def _custom(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any
     return tracked(bound, views_of(outs))
 
 
-def _shards(spec: Any, view: View, mesh: Any) -> View | None:
+def _shards(spec: PartitionSpec, view: View, mesh: AbstractMesh | Mesh) -> View | None:
     """A kernel as one device sees it; None where a split axis is not one of the leaf's own."""
     for at, entry in enumerate(spec):
         size = 1
@@ -185,18 +166,18 @@ def _shards(spec: Any, view: View, mesh: Any) -> View | None:
     return view
 
 
-def _analyse_shard_map(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+def _analyse_shard_map(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
     params = eqn.params
     mesh, inner = params["mesh"], []
     for spec, mark in zip(params["in_specs"], marks, strict=True):
         view = None if mark.view is None else _shards(spec, mark.view, mesh)
         if mark.view is not None and view is None:
-            mark = Mark(None, analysis.sources(eqn, mark), mark.live)
+            mark = Mark(None, survey.sources(eqn, mark), mark.live)
         inner.append(Mark(view, mark.changed, mark.live))
     for name in params.get("newly_manual_axes", params.get("manual_axes", ())):
         times *= mesh.shape[name]
-    outs = analysis.walk(params["jaxpr"], inner, times)
-    return [Mark(None, analysis.sources(eqn, mark), mark.live) for mark in outs]
+    outs = survey.walk(params["jaxpr"], inner, times)
+    return [Mark(None, survey.sources(eqn, mark), mark.live) for mark in outs]
 
 
 def _shard_map(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
@@ -208,7 +189,7 @@ def _shard_map(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[
         specs.append(_stored_spec(spec, operand.view) if kernel else spec)
     body = _Wrapped(interpreter, params["jaxpr"], seen)
 
-    def run(*values: Value) -> list[Any]:
+    def run(*values: Any) -> list[Any]:
         return interpreter.arrays(tracked(body(*values), body._seen), eqn)
 
     return jax.shard_map(
@@ -221,7 +202,7 @@ def _shard_map(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[
     )(*values_of(operands))
 
 
-def _stored_spec(spec: Any, view: View) -> PartitionSpec:
+def _stored_spec(spec: PartitionSpec, view: View) -> PartitionSpec:
     """The spec of a kernel as it is stored, from that of what the program sees."""
     entries: dict[int, Any] = {}
     for at, entry in enumerate(spec):

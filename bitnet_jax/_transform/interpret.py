@@ -12,15 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
+from jax.typing import ArrayLike
 
 from bitnet_jax import _mesh
 from bitnet_jax._ops.gather import gathering
+from bitnet_jax._quantize.pinned import pinned
 from bitnet_jax._transform import jaxprs, layout
 from bitnet_jax._transform.higher_order import RULES
-from bitnet_jax._transform.kinds import AnyJaxpr, Eqn
-from bitnet_jax._transform.lookups import plan_lookup
-from bitnet_jax._transform.products import PRODUCTS, Chosen, plan_of
-from bitnet_jax._transform.tracked import Tracked, shown
+from bitnet_jax._transform.jaxprs import Atom, Eqn, Jaxpr
+from bitnet_jax._transform.products import MEETS, MULTIPLIES, plan_of
+from bitnet_jax._transform.site import Chosen, Site
+from bitnet_jax._transform.tracked import Operand, Tracked, shown
 from bitnet_jax._transform.view import View
 from bitnet_jax._tree.leaves import placement
 
@@ -36,7 +39,7 @@ class Interpreter:
         self._chosen = chosen
         self.jitted: dict[Any, Any] = {}
 
-    def body(self, jaxpr: AnyJaxpr, operands: Sequence[Any]) -> list[Any]:
+    def body(self, jaxpr: Jaxpr, operands: Sequence[Any]) -> list[Any]:
         """Runs a jaxpr; operands and results are arrays, and kernels on their way."""
         inner, consts = jaxprs.opened(jaxpr)
         return _Run(self, inner, consts, operands).results()
@@ -53,7 +56,7 @@ class Interpreter:
 
         return tuple(map(one, views))
 
-    def arrays(self, operands: Sequence[Any], eqn: Eqn) -> list[jax.Array]:
+    def arrays(self, operands: Sequence[Any], eqn: Eqn) -> list[ArrayLike]:
         """What the program sees of its operands; refuses packed kernels."""
         return [
             shown(o, self._chosen[o.view.leaf].where, eqn.primitive.name)
@@ -67,15 +70,16 @@ class Interpreter:
         sides = [i for i, o in enumerate(operands) if isinstance(o, Tracked)]
         (side,) = sides  # two kernels that meet were refused
         view, value = operands[side]
-        lookup = eqn.primitive.name == "gather"
-        plan = (plan_lookup if lookup else plan_of)(eqn, side, view)
+        plan = plan_of(eqn, side, view)
         assert not isinstance(plan, str)  # such leaves were not chosen
-        x = operands[1 - side] if uncast is None else uncast
-        return [_placed(plan.run(eqn, self._chosen[view.leaf], x, value), eqn.outvars[0].aval)]
+        x = jnp.asarray(operands[1 - side] if uncast is None else uncast)
+        y = plan.run(Site(eqn, self._chosen[view.leaf]), x, value)
+        return [_placed(y, eqn.outvars[0])]
 
 
-def _placed(y: jax.Array, aval: Any) -> jax.Array:
+def _placed(y: jax.Array, like: Atom) -> jax.Array:
     """A result where its equation said: on Explicit mesh axes, and on those of a shard_map."""
+    aval: Any = like.aval
     varies = aval.manual_axis_type.varying - jax.typeof(y).manual_axis_type.varying
     if varies:
         y = jax.lax.pcast(y, tuple(sorted(varies)), to="varying")
@@ -88,12 +92,19 @@ def _placed(y: jax.Array, aval: Any) -> jax.Array:
 class _Run:
     """One evaluation of one jaxpr. Plain equations wait, and run together when they must."""
 
-    def __init__(self, interpreter: Interpreter, jaxpr: AnyJaxpr, consts: Any, operands: Any):
+    def __init__(
+        self,
+        interpreter: Interpreter,
+        jaxpr: core.Jaxpr,
+        consts: Sequence[Any],
+        operands: Sequence[Operand],
+    ):
         self._interpreter, self._jaxpr = interpreter, jaxpr
         self._values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         self._values.update(zip(jaxpr.invars, operands, strict=True))
         self._waiting: list[Any] = []
         self._casts: dict[Any, tuple[Any, str]] = {}
+        self._products: set[Any] = set()
         self._last = _last_uses(jaxpr)
 
     def results(self) -> list[Any]:
@@ -101,15 +112,31 @@ class _Run:
         for at, eqn in enumerate(self._jaxpr.eqns):
             if any(isinstance(self._values.get(v), Tracked) for v in _variables(eqn)):
                 self._special(at, eqn)
+            elif eqn.primitive.name == "add" and self._products & {*_variables(eqn)}:
+                self._bias(at, eqn)
             else:
                 self._waiting.append(eqn)
-                if eqn.primitive.name == "convert_element_type" and _between_floats(eqn):
-                    self._casts[eqn.outvars[0]] = eqn.invars[0], jaxprs.scope(eqn)
+                self._note(eqn)
         self._catch_up(len(self._jaxpr.eqns))
         return [self._read(v) for v in self._jaxpr.outvars]
 
-    def _read(self, atom: Any) -> Any:
-        return self._values[atom] if jaxprs.is_variable(atom) else atom.val
+    def _note(self, eqn: Eqn) -> None:
+        """What later equations ask of a plain one: was it a cast, is it still a product."""
+        name = eqn.primitive.name
+        if name == "convert_element_type" and _between_floats(eqn):
+            self._casts[eqn.outvars[0]] = eqn.invars[0], jaxprs.scope(eqn)
+        if name in _MOVES and self._products & {*_variables(eqn)}:
+            self._products.update(eqn.outvars)
+
+    def _bias(self, at: int, eqn: Eqn) -> None:
+        """The add after a product, of a bias as a rule, rounded as the layers round it."""
+        self._catch_up(at)
+        with jaxprs.inside(eqn):
+            (y,) = self._computed(eqn, [self._read(v) for v in eqn.invars])
+            self._values[eqn.outvars[0]] = pinned(y)
+
+    def _read(self, atom: Atom) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else self._values[atom]
 
     def _catch_up(self, at: int) -> None:
         """Runs the equations that wait, for whoever needs their results from ``at`` on."""
@@ -132,8 +159,9 @@ class _Run:
                 outs = RULES[name].run(self._interpreter, eqn, operands)
             elif name == "optimization_barrier":
                 outs = _barrier(operands)
-            elif (name in PRODUCTS or name == "gather") and self._is_met(operands):
+            elif name in MEETS and self._is_met(operands):
                 outs = self._interpreter.meet(eqn, operands, self._uncast(eqn, operands))
+                self._products.update(eqn.outvars if name in MULTIPLIES else ())
             else:
                 outs = self._moved(eqn, operands) or self._computed(eqn, operands)
         self._values.update(zip(eqn.outvars, outs, strict=True))
@@ -171,7 +199,11 @@ class _Run:
         return None if isinstance(value, Tracked) else value
 
 
-def _is_kernel(operand: Any) -> bool:
+# What moves a product on its way to its bias.
+_MOVES = frozenset({"transpose", "reshape", "squeeze", "broadcast_in_dim"})
+
+
+def _is_kernel(operand: Operand) -> bool:
     return isinstance(operand, Tracked)
 
 
@@ -181,11 +213,11 @@ def _variables(eqn: Eqn) -> list[Any]:
 
 def _between_floats(eqn: Eqn) -> bool:
     (v,) = eqn.invars
-    kinds = v.aval.dtype, eqn.params["new_dtype"]
+    kinds = jaxprs.dtype_of(v), eqn.params["new_dtype"]
     return jaxprs.is_variable(v) and all(jnp.issubdtype(k, jnp.floating) for k in kinds)
 
 
-def _last_uses(jaxpr: AnyJaxpr) -> dict[Any, int]:
+def _last_uses(jaxpr: core.Jaxpr) -> dict[Any, int]:
     """Where each variable is read last; the input of a cast as long as its result."""
     last: dict[Any, int] = {}
     casts: dict[Any, Any] = {}

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
+import numpy as np
 from jax.extend import core
 
-from bitnet_jax._transform.kinds import AnyJaxpr, Eqn
+Eqn = core.JaxprEqn
 
-Atom = Any  # core.Var | core.Literal
+# Closed, open, or the one class that both are on jax 0.12.
+Jaxpr = core.Jaxpr | core.ClosedJaxpr
 
-
-def opened(jaxpr: AnyJaxpr) -> tuple[Any, Sequence[Any]]:
-    """A jaxpr and its constants, whether it came closed, open, or as the one class of jax 0.12."""
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+Atom = core.Var | core.Literal
 
 
-def is_variable(atom: Atom) -> bool:
+def opened(jaxpr: Jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """A jaxpr and its constants."""
+    inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
+    return inner, getattr(jaxpr, "consts", ())
+
+
+def shape_of(atom: Atom) -> tuple[int, ...]:
+    """The shape of an operand or a result; () of what is no array."""
+    return getattr(atom.aval, "shape", ())
+
+
+def dtype_of(atom: Atom) -> np.dtype:
+    """The dtype of an operand or a result."""
+    return getattr(atom.aval, "dtype", np.dtype(bool))
+
+
+def is_variable(atom: Atom) -> TypeGuard[core.Var]:
     """Whether an operand of an equation is a variable, and not a literal."""
     return not isinstance(atom, core.Literal)
 
@@ -53,7 +68,7 @@ def inside(eqn: Eqn) -> contextlib.AbstractContextManager[Any]:
 
 
 def evaluate(
-    jaxpr: AnyJaxpr, eqns: Sequence[Any], results: Sequence[Any], values: dict[Any, Any]
+    jaxpr: core.Jaxpr, eqns: Sequence[Any], results: Sequence[Any], values: dict[Any, Any]
 ) -> list[Any]:
     """Runs equations of a jaxpr as they are: ``results`` of them, from the ``values`` they need."""
     made: set[Any] = set()

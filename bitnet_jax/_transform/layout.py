@@ -6,19 +6,28 @@ computes something: then the kernel is float from there on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from bitnet_jax._packed.adapted import Adapted
-from bitnet_jax._packed.kernel import is_packed
-from bitnet_jax._transform.kinds import Eqn, Value
+from bitnet_jax._packed.kernel import Packed, is_packed
+from bitnet_jax._transform.jaxprs import Eqn
 from bitnet_jax._transform.view import View
 
+# A kernel as it is stored: a float array, a packed kernel, or one with an adapter.
+Value = jax.Array | Packed | Adapted
+
 Change = Callable[[Any, list[Any]], Any]
+
+
+# The operands of an equation to the first index of its window along each axis.
+Starts = Callable[[list[Any]], Sequence[ArrayLike]]
 
 
 class Step(NamedTuple):
@@ -109,7 +118,9 @@ def _dynamic_slice(eqn: Eqn, view: View) -> list[Step] | None:
     )
 
 
-def _window(view: View, sizes: Any, starts: Callable[[list[Any]], Any]) -> list[Step] | None:
+def _window(
+    view: View, sizes: Sequence[int], starts: Callable[[list[Any]], Any]
+) -> list[Step] | None:
     """A window of a kernel: single slices are taken off its axes, or parts of them."""
     changes: list[Change] = []
     for at, (size, full) in enumerate(zip(sizes, view.shape, strict=True)):
@@ -126,7 +137,7 @@ def _window(view: View, sizes: Any, starts: Callable[[list[Any]], Any]) -> list[
     return [Step(view, _composed(changes))]
 
 
-def _cut(position: int, at: int, size: int, starts: Callable[[list[Any]], Any]) -> Change:
+def _cut(position: int, at: int, size: int, starts: Starts) -> Change:
     def change(value: Value, operands: list[Any]) -> Any:
         start = starts(operands)[at]
         return taken(value, position, start) if size == 1 else part(value, position, start, size)
@@ -171,7 +182,7 @@ def _unstack(eqn: Eqn, view: View) -> list[Step] | None:
     return steps
 
 
-_RULES: dict[str, Callable[[Any, View], list[Step] | None]] = {
+_RULES: dict[str, Callable[[Eqn, View], list[Step] | None]] = {
     "convert_element_type": _convert,
     "transpose": _transpose,
     "squeeze": _squeeze,
@@ -184,13 +195,15 @@ _RULES: dict[str, Callable[[Any, View], list[Step] | None]] = {
 }
 
 
-def taken(value: Value, position: int, index: Any) -> Any:
+def taken(value: Value, position: int, index: ArrayLike) -> Any:
     """One slice of a kernel along one of its axes: of the array, or of all that is packed."""
-    one = lax.index_in_dim if isinstance(index, int) else lax.dynamic_index_in_dim
-    return jax.tree.map(lambda a: one(a, index, position, keepdims=False), value)
+    if isinstance(index, int):
+        return jax.tree.map(lambda a: lax.index_in_dim(a, index, position, keepdims=False), value)
+    one = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
+    return jax.tree.map(lambda a: one(a, index, position), value)
 
 
-def part(value: Value, position: int, start: Any, size: int) -> Any:
+def part(value: Value, position: int, start: ArrayLike, size: int) -> Any:
     """A run of slices of a kernel along one of its axes."""
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, position), value)
 
@@ -200,6 +213,6 @@ def leading(value: Value, position: int) -> Any:
     return jax.tree.map(lambda a: jnp.moveaxis(a, position, 0), value)
 
 
-def is_float(value: Value) -> TypeGuard[jax.Array]:
+def is_float(value: object) -> TypeGuard[jax.Array]:
     """Whether a value is an array, and not a packed kernel."""
     return not (is_packed(value) or isinstance(value, Adapted))

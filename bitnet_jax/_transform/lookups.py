@@ -5,24 +5,24 @@ A row has one scale, so the features are what a table contracts over, as where i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bitnet_jax._layers.forward import embed_lookup
-from bitnet_jax._packed.adapted import Adapted
 from bitnet_jax._quantize.straight_through import fake_quantize
 from bitnet_jax._quantize.strength import ambient
-from bitnet_jax._transform.kinds import Eqn, Value
-from bitnet_jax._transform.layout import is_float
-from bitnet_jax._transform.products import Chosen
+from bitnet_jax._transform.jaxprs import Eqn, dtype_of
+from bitnet_jax._transform.layout import Value, is_float
+from bitnet_jax._transform.site import Site
 from bitnet_jax._transform.view import View
 
 
 class LookupPlan(NamedTuple):
-    """A ``gather`` of whole rows; see ``products.Plan``.
+    """A ``gather`` of whole rows; see ``site.Plan``.
 
     Attributes:
       view: of the table.
@@ -34,26 +34,26 @@ class LookupPlan(NamedTuple):
     contracting: tuple[int, ...]
     batch: tuple[int, ...]
 
-    def run(self, eqn: Eqn, chosen: Chosen, index: jax.Array, value: Value) -> jax.Array:
+    def run(self, site: Site, x: jax.Array, value: Value) -> jax.Array:
         """The rows, from an int8 table."""
         if not is_float(value):
-            return self._stored_rows(eqn, chosen, index, value)
+            return self._stored_rows(site, x, value)
         view = self.view
         table = fake_quantize(
             value,
-            chosen.config.weights,
+            site.chosen.config.weights,
             contracting_axes=tuple(map(view.position, self.contracting)),
             batch_axes=tuple(map(view.position, self.batch)),
             strength=ambient(None),
         )
+        eqn = site.eqn
         params = eqn.primitive.get_bind_params(eqn.params)
-        return eqn.primitive.bind(view.shown(table), index, **params)
+        return eqn.primitive.bind(view.shown(table), x, **params)
 
-    def _stored_rows(self, eqn: Eqn, chosen: Chosen, index: jax.Array, value: Value) -> jax.Array:
-        if isinstance(value, Adapted):
-            _raise_adapted_table(chosen.where)
-        numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
-        if self.batch or value.ndim != 2 or not self.view.is_plain:
+    def _stored_rows(self, site: Site, index: jax.Array, value: Value) -> jax.Array:
+        eqn, chosen = site
+        numbers, dtype = eqn.params["dimension_numbers"], dtype_of(eqn.outvars[0])
+        if self.batch or len(value.shape) != 2 or not self.view.is_plain:
             _raise_not_rows(chosen.where, value.shape)
         rows = value.shape[0]
         at = index[..., 0].astype(jnp.int32)
@@ -62,7 +62,7 @@ class LookupPlan(NamedTuple):
             at = jnp.where(at < 0, rows, at)
         else:
             at = jnp.clip(at, 0, rows - 1)
-        y = embed_lookup(chosen.where, chosen.config.weights, value, at, aval.dtype, None)
+        y = embed_lookup(chosen.where, chosen.config.weights, value, at, dtype, None)
         return jnp.moveaxis(y, -1, numbers.offset_dims[0])
 
 
@@ -89,17 +89,9 @@ def plan_lookup(eqn: Eqn, side: int, view: View) -> LookupPlan | str:
     return LookupPlan(view, tuple(sorted(features)), batch)  # pyright: ignore[reportArgumentType]
 
 
-def _raise_not_rows(path: str, shape: Any) -> NoReturn:
+def _raise_not_rows(path: str, shape: Sequence[int]) -> NoReturn:
     """Refuses a look-up in a packed table that is not (vocabulary, features)."""
     raise NotImplementedError(
         f"ternarize: the packed table at {path} has shape {tuple(shape)}, and rows are looked up "
         "in tables (vocabulary, features) as they are stored. Leave it in float (select=)."
-    )
-
-
-def _raise_adapted_table(path: str) -> NoReturn:
-    """Refuses a look-up in a table with an adapter."""
-    raise NotImplementedError(
-        f"ternarize: the table at {path} has an adapter, and rows are looked up, which no low-rank "
-        "update reaches. Leave it out of bj.lora.init (select=)."
     )

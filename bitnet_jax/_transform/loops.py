@@ -13,29 +13,28 @@ from typing import Any
 import jax
 from jax import lax
 
-from bitnet_jax._transform.jaxprs import opened, scan_parts
-from bitnet_jax._transform.kinds import AnyJaxpr, Eqn, Value
+from bitnet_jax._transform.jaxprs import Eqn, Jaxpr, opened, scan_parts
 from bitnet_jax._transform.layout import leading
-from bitnet_jax._transform.marks import Mark
-from bitnet_jax._transform.tracked import Tracked, tracked, values_of, views_of
+from bitnet_jax._transform.marks import Mark, Walker
+from bitnet_jax._transform.tracked import Interpreter, Tracked, tracked, values_of, views_of
 from bitnet_jax._transform.view import View
 
 
-def _unchanged(jaxpr: AnyJaxpr, first: int, count: int) -> list[bool]:
+def _unchanged(jaxpr: Jaxpr, first: int, count: int) -> list[bool]:
     """Which of what a loop carries its body hands on as it is."""
     inner, _ = opened(jaxpr)
     pairs = zip(inner.invars[first : first + count], inner.outvars[:count], strict=True)
     return [a is b for a, b in pairs]
 
 
-def _carried(analysis: Any, eqn: Eqn, marks: Sequence[Mark], same: Sequence[bool]) -> list[Mark]:
+def _carried(survey: Walker, eqn: Eqn, marks: Sequence[Mark], same: Sequence[bool]) -> list[Mark]:
     """The marks of what a loop carries: kernels that it changes are kernels no more."""
     done = []
     for mark, keeps in zip(marks, same, strict=True):
         if keeps:
             done.append(mark)
         else:
-            done.append(Mark(None, analysis.sources(eqn, mark), live=True))
+            done.append(Mark(None, survey.sources(eqn, mark), live=True))
     return done
 
 
@@ -60,26 +59,26 @@ def _step(view: View) -> View | None:
     return None if one is None else one.squeeze((0,))
 
 
-def analyse_scan(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+def analyse_scan(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
     """What comes out of a scan; see ``higher_order.Rule``."""
     jaxpr, length = eqn.params["jaxpr"], eqn.params["length"]
     n, m = scan_parts(eqn.params)
-    carried = _carried(analysis, eqn, marks[n : n + m], _unchanged(jaxpr, n, m))
+    carried = _carried(survey, eqn, marks[n : n + m], _unchanged(jaxpr, n, m))
     steps = []
     for mark in marks[n + m :]:
         view = None if mark.view is None else _step(mark.view)
         if mark.view is not None and view is None:
-            mark = Mark(None, analysis.sources(eqn, mark), mark.live)
+            mark = Mark(None, survey.sources(eqn, mark), mark.live)
         steps.append(Mark(view, mark.changed, mark.live))
 
     def walk(carried: list[Mark], times: float) -> list[Mark]:
-        return analysis.walk(jaxpr, [*marks[:n], *carried, *steps], times)
+        return survey.walk(jaxpr, [*marks[:n], *carried, *steps], times)
 
     outs = _around(walk, carried, times * length)
-    return [*outs[:m], *(Mark(None, analysis.sources(eqn, o), o.live) for o in outs[m:])]
+    return [*outs[:m], *(Mark(None, survey.sources(eqn, o), o.live) for o in outs[m:])]
 
 
-def run_scan(interpreter: Any, eqn: Eqn, operands: list[Any]) -> list[Any]:
+def run_scan(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
     """A scan with its body interpreted."""
     params = eqn.params
     n, m = scan_parts(params)
@@ -128,21 +127,21 @@ def _filled(kept: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
     return [next(left) if k is None else k for k in kept]
 
 
-def analyse_while(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+def analyse_while(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
     """What comes out of a while loop, whose body counts once; see ``higher_order.Rule``."""
     params = eqn.params
     c, b = params["cond_nconsts"], params["body_nconsts"]
     same = _unchanged(params["body_jaxpr"], b, len(marks) - c - b)
-    carried = _carried(analysis, eqn, marks[c + b :], same)
-    analysis.walk(params["cond_jaxpr"], [*marks[:c], *carried], times)
+    carried = _carried(survey, eqn, marks[c + b :], same)
+    survey.walk(params["cond_jaxpr"], [*marks[:c], *carried], times)
 
     def walk(carried: list[Mark], times: float) -> list[Mark]:
-        return analysis.walk(params["body_jaxpr"], [*marks[c : c + b], *carried], times)
+        return survey.walk(params["body_jaxpr"], [*marks[c : c + b], *carried], times)
 
     return _around(walk, carried, times)
 
 
-def run_while(interpreter: Any, eqn: Eqn, operands: list[Any]) -> list[Any]:
+def run_while(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
     """A while loop with its condition and its body interpreted."""
     params = eqn.params
     c, b = params["cond_nconsts"], params["body_nconsts"]
@@ -161,25 +160,25 @@ def run_while(interpreter: Any, eqn: Eqn, operands: list[Any]) -> list[Any]:
     return _filled(kept, lax.while_loop(condition, body, start))
 
 
-def analyse_cond(analysis: Any, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
+def analyse_cond(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
     """What comes out of a conditional, whose branches count as their mean."""
     branches = eqn.params["branches"]
     times = times / len(branches)
-    each = [analysis.walk(branch, marks[1:], times) for branch in branches]
+    each = [survey.walk(branch, marks[1:], times) for branch in branches]
     done = []
     for outs in zip(*each, strict=True):
-        sources = {leaf: c for mark in outs for leaf, c in analysis.sources(eqn, mark).items()}
+        sources = {leaf: c for mark in outs for leaf, c in survey.sources(eqn, mark).items()}
         done.append(Mark(None, sources, any(mark.live for mark in (*outs, marks[0]))))
     return done
 
 
-def run_cond(interpreter: Any, eqn: Eqn, operands: list[Any]) -> list[Any]:
+def run_cond(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
     """A conditional with its branches interpreted."""
     index, *operands = operands
     views, values = views_of(operands), values_of(operands)
 
-    def interpreted(branch: Any) -> Callable[..., list[Any]]:
-        def run(*values: Value) -> list[Any]:
+    def interpreted(branch: Jaxpr) -> Callable[..., list[Any]]:
+        def run(*values: Any) -> list[Any]:
             return interpreter.arrays(interpreter.body(branch, tracked(values, views)), eqn)
 
         return run

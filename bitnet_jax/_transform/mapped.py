@@ -13,12 +13,15 @@ import contextlib
 import contextvars
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.extend.core import primitives
 from jax.interpreters import batching
+
+# Where each operand is mapped; None: it is not.
+Axes = Sequence[int | None]
 
 _noting: contextvars.ContextVar[bool] = contextvars.ContextVar("noting", default=False)
 
@@ -63,9 +66,9 @@ def counted(scope: str) -> int:
     return sum(left == "-" for left, _ in _NOTE.findall(scope))
 
 
-def _noting_rule(rule: Any) -> Any:
+def _noting_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(rule)
-    def noting(axis_data: Any, operands: Any, axes: Any, **params: Any) -> Any:
+    def noting(axis_data: object, operands: Sequence[Any], axes: Axes, **params: object) -> Any:
         if not _noting.get() or all(a is None for a in axes):
             return rule(axis_data, operands, axes, **params)
         left, right = ("-" if a is None else str(a) for a in axes)

@@ -1,10 +1,12 @@
-"""What an analysis knows of the arrays of a program, and what it finds out about its leaves."""
+"""What a survey knows of the arrays of a program, and what it finds out about its leaves."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
+from bitnet_jax._transform.jaxprs import Eqn, Jaxpr
 from bitnet_jax._transform.view import View
 
 
@@ -85,3 +87,16 @@ class Found:
     read: dict[int, list[str]] = dataclasses.field(default_factory=dict)
     missing: dict[int, tuple[str, str]] = dataclasses.field(default_factory=dict)
     multiplications: float = 0.0
+
+
+@runtime_checkable
+class Walker(Protocol):
+    """What the rule of a higher-order primitive needs of a survey."""
+
+    def walk(self, jaxpr: Jaxpr, marks: Sequence[Mark], times: float) -> list[Mark]:
+        """The marks of a jaxpr's results, from those of its operands."""
+        ...
+
+    def sources(self, eqn: Eqn, mark: Mark) -> dict[int, Changed]:
+        """The leaves that an operand stands for, once an equation has computed with it."""
+        ...

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
-import jax
+from jax.typing import ArrayLike
 
-from bitnet_jax._transform.kinds import Value
-from bitnet_jax._transform.layout import is_float
+from bitnet_jax._transform.jaxprs import Eqn, Jaxpr
+from bitnet_jax._transform.layout import Value, is_float
 from bitnet_jax._transform.view import View
 
 
@@ -22,6 +22,29 @@ class Tracked(NamedTuple):
 
     view: View
     value: Value
+
+
+# An operand or a result of an equation: an array or a number, or a kernel on its way.
+Operand = ArrayLike | Tracked
+
+
+@runtime_checkable
+class Interpreter(Protocol):
+    """What the rule of a higher-order primitive needs of the interpreter."""
+
+    jitted: dict[Any, Any]
+
+    def body(self, jaxpr: Jaxpr, operands: Sequence[Operand]) -> list[Any]:
+        """Runs a jaxpr; results may be kernels still."""
+        ...
+
+    def alike(self, views: Sequence[View | None]) -> tuple[Any, ...]:
+        """A key that is the same for operands that are quantised and seen the same way."""
+        ...
+
+    def arrays(self, operands: Sequence[Operand], eqn: Eqn) -> list[ArrayLike]:
+        """What the program sees, for an equation that computes with it."""
+        ...
 
 
 def values_of(operands: Sequence[Any]) -> list[Any]:
@@ -39,7 +62,7 @@ def tracked(values: Sequence[Any], views: Sequence[View | None]) -> list[Any]:
     return [v if w is None else Tracked(w, v) for v, w in zip(values, views, strict=True)]
 
 
-def shown(operand: Any, where: str, primitive: str) -> jax.Array:
+def shown(operand: Operand, where: str, primitive: str) -> ArrayLike:
     """The array that the program sees; refuses a packed kernel, which is none."""
     if not isinstance(operand, Tracked):
         return operand

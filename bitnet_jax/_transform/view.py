@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax._transform.kinds import Value
+from bitnet_jax._quantize.arrays import DTypeLike
 
 
 class Part(NamedTuple):
@@ -42,6 +42,8 @@ class Part(NamedTuple):
 
 
 Parts = tuple[Part, ...]
+
+T = TypeVar("T")
 
 
 class View(NamedTuple):
@@ -70,7 +72,7 @@ class View(NamedTuple):
     lengths: tuple[int, ...]
     taken: tuple[int, ...] = ()
     cut: frozenset[int] = frozenset()
-    dtypes: tuple[Any, ...] = ()
+    dtypes: tuple[np.dtype, ...] = ()
 
     @property
     def ndim(self) -> int:
@@ -98,7 +100,7 @@ class View(NamedTuple):
             return None
         return parts[0].axis
 
-    def cast(self, dtype: Any) -> View:
+    def cast(self, dtype: DTypeLike) -> View:
         """After ``convert_element_type``."""
         return self._replace(dtypes=(*self.dtypes, np.dtype(dtype)))
 
@@ -191,7 +193,7 @@ def of_leaf(leaf: int, shape: Sequence[int]) -> View:
     return View(leaf, tuple(shape), parts, axes, tuple(shape))
 
 
-def _put(values: Sequence[Any], at: int, value: Value) -> tuple[Any, ...]:
+def _put(values: Sequence[T], at: int, value: T) -> tuple[T, ...]:
     return (*values[:at], value, *values[at + 1 :])
 
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cases
 from flax import linen as nn
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
-from bitnet_jax._transform import ternarize
 
-pytestmark = [pytest.mark.optimised, pytest.mark.full]
+ternarize = bj.ternarize
+pytestmark = pytest.mark.optimised
 
 X = jax.random.normal(jax.random.key(0), (8, 16))
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
@@ -92,7 +93,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("name", list(CHANGED))
+@cases("name", list(CHANGED), core=["standardised", "triangular"])
 def test_kernels_that_a_model_changes(name):
     model, x, path = CHANGED[name]
     ternary, params = made(model, x)
@@ -127,6 +128,7 @@ def encoded(module, x):
     return module.encoder(x)
 
 
+@pytest.mark.full
 def test_every_way_to_call_a_module():
     params = Net().init(jax.random.key(1), X)["params"]
     right = dense(X, params["encoder"]["layers_0"])
@@ -263,6 +265,7 @@ def test_nnx_tied_head():
         by_name(state, ids)
 
 
+@pytest.mark.full
 def test_nnx_stacked_along_axis_1():
     from flax import nnx
 

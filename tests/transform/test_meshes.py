@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cases
 from flax import linen as nn
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
@@ -11,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
-from bitnet_jax._transform import ternarize
 
-pytestmark = [pytest.mark.optimised, pytest.mark.full]
+ternarize = bj.ternarize
+pytestmark = pytest.mark.optimised
 
 X = jax.random.normal(jax.random.key(0), (8, 16))
 W = jax.random.normal(jax.random.key(1), (16, 16))
@@ -35,7 +36,7 @@ class Net(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@cases("kind", list(KINDS), core=["auto"])
 def test_boxed_params_in_shards(kind):
     boxed = Net().init(jax.random.key(1), X)["params"]
     ternary = ternarize(lambda params, x: Net().apply({"params": params}, x))
@@ -83,6 +84,7 @@ def test_shard_map():
         assert ternary.explain(W, X).flops == 2 * 8 * 16 * 16 * 2  # each half of "model" does it
 
 
+@pytest.mark.full
 def test_experts_in_shards():
     experts = jax.random.normal(jax.random.key(5), (4, 16, 8))
     tokens = jnp.stack([X, 2 * X, 3 * X, -X])
@@ -113,6 +115,7 @@ def test_a_kernel_that_a_shard_map_splits_is_float():
             ternarize(lambda p, x: fn(p["w"], x), select=bj.only("w"))({"w": W}, X)
 
 
+@pytest.mark.full
 def test_inside_a_shard_map():
     ternary = ternarize(lambda w, x: jnp.tanh(x @ w) @ w)
     with jax.set_mesh(mesh("auto")):

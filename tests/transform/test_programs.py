@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cases
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
-from bitnet_jax._transform import ternarize
 
-pytestmark = [pytest.mark.optimised, pytest.mark.full]
+ternarize = bj.ternarize
+pytestmark = pytest.mark.optimised
 
 X = jax.random.normal(jax.random.key(0), (6, 16))
 W = jax.random.normal(jax.random.key(1), (16, 16))
@@ -79,7 +80,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS))
+@cases("name", list(LAYOUTS), core=["transposed", "split heads"])
 def test_layouts(name):
     fn, wanted = LAYOUTS[name]
     check(fn, wanted, W, X)
@@ -128,12 +129,12 @@ STACKED = {
 }
 
 
-@pytest.mark.parametrize("name", list(STACKED))
+@cases("name", list(STACKED), core=["indexed", "carried", "remat"])
 def test_stacked(name):
     check(STACKED[name], lambda s, x: chain(x, s), STACK, X)
 
 
-@pytest.mark.parametrize("axis", [1, 2])
+@cases("axis", [1, 2], core=[1])
 def test_stacked_along_any_axis(axis):
     def fn(s, x):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.moveaxis(s, axis, 0))[0]
@@ -162,7 +163,7 @@ def test_loops_of_unknown_length_do_not_differentiate():
         assert_same_bits(jax.jit(ternary)(ternary.pack(W, X)[0], X), wanted)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
+@cases("index", [0, 1, 2], core=[1])
 def test_branches(index):
     branches = [lambda w, x: x @ w[0], lambda w, x: x @ w[1], lambda w, x: x]
 
@@ -213,7 +214,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("name", list(ORDERS))
+@cases("name", list(ORDERS), core=["kernel"])
 def test_vmap_in_any_order(name):
     of_w, of_x = ORDERS[name]
     w = W if of_w is None else jnp.moveaxis(STACK, 0, of_w)
@@ -234,6 +235,7 @@ def test_vmap_in_any_order(name):
         assert_same_bits(jax.jit(inside)(inside.pack(w, x)[0], x), by_hand)
 
 
+@pytest.mark.full
 def test_vmap_of_vmap():
     w = jax.random.normal(jax.random.key(3), (2, 16, 3, 8))
 
@@ -271,6 +273,7 @@ def test_convolutions_of_any_layout():
     np.testing.assert_allclose(grads, turned_grads.transpose(3, 2, 0, 1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
 def test_convolutions_under_vmap(axes):
     images = jax.random.normal(jax.random.key(4), (3, 2, 8, 8, 4))
@@ -287,6 +290,7 @@ def test_convolutions_under_vmap(axes):
     assert_same_bits(inside(inside.pack(w, images)[0], images), outside)
 
 
+@pytest.mark.full
 def test_experts():
     w = jax.random.normal(jax.random.key(5), (4, 16, 8))
     x = jnp.stack([X, 2 * X, 3 * X, -X])

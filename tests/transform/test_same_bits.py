@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cases
 from flax import linen as nn
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
-from bitnet_jax._transform import ternarize
 
-pytestmark = [pytest.mark.optimised, pytest.mark.full]
+ternarize = bj.ternarize
+pytestmark = pytest.mark.optimised
 
 X = jax.random.normal(jax.random.key(0), (2, 7, 16))
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
@@ -70,7 +71,7 @@ def loss(function):
     return jax.jit(jax.value_and_grad(lambda params, x: jnp.square(function(params, x)).mean()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@cases("kind", KINDS, core=["scan", "ensemble"])
 def test_models(kind):
     model, select = Model(kind), bj.exclude("head")
     params = init(model)
@@ -93,7 +94,7 @@ def test_models(kind):
         assert_same_bits(jax.jit(ternary)(served, X), trained)
 
 
-@pytest.mark.parametrize("kind", ["plain", "scan"])
+@cases("kind", ["plain", "scan"], core=["plain"])
 def test_eager(kind):
     model = Model(kind)
     params = init(model)
@@ -125,7 +126,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "weights"), CASES, ids=str)
+@cases(("name", "weights"), CASES, core=CASES[:3], ids=str)
 def test_layers(name, weights):
     layer, x = LAYERS[name]
     params = init(layer, x)
@@ -142,6 +143,7 @@ def test_layers(name, weights):
     assert_same_bits(ternary(bj.prepare(packed), x), trained)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "how",
     [
@@ -160,6 +162,7 @@ def test_options(name, how):
     jax.tree.map(assert_same_bits, loss(ternary)(params, x), loss(layers)(params, x))
 
 
+@pytest.mark.full
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, None])
 @pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
@@ -177,6 +180,18 @@ def test_dtypes(dtype, x_dtype):
     trained = ternary(params, x)
     assert_same_bits(trained, layers(params, x))
     assert_same_bits(ternary(ternary.pack(params, x)[0], x), trained)
+
+
+@cases("dtype", [jnp.bfloat16, jnp.float32], core=[jnp.bfloat16], ids=str)
+def test_a_bias_is_rounded_before_what_follows(dtype):
+    model = nn.Sequential([nn.Dense(32, dtype=dtype, param_dtype=dtype) for _ in range(3)])
+    x = X.astype(dtype)
+    params = jax.tree.map(lambda a: a + jnp.asarray(0.1, a.dtype), init(model, x))
+    ternary = of(model)
+    eager = ternary(params, x)
+    assert_same_bits(jax.jit(ternary)(params, x), eager)
+    assert_same_bits(jax.jit(lambda x: ternary(params, x))(x), eager)
+    assert_same_bits(jax.jit(ternary)(ternary.pack(params, x)[0], x), eager)
 
 
 def test_strength():
@@ -235,6 +250,7 @@ def test_tied_embeddings():
         np.testing.assert_allclose(ternary(params, ids), layers(params, ids), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full
 def test_adapters():
     model = Model("scan")
     params = init(model)

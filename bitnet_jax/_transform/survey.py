@@ -16,15 +16,22 @@ from typing import Any
 
 from bitnet_jax._transform import layout
 from bitnet_jax._transform.higher_order import RULES
-from bitnet_jax._transform.jaxprs import has_jaxpr, is_variable, opened, scope
-from bitnet_jax._transform.kinds import AnyJaxpr, Eqn
-from bitnet_jax._transform.lookups import plan_lookup
+from bitnet_jax._transform.jaxprs import (
+    Atom,
+    Eqn,
+    Jaxpr,
+    has_jaxpr,
+    is_variable,
+    opened,
+    scope,
+    shape_of,
+)
 from bitnet_jax._transform.marks import KNOWN, LIVE, Changed, Found, Mark, Use
-from bitnet_jax._transform.products import PRODUCTS, multiplications, plan_of
+from bitnet_jax._transform.products import MEETS, multiplications, plan_of
 from bitnet_jax._transform.view import View
 
 
-class Analysis:
+class Survey:
     """One walk over a program."""
 
     def __init__(self) -> None:
@@ -39,13 +46,13 @@ class Analysis:
         finally:
             self.found = found
 
-    def walk(self, jaxpr: AnyJaxpr, marks: Sequence[Mark], times: float) -> list[Mark]:
+    def walk(self, jaxpr: Jaxpr, marks: Sequence[Mark], times: float) -> list[Mark]:
         """The marks of a jaxpr's results, from those of its operands."""
         inner, _ = opened(jaxpr)
         env: dict[Any, Mark] = dict.fromkeys(inner.constvars, KNOWN)
         env.update(zip(inner.invars, marks, strict=True))
 
-        def of(atom: Any) -> Mark:
+        def of(atom: Atom) -> Mark:
             return env[atom] if is_variable(atom) else KNOWN
 
         for eqn in inner.eqns:
@@ -68,7 +75,7 @@ class Analysis:
             return self._computed(eqn, marks)
         if eqn.primitive.name == "optimization_barrier":
             return list(marks)
-        if eqn.primitive.name in PRODUCTS or eqn.primitive.name == "gather":
+        if eqn.primitive.name in MEETS:
             return self._product(eqn, marks, times)
         viewed = [i for i, mark in enumerate(marks) if mark.view is not None]
         if len(viewed) == 1 and not any(mark.changed for mark in marks):
@@ -101,7 +108,7 @@ class Analysis:
             sources.update(self.sources(eqn, mark))
         done = []
         for v in eqn.outvars:
-            size = math.prod(getattr(v.aval, "shape", ()))
+            size = math.prod(shape_of(v))
             # Of an input and a kernel comes a kernel only where there are as many numbers of it.
             kept = {
                 leaf: Changed(c.primitive, size)
@@ -120,7 +127,7 @@ class Analysis:
                 self.found.changed.setdefault(leaf, changed.primitive)
             if mark.view is None:
                 continue
-            plan = (plan_lookup if lookup else plan_of)(eqn, side, mark.view)
+            plan = plan_of(eqn, side, mark.view)
             other = None if lookup else marks[1 - side].view
             problem = plan if isinstance(plan, str) else None
             axes = ((), ()) if isinstance(plan, str) else (plan.contracting, plan.batch)
@@ -142,7 +149,7 @@ class Analysis:
 
     def _of_both(self, eqn: Eqn, marks: list[Mark]) -> list[Mark]:
         """What comes of two parameters is a kernel itself, as a low-rank one is."""
-        name, size = eqn.primitive.name, math.prod(eqn.outvars[0].aval.shape)
+        name, size = eqn.primitive.name, math.prod(shape_of(eqn.outvars[0]))
         leaves = {leaf for mark in marks for leaf in mark.leaves}
         return [Mark(None, {leaf: Changed(name, size) for leaf in leaves}, live=False)]
 

@@ -1,0 +1,206 @@
+"""A function for arguments of one structure: traced, surveyed, and traced again quantised.
+
+Leaves that are no arrays (flags, names, functions) are part of the structure. Both traces are kept
+in JAX's own caches, by the function, the shapes and the contexts that they were made in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import PyTree
+
+from bitnet_jax import _mesh
+from bitnet_jax._layers.forward import LayerConfig
+from bitnet_jax._packed.adapted import Adapted
+from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
+from bitnet_jax._quantize.arrays import AnyArray
+from bitnet_jax._transform import decide, mapped
+from bitnet_jax._transform.interpret import Interpreter
+from bitnet_jax._transform.jaxprs import Jaxpr
+from bitnet_jax._transform.layout import Value
+from bitnet_jax._transform.marks import KNOWN, LIVE, Found, Mark
+from bitnet_jax._transform.site import Chosen
+from bitnet_jax._transform.survey import Survey
+from bitnet_jax._transform.tracked import Operand, Tracked, shown
+from bitnet_jax._transform.view import of_leaf
+from bitnet_jax._tree.leaves import Leaf, rebox
+from bitnet_jax._tree.select import Select
+
+# A leaf, or what stands for it while the function is traced.
+Like = AnyArray | jax.ShapeDtypeStruct
+
+
+class Spec(NamedTuple):
+    """What ``ternarize`` was asked for.
+
+    Attributes:
+      fn: the function.
+      layer: how its kernels are quantised.
+      select: which.
+      argnums: which argument holds them.
+    """
+
+    fn: Callable[..., PyTree]
+    layer: LayerConfig
+    select: Select | None
+    argnums: int
+
+
+class Bound(NamedTuple):
+    """One call: the program for its structure, the arrays of its params, and all other arrays."""
+
+    program: Program
+    values: list[Any]
+    rest: list[Any]
+
+
+class Plan(NamedTuple):
+    """A traced program and what becomes of its leaves."""
+
+    jaxpr: Jaxpr
+    result: Any
+    candidates: list[decide.Candidate | None]
+    found: Found
+    decisions: list[decide.Decision | None]
+
+
+class Program:
+    """The function for arguments of one structure.
+
+    ``run`` and ``float_fn`` are made once, so that JAX's caches of traces know them again.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        leaves: Sequence[Leaf],
+        treedef: Any,
+        structure: Any,
+        static: dict[int, Any],
+    ):
+        self._spec, self._treedef, self._structure = spec, treedef, structure
+        self.static = static
+        # Boxes without their values, which would be kept alive.
+        self._boxes = [
+            None if leaf.boxed is leaf.value else rebox(leaf.boxed, None) for leaf in leaves
+        ]
+        self._paths = [leaf.path for leaf in leaves]
+        self.run, self.float_fn = self._run, self._float_fn
+
+    def _float_fn(self, values: list[Any], rest: list[Any]) -> Any:
+        count = len(self._boxes)
+        arrays, others = iter(values), iter(rest)
+        given = [self.static[i] if i in self.static else next(arrays) for i in range(count)]
+        boxed = [v if b is None else rebox(b, v) for b, v in zip(self._boxes, given, strict=True)]
+        params = jax.tree.unflatten(self._treedef, boxed)
+        places = range(count, count + self._structure.num_leaves)
+        flat = [self.static[i] if i in self.static else next(others) for i in places]
+        args, kwargs = jax.tree.unflatten(self._structure, flat)
+        at = self._spec.argnums
+        return self._spec.fn(*args[:at], params, *args[at:], **kwargs)
+
+    def plan(self, values: list[Any], rest: list[Any]) -> Plan:
+        """The traced function, and what becomes of its leaves."""
+        floats = [_placeholder(v) for v in values]
+        with mapped.noted():
+            jaxpr, result = jax.make_jaxpr(self.float_fn, return_shape=True)(floats, rest)
+        paths = [path for i, path in enumerate(self._paths) if i not in self.static]
+        candidates = [
+            _candidate(path, v) if _is_kernel(v) else None
+            for path, v in zip(paths, floats, strict=True)
+        ]
+        marks: list[Mark] = [
+            KNOWN if c is None else Mark(of_leaf(i, c.leaf.shape), live=False)
+            for i, c in enumerate(candidates)
+        ]
+        survey = Survey()
+        outs = survey.walk(jaxpr, [*marks, *[LIVE] * len(rest)], 1.0)
+        for mark in outs:
+            survey.read(mark, "return")
+        weights, select = self._spec.layer.weights, self._spec.select
+        decisions = decide.decide_all(candidates, survey.found, weights, select)
+        return Plan(jaxpr, result, candidates, survey.found, decisions)
+
+    def _run(self, values: list[Any], rest: list[Any]) -> Any:
+        plan = self.plan(values, rest)
+        decide.check_decisions(plan.candidates, plan.decisions, self._spec.select)
+        boxes = [box for i, box in enumerate(self._boxes) if i not in self.static]
+        chosen: dict[int, Chosen] = {}
+        operands: list[Any] = []
+        for i, (value, one, decision) in enumerate(
+            zip(values, plan.candidates, plan.decisions, strict=True)
+        ):
+            if one is not None and decision is not None and decision.config is not None:
+                layer = self._spec.layer._replace(weights=decision.config)
+                chosen[i] = Chosen(one.where, layer, boxes[i])
+                value = Tracked(of_leaf(i, one.leaf.shape), value)
+            elif one is not None and decision is not None and not _is_array(value):
+                _raise_packed_but_float(one.where, decision.why)
+            operands.append(value)
+        outs = Interpreter(chosen).body(plan.jaxpr, [*operands, *rest])
+        outs = [_returned(out, chosen) for out in outs]
+        return jax.tree.unflatten(jax.tree.structure(plan.result), outs)
+
+
+def _candidate(path: tuple[str, ...], value: Like) -> decide.Candidate:
+    return decide.Candidate(path, jax.ShapeDtypeStruct(value.shape, value.dtype))
+
+
+def _returned(out: Operand, chosen: dict[int, Chosen]) -> Any:
+    """A result of the program; a leaf that comes back as it went in is that leaf, packed or not."""
+    if not isinstance(out, Tracked):
+        return out
+    if out.view == of_leaf(out.view.leaf, out.view.shape):
+        return out.value
+    return shown(out, chosen[out.view.leaf].where, "return")
+
+
+def static_leaves(leaves: Sequence[Any]) -> tuple[tuple[int, type, Any], ...]:
+    """What among leaves is no array, with its place and its type: 1 is not True."""
+    packed = [is_packed(v) or is_adapted(v) for v in leaves]
+    pairs = enumerate(zip(leaves, packed, strict=True))
+    return tuple((i, type(v), v) for i, (v, p) in pairs if not p and not _is_array(v))
+
+
+def _is_array(leaf: object) -> bool:
+    own = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return own and not isinstance(leaf, type) and not is_packed(leaf) and not is_adapted(leaf)
+
+
+def is_adapted(leaf: object) -> bool:
+    """Whether a leaf is a packed kernel with an adapter."""
+    return isinstance(leaf, Adapted)
+
+
+def _is_kernel(leaf: Like) -> bool:
+    """Whether a leaf, or what stands for it, may be a kernel."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2 and 0 not in leaf.shape
+
+
+def _placeholder(value: Value | Like) -> Any:
+    """The float kernel that a packed one stands for; any other value as it is."""
+    packed = value.base if isinstance(value, Adapted) else value
+    if not is_packed(packed):
+        return value
+    shape = packed.kernel_shape if isinstance(packed, Prepared) else packed.shape
+    if isinstance(packed.codes, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, packed.dtype)
+    kind, sharding = jax.typeof(packed.codes), None
+    if is_stored(packed) and _mesh.is_typed(packed.codes):
+        sharding = NamedSharding(kind.sharding.mesh, kind.sharding.spec)
+    how = {"sharding": sharding, "manual_axis_type": kind.manual_axis_type}
+    return jax.ShapeDtypeStruct(shape, packed.dtype, **how)
+
+
+def _raise_packed_but_float(path: str, why: str) -> NoReturn:
+    """Refuses a packed leaf that the function uses in float."""
+    raise ValueError(
+        f"{decide.WHO}: the kernel at {path} is packed, and this function leaves it in float "
+        f"({why}). Ternarise it with the `select` that the kernels were packed with, and pass "
+        "params of this function."
+    )
