@@ -15,12 +15,14 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from bitnet_jax import _mesh
 from bitnet_jax._layers.dimensions import Call, ConvCall
+from bitnet_jax._layers.stated import reading, state
 from bitnet_jax._matmul import convolve, embedding_rows, matmul
 from bitnet_jax._ops.gather import gathering
 from bitnet_jax._ops.product import Product
 from bitnet_jax._ops.ternary_dot import ternary_conv, ternary_dot
 from bitnet_jax._packed.adapted import Adapted
 from bitnet_jax._packed.kernel import Packed, PackedInt8, Prepared, PreparedInt8
+from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Activations, AnyArray, DTypeLike, Kernel
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
 from bitnet_jax._quantize.int8 import check_activations
@@ -88,10 +90,13 @@ def run_layer(
         x = x.astype(dtype)
     x_shape = x.shape
     x = call.to_canonical(x)
-    if config.norm:
+    read = reading.get() and not isinstance(kernel, Packed | Adapted)
+    if config.norm and not read:
         flat = x.reshape(*x.shape[: x.ndim - call.features], -1)
         x = _mesh.in_auto_like(rms_normalize, flat).reshape(x.shape)
-    if isinstance(kernel, Adapted):
+    if read:
+        y = _stated(config, call, x, kernel, ambient(strength), arithmetic)
+    elif isinstance(kernel, Adapted):
         check_packed(who, where, config, call, kernel)
         y = _serve(config, call, x, kernel.base, arithmetic)
         y = y + _low_rank(call, x, kernel, arithmetic)
@@ -131,6 +136,31 @@ def _train(
         return ternary_conv(x, kernel, call.convolution, config.weights, **how)
     axes = {"contracting_axes": call.contracting_axes, "batch_axes": call.batch_axes}
     return ternary_dot(x, kernel, config.weights, **axes, **how)
+
+
+def _stated(
+    config: LayerConfig,
+    call: Call,
+    x: Activations,
+    kernel: Kernel,
+    strength: Strength,
+    arithmetic: _Arithmetic,
+) -> Float[Array, "..."]:
+    """The float product of a kernel that states its config: what a program is read from."""
+    dtype, precision = arithmetic
+
+    def run(x: Activations, kernel: Kernel) -> Float[Array, "..."]:
+        x, kernel = x.astype(dtype), state(kernel, config, strength).astype(dtype)
+        if isinstance(call, ConvCall):
+            axes = kernel_axes.resolve("Conv", kernel, call.contracting_axes, ())
+            return call.convolution.apply(x, kernel_axes.to_canonical(kernel, axes), precision)
+        features = tuple(range(x.ndim - call.features, x.ndim))
+        lead = tuple(range(len(call.batch_axes)))
+        dims = ((features, call.contracting_axes), (lead, call.batch_axes))
+        return lax.dot_general(x, kernel, dims, precision=precision)
+
+    outputs = len(call.kernel_shape) - len(call.contracting_axes) - len(call.batch_axes)
+    return _mesh.in_auto_rows(run, x, kernel, outputs=(None,) * outputs)
 
 
 def _serve(
@@ -202,7 +232,10 @@ def embed_lookup(
         assert isinstance(embedding, PackedInt8 | PreparedInt8)  # by its config
         return embedding_rows(embedding, index).astype(dtype or embedding.dtype)
     strength = ambient(strength)
-    table = fake_quantize(embedding, config, contracting_axes=-1, strength=strength)
+    if reading.get():
+        table = state(embedding, LayerConfig(config, None), strength)
+    else:
+        table = fake_quantize(embedding, config, contracting_axes=-1, strength=strength)
     return _mesh.rows_of(table, index).astype(dtype or embedding.dtype)
 
 

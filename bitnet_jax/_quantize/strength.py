@@ -7,6 +7,7 @@ A layer takes ``strength=``; a model made of layers rarely passes it down.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Hashable, Iterator
 
 import jax
@@ -19,6 +20,10 @@ from bitnet_jax._checks import describe
 from bitnet_jax._context import Ambient
 
 Strength = float | int | np.number | Float[Array | np.ndarray, ""]
+
+_entered: contextvars.ContextVar[list[Strength] | None] = contextvars.ContextVar(
+    "entered", default=None
+)
 
 _ambient: Ambient[Strength] = Ambient("strength", 1.0, key=1.0)
 
@@ -71,8 +76,22 @@ def phase_in(strength: Strength) -> Iterator[None]:
             strength = float(strength)
         _checks.require_static_strength("phase_in", strength)
         key = strength
+    inside = _entered.get()
+    if inside is not None:
+        inside.append(strength)
     with _ambient.set(strength, key):
         yield
+
+
+@contextlib.contextmanager
+def phased() -> Iterator[list[Strength]]:
+    """Notes the strengths that the code inside sets with :func:`phase_in`."""
+    found: list[Strength] = []
+    token = _entered.set(found)
+    try:
+        yield found
+    finally:
+        _entered.reset(token)
 
 
 def ambient(strength: Strength | None) -> Strength:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from bitnet_jax import _checks
 from bitnet_jax._quantize.config import Int8Config, KernelConfig
@@ -12,6 +12,12 @@ from bitnet_jax._transform.marks import Found, Use
 from bitnet_jax._tree.select import Patterns, Select, decide, is_kernel, match, matched
 
 WHO = "ternarize"
+
+UNREACHED = "no product reaches it"
+
+# What a program is of its function: all of it; one call, which may leave kernels for others; or a
+# part, in which there need be none.
+Extent = Literal["whole", "call", "part"]
 
 
 class Candidate(NamedTuple):
@@ -38,11 +44,13 @@ class Decision(NamedTuple):
       config: how it is quantised; None: it stays float.
       why: what decided it.
       refusal: the error that a call raises; None: it runs.
+      own: whether its own layer quantises it, whatever is selected.
     """
 
     config: KernelConfig | None
     why: str
     refusal: Exception | None = None
+    own: bool = False
 
 
 def decide_all(
@@ -71,6 +79,10 @@ def _decide(
     reach: _Reach, default: str | None, wanted: Sequence[KernelConfig | None], select: Select | None
 ) -> Decision:
     config, where = wanted[reach.number], reach.one.where
+    stated = reach.stated
+    if stated is not None:
+        refusal = reach.refusal()
+        return Decision(None if refusal else stated, reach.beside("selected"), refusal, True)
     if config is None:
         given = select is not None and not (isinstance(select, Patterns) and not select.keep)
         left_out = given or default is None
@@ -111,6 +123,11 @@ class _Reach(NamedTuple):
     found: Found
     candidates: Sequence[Candidate | None]
 
+    @property
+    def stated(self) -> KernelConfig | None:
+        """The config of the layer of ours that the leaf belongs to."""
+        return next((u.stated.weights for u in self.uses if u.stated is not None), None)
+
     def by_default(self, weights: KernelConfig) -> str | None:
         """None where a leaf is quantised unless it is told otherwise; else why it is not."""
         if any(use.primitive == "gather" for use in self.uses):
@@ -147,6 +164,8 @@ class _Reach(NamedTuple):
         if len(axes) > 1 and self.number not in self.found.changed:
             both = " and ".join(str(contracting) for contracting, _ in sorted(axes)[:2])
             return _used_two_ways(where, f"over axes {both}")
+        if len({use.stated for use in self.uses}) > 1:
+            return _used_two_ways(where, "by two configs, or as ternary and as float")
         return None
 
     def problem(self, config: KernelConfig) -> str | None:
@@ -156,7 +175,7 @@ class _Reach(NamedTuple):
             return f"`{changed}` changes it before it is multiplied"
         if not self.uses:
             names = self.found.read.get(self.number)
-            return f"no product reaches it, only `{names[0]}`" if names else "no product reaches it"
+            return f"{UNREACHED}, only `{names[0]}`" if names else UNREACHED
         for use in self.uses:
             if use.problem is not None:
                 return use.problem
@@ -184,15 +203,23 @@ def check_decisions(
     candidates: Sequence[Candidate | None],
     decisions: Sequence[Decision | None],
     select: Select | None,
+    extent: Extent,
 ) -> None:
     """Raises the first refusal; refuses a selection that chose nothing."""
-    for decision in decisions:
-        if decision is not None and decision.refusal is not None:
+    there = [decision for decision in decisions if decision is not None]
+    for decision in there:
+        missed = decision.why == UNREACHED and extent != "whole"
+        if decision.refusal is not None and not missed:
             raise decision.refusal
+    if extent == "part":
+        return
     paths = [one.path for one in candidates if one is not None]
-    if isinstance(select, Patterns):
+    if isinstance(select, Patterns) and extent == "whole":
         matched(WHO, paths, True, select)  # a pattern that names nothing is a misspelt one
-    if not any(decision is not None and decision.config is not None for decision in decisions):
+    left_over = select is None or (isinstance(select, Patterns) and not select.keep)
+    some = any(d.config is not None and (left_over or not d.own) for d in there)
+    waiting = extent == "call" and any(d.why == UNREACHED for d in there)
+    if not some and not waiting:
         pairs = zip(candidates, decisions, strict=True)
         rows = [f"{c.where}: {d.why}" for c, d in pairs if c is not None and d is not None]
         _raise_nothing_chosen(select is not None, rows)

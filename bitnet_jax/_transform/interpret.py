@@ -16,6 +16,7 @@ from jax.extend import core
 from jax.typing import ArrayLike
 
 from bitnet_jax import _mesh
+from bitnet_jax._layers.stated import STATED
 from bitnet_jax._ops.gather import gathering
 from bitnet_jax._quantize.pinned import pinned
 from bitnet_jax._transform import jaxprs, layout
@@ -24,7 +25,7 @@ from bitnet_jax._transform.jaxprs import Atom, Eqn, Jaxpr
 from bitnet_jax._transform.products import MEETS, MULTIPLIES, plan_of
 from bitnet_jax._transform.site import Chosen, Site
 from bitnet_jax._transform.tracked import Operand, Tracked, shown
-from bitnet_jax._transform.view import View
+from bitnet_jax._transform.view import View, of_leaf
 from bitnet_jax._tree.leaves import placement
 
 
@@ -69,12 +70,25 @@ class Interpreter:
         """A product or a look-up; ``uncast``: the input as it was before the layer cast it."""
         sides = [i for i, o in enumerate(operands) if isinstance(o, Tracked)]
         (side,) = sides  # two kernels that meet were refused
-        view, value = operands[side]
+        view, value, strength = operands[side]
         plan = plan_of(eqn, side, view)
         assert not isinstance(plan, str)  # such leaves were not chosen
         x = jnp.asarray(operands[1 - side] if uncast is None else uncast)
-        y = plan.run(Site(eqn, self._chosen[view.leaf]), x, value)
+        chosen = self._chosen[view.leaf]
+        if view.stated is not None:
+            chosen = chosen._replace(config=view.stated)
+        y = plan.run(Site(eqn, chosen, strength), x, value)
         return [_placed(y, eqn.outvars[0])]
+
+    def state(self, eqn: Eqn, operands: list[Any]) -> Tracked:
+        """The kernel of a layer of ours, a leaf or not: from here on it is quantised as stated."""
+        kernel, *strength = operands
+        if not isinstance(kernel, Tracked):
+            number = -1 - len(self._chosen)  # no leaf has it
+            self._chosen[number] = Chosen("a kernel that is no parameter", eqn.params["config"])
+            kernel = Tracked(of_leaf(number, jnp.shape(kernel)), jnp.asarray(kernel))
+        view = kernel.view._replace(stated=eqn.params["config"])
+        return Tracked(view, kernel.value, strength[0] if strength else eqn.params["strength"])
 
 
 def _placed(y: jax.Array, like: Atom) -> jax.Array:
@@ -110,7 +124,8 @@ class _Run:
     def results(self) -> list[Any]:
         """Runs all of it."""
         for at, eqn in enumerate(self._jaxpr.eqns):
-            if any(isinstance(self._values.get(v), Tracked) for v in _variables(eqn)):
+            tracked = any(isinstance(self._values.get(v), Tracked) for v in _variables(eqn))
+            if tracked or eqn.primitive.name == STATED:
                 self._special(at, eqn)
             elif eqn.primitive.name == "add" and self._products & {*_variables(eqn)}:
                 self._bias(at, eqn)
@@ -155,7 +170,9 @@ class _Run:
             self._catch_up(at)
         operands = [self._read(v) for v in eqn.invars]
         with jaxprs.inside(eqn):
-            if name in RULES:
+            if name == STATED:
+                outs = [self._interpreter.state(eqn, operands)]
+            elif name in RULES:
                 outs = RULES[name].run(self._interpreter, eqn, operands)
             elif name == "optimization_barrier":
                 outs = _barrier(operands)
@@ -174,12 +191,13 @@ class _Run:
         kernels = [i for i, o in enumerate(operands) if isinstance(o, Tracked)]
         if len(kernels) != 1:
             return None
-        view, value = operands[kernels[0]]
+        view, value, strength = operands[kernels[0]]
         steps = layout.follow(eqn, kernels[0], view)
         if steps is None:
             return None
         return [
-            Tracked(s.view, value if s.change is None else s.change(value, operands)) for s in steps
+            Tracked(s.view, value if s.change is None else s.change(value, operands), strength)
+            for s in steps
         ]
 
     def _computed(self, eqn: Eqn, operands: list[Any]) -> list[Any]:

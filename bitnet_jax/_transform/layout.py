@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from bitnet_jax._layers.stated import STATED
 from bitnet_jax._packed.adapted import Adapted
 from bitnet_jax._packed.kernel import Packed, is_packed
 from bitnet_jax._transform.jaxprs import Eqn
@@ -76,6 +77,10 @@ def _identity(eqn: Eqn, at: int, view: View) -> list[Step] | None:
         return done[0] if eqn.primitive.multiple_results else done
 
     return [Step(view, change)]
+
+
+def _stated(eqn: Eqn, view: View) -> list[Step] | None:
+    return [Step(view._replace(stated=eqn.params["config"]))]
 
 
 def _convert(eqn: Eqn, view: View) -> list[Step] | None:
@@ -183,6 +188,7 @@ def _unstack(eqn: Eqn, view: View) -> list[Step] | None:
 
 
 _RULES: dict[str, Callable[[Eqn, View], list[Step] | None]] = {
+    STATED: _stated,
     "convert_element_type": _convert,
     "transpose": _transpose,
     "squeeze": _squeeze,

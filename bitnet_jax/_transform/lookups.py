@@ -44,14 +44,14 @@ class LookupPlan(NamedTuple):
             site.chosen.config.weights,
             contracting_axes=tuple(map(view.position, self.contracting)),
             batch_axes=tuple(map(view.position, self.batch)),
-            strength=ambient(None),
+            strength=ambient(site.strength),
         )
         eqn = site.eqn
         params = eqn.primitive.get_bind_params(eqn.params)
         return eqn.primitive.bind(view.shown(table), x, **params)
 
     def _stored_rows(self, site: Site, index: jax.Array, value: Value) -> jax.Array:
-        eqn, chosen = site
+        eqn, chosen = site.eqn, site.chosen
         numbers, dtype = eqn.params["dimension_numbers"], dtype_of(eqn.outvars[0])
         if self.batch or len(value.shape) != 2 or not self.view.is_plain:
             _raise_not_rows(chosen.where, value.shape)

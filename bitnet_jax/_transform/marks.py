@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._transform.jaxprs import Eqn, Jaxpr
 from bitnet_jax._transform.view import View
 
@@ -57,6 +58,7 @@ class Use(NamedTuple):
       partner: the other operand, where that is a leaf too.
       beside: whether that other operand is spread over a batch, as an input is.
       multiplications: as often as it is run.
+      stated: the config of the layer that multiplies it; None: it is one of no layer of ours.
     """
 
     leaf: int
@@ -67,6 +69,7 @@ class Use(NamedTuple):
     partner: int | None
     beside: bool
     multiplications: float
+    stated: LayerConfig | None = None
 
 
 @dataclasses.dataclass

@@ -16,9 +16,11 @@ from jaxtyping import PyTree
 
 from bitnet_jax import _mesh
 from bitnet_jax._layers.forward import LayerConfig
+from bitnet_jax._layers.stated import reading
 from bitnet_jax._packed.adapted import Adapted
 from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
 from bitnet_jax._quantize.arrays import AnyArray
+from bitnet_jax._quantize.strength import phased
 from bitnet_jax._transform import decide, mapped
 from bitnet_jax._transform.interpret import Interpreter
 from bitnet_jax._transform.jaxprs import Jaxpr
@@ -43,12 +45,14 @@ class Spec(NamedTuple):
       layer: how its kernels are quantised.
       select: which.
       argnums: which argument holds them.
+      extent: what a call runs of the function's kernels.
     """
 
     fn: Callable[..., PyTree]
     layer: LayerConfig
     select: Select | None
     argnums: int
+    extent: decide.Extent = "whole"
 
 
 class Bound(NamedTuple):
@@ -91,6 +95,7 @@ class Program:
         ]
         self._paths = [leaf.path for leaf in leaves]
         self.run, self.float_fn = self._run, self._float_fn
+        self._phased = False
 
     def _float_fn(self, values: list[Any], rest: list[Any]) -> Any:
         count = len(self._boxes)
@@ -107,8 +112,9 @@ class Program:
     def plan(self, values: list[Any], rest: list[Any]) -> Plan:
         """The traced function, and what becomes of its leaves."""
         floats = [_placeholder(v) for v in values]
-        with mapped.noted():
+        with mapped.noted(), reading.set(True, True), phased() as inside:
             jaxpr, result = jax.make_jaxpr(self.float_fn, return_shape=True)(floats, rest)
+        self._phased |= bool(inside)  # not seen again where JAX has the trace in its cache
         paths = [path for i, path in enumerate(self._paths) if i not in self.static]
         candidates = [
             _candidate(path, v) if _is_kernel(v) else None
@@ -124,11 +130,15 @@ class Program:
             survey.read(mark, "return")
         weights, select = self._spec.layer.weights, self._spec.select
         decisions = decide.decide_all(candidates, survey.found, weights, select)
+        if self._phased:
+            _require_own(candidates, decisions)
         return Plan(jaxpr, result, candidates, survey.found, decisions)
 
     def _run(self, values: list[Any], rest: list[Any]) -> Any:
         plan = self.plan(values, rest)
-        decide.check_decisions(plan.candidates, plan.decisions, self._spec.select)
+        decide.check_decisions(
+            plan.candidates, plan.decisions, self._spec.select, self._spec.extent
+        )
         boxes = [box for i, box in enumerate(self._boxes) if i not in self.static]
         chosen: dict[int, Chosen] = {}
         operands: list[Any] = []
@@ -195,6 +205,18 @@ def _placeholder(value: Value | Like) -> Any:
         sharding = NamedSharding(kind.sharding.mesh, kind.sharding.spec)
     how = {"sharding": sharding, "manual_axis_type": kind.manual_axis_type}
     return jax.ShapeDtypeStruct(shape, packed.dtype, **how)
+
+
+def _require_own(
+    candidates: Sequence[decide.Candidate | None], decisions: Sequence[decide.Decision | None]
+) -> None:
+    """Refuses a strength that is set inside the function: its products are run outside of it."""
+    for one, decision in zip(candidates, decisions, strict=True):
+        if one is not None and decision is not None and decision.config and not decision.own:
+            raise ValueError(
+                f"{decide.WHO}: bj.phase_in is entered inside the function, where it would not "
+                f"reach the kernel at {one.where}. Enter it around the ternarised call."
+            )
 
 
 def _raise_packed_but_float(path: str, why: str) -> NoReturn:

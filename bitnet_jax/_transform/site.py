@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from bitnet_jax._layers.dimensions import Call
 from bitnet_jax._layers.forward import Fields, LayerConfig, run_layer
+from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._transform.jaxprs import Eqn, dtype_of
 from bitnet_jax._transform.layout import Value
 from bitnet_jax._transform.view import View
@@ -35,10 +36,12 @@ class Site(NamedTuple):
     Attributes:
       eqn: the equation.
       chosen: the kernel.
+      strength: that its own layer states; None: the one around the call.
     """
 
     eqn: Eqn
     chosen: Chosen
+    strength: Strength | None = None
 
     def meet(self, call: Call, x: jax.Array, value: Value) -> jax.Array:
         """The product of the layers of this package, from a float kernel or a packed one."""
@@ -46,7 +49,7 @@ class Site(NamedTuple):
         fields = Fields(dtype_of(self.eqn.outvars[0]), self.eqn.params["precision"], box)
         where, config = self.chosen.where, self.chosen.config
         return run_layer(
-            "ternarize", where, config, call, x, value, None, strength=None, fields=fields
+            "ternarize", where, config, call, x, value, None, strength=self.strength, fields=fields
         )
 
 

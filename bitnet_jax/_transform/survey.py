@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bitnet_jax._layers.stated import STATED
 from bitnet_jax._transform import layout
 from bitnet_jax._transform.higher_order import RULES
 from bitnet_jax._transform.jaxprs import (
@@ -75,6 +76,10 @@ class Survey:
             return self._computed(eqn, marks)
         if eqn.primitive.name == "optimization_barrier":
             return list(marks)
+        if eqn.primitive.name == STATED and marks[0].view is None:
+            # A layer of ours quantises what was computed from the leaf, and not the leaf.
+            self.sources(eqn, marks[0])
+            return [Mark(live=marks[0].live)]
         if eqn.primitive.name in MEETS:
             return self._product(eqn, marks, times)
         viewed = [i for i, mark in enumerate(marks) if mark.view is not None]
@@ -141,6 +146,7 @@ class Survey:
                     partner=None if other is None else other.leaf,
                     beside=other is not None and _is_spread(other),
                     multiplications=count,
+                    stated=mark.view.stated,
                 )
             )
         if not lookup and all(mark.leaves for mark in marks) and not _is_input(marks):

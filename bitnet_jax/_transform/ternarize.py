@@ -188,7 +188,7 @@ class Ternarized:
 
     def _kernels(self, bound: Bound, *, packing: bool) -> Kernels:
         plan = bound.program.plan(bound.values, bound.rest)
-        decide.check_decisions(plan.candidates, plan.decisions, self._spec.select)
+        decide.check_decisions(plan.candidates, plan.decisions, self._spec.select, "whole")
         if packing:
             decide.require_packable(plan.candidates, plan.decisions, plan.found)
         found = {}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 from jax.typing import ArrayLike
 
+from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._transform.jaxprs import Eqn, Jaxpr
 from bitnet_jax._transform.layout import Value, is_float
 from bitnet_jax._transform.view import View
@@ -18,10 +19,12 @@ class Tracked(NamedTuple):
     Attributes:
       view: how the program sees it.
       value: an array, a packed kernel or an adapted one, with the view's kept axes.
+      strength: that its own layer states; None: the one around the call.
     """
 
     view: View
     value: Value
+    strength: Strength | None = None
 
 
 # An operand or a result of an equation: an array or a number, or a kernel on its way.
@@ -49,6 +52,8 @@ class Interpreter(Protocol):
 
 def values_of(operands: Sequence[Any]) -> list[Any]:
     """What stands behind operands, as pytrees that JAX's transformations take."""
+    # A layer states beside its own product: nothing stands between the two.
+    assert not any(isinstance(o, Tracked) and o.strength is not None for o in operands)
     return [o.value if isinstance(o, Tracked) else o for o in operands]
 
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._quantize.arrays import DTypeLike
 
 
@@ -63,6 +64,7 @@ class View(NamedTuple):
       taken: the leaf's axes off which single slices were taken.
       cut: the leaf's axes of which a part was taken.
       dtypes: what the leaf was cast to, one after the other.
+      stated: the config of its own layer; None: of what it was selected with.
     """
 
     leaf: int
@@ -73,6 +75,7 @@ class View(NamedTuple):
     taken: tuple[int, ...] = ()
     cut: frozenset[int] = frozenset()
     dtypes: tuple[np.dtype, ...] = ()
+    stated: LayerConfig | None = None
 
     @property
     def ndim(self) -> int:
