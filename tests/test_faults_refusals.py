@@ -4,15 +4,15 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
 
 import bitnet_jax as bj
 
-X = jnp.ones((2, 5, 16))
+X = jnp.linspace(-1, 1, 160).reshape(2, 5, 16)
 FORM = r"^ternarize: `select` matches kernels, and none of them has a ternary form \("
-UNMET = "used by no layer with a ternary form"
 
 
 class Own(nn.Module):
@@ -24,34 +24,55 @@ class Own(nn.Module):
 
 
 LINEN = {
-    "fused cell": (nn.RNN(nn.OptimizedLSTMCell(8)), f"cell/hf/kernel, .*: {UNMET}"),
-    "own layer": (Own(), f"kernel: {UNMET}"),
-    "nnx inside": (nnx.bridge.ToLinen(nnx.Linear, args=(16, 8)), f"kernel: {UNMET}"),
-    "known layer": (nn.ConvLocal(4, (2,)), "kernel: ConvLocal has a kernel for each place"),
-    "set field": (nn.Dense(4, dot_general=jax.lax.dot_general), "kernel: its field `dot_general`"),
-    "transposed": (nn.ConvTranspose(4, (2,)), f"kernel: {UNMET}"),
+    "fused cell": (nn.RNN(nn.OptimizedLSTMCell(8)), "cell/hf/kernel: `concatenate` changes it"),
+    "weight norm": (nn.WeightNorm(nn.Dense(4)), "kernel: `mul` changes it"),
+    "looked up": (nn.Sequential([lambda x: x.astype(int), nn.Embed(8, 4)]), "an embedding"),
 }
 
 
 @pytest.mark.parametrize("case", LINEN)
-def test_linen_says_that_what_it_matched_has_no_ternary_form(case):
+def test_linen_says_what_becomes_of_what_it_cannot_quantise(case):
     model, why = LINEN[case]
     params = model.init(jax.random.key(0), X)
     ternary = bj.linen.ternarize(model)
     for run in (lambda: ternary.init(jax.random.key(0), X), lambda: ternary.apply(params, X)):
-        with pytest.raises(ValueError, match=FORM + why):
+        with pytest.raises(ValueError, match=f"^ternarize: nothing can be quantised.*{why}"):
             run()
 
 
+REACHED = {
+    "own layer": Own(),
+    "nnx inside": nnx.bridge.ToLinen(nnx.Linear, args=(16, 8)),
+    "a kernel for each place": nn.ConvLocal(4, (2,)),
+    "set field": nn.Dense(4, dot_general=jax.lax.dot_general),
+    "transposed": nn.ConvTranspose(4, (2,)),
+    "bilinear": nn.Sequential([Own(), nn.DenseGeneral(3, axis=(-2, -1))]),
+}
+
+
+@pytest.mark.parametrize("case", REACHED)
+def test_linen_reaches_kernels_of_every_layer(case):
+    model = REACHED[case]
+    params = jax.jit(model.init)(jax.random.key(0), X)
+    ternary = bj.linen.ternarize(model)
+    jax.tree.map(np.testing.assert_array_equal, ternary.init(jax.random.key(0), X), params)
+    packed, report = bj.linen.pack(ternary, params["params"], X)
+    assert all(row.path.endswith("kernel") for row in report.rows)
+    y = jax.jit(ternary.apply)(params, X)
+    served = jax.jit(ternary.apply)({**params, "params": packed}, X)
+    np.testing.assert_array_equal(served, y)
+    assert np.abs(y - model.apply(params, X)).max() > 1e-3
+
+
 def test_linen_leaves_such_kernels_where_others_are_ternary():
-    model = nn.Sequential([nn.Dense(16), Own()])
+    model = nn.Sequential([nn.Dense(16), nn.WeightNorm(nn.Dense(4))])
     ternary = bj.linen.ternarize(model)
     params = ternary.init(jax.random.key(0), X)["params"]
     _, report = bj.linen.pack(ternary, params, X)
     assert [row.path for row in report.rows] == ["layers_0/kernel"]
     with pytest.raises(ValueError, match="`select` matches nothing"):
         bj.linen.ternarize(model, select=lambda path, leaf: False).init(jax.random.key(0), X)
-    with pytest.raises(ValueError, match=FORM + r"layers_1/kernel: used by no layer"):
+    with pytest.raises(ValueError, match="matches nothing of what this function multiplies"):
         bj.linen.ternarize(model, select=bj.exclude("layers_0")).init(jax.random.key(0), X)
 
 

@@ -24,7 +24,7 @@ from bitnet_jax._quantize.arrays import DTypeLike
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
 from bitnet_jax._transform import decide
 from bitnet_jax._transform.explain import ProgramCoverage, coverage
-from bitnet_jax._transform.program import Bound, Program, Spec, is_adapted, static_leaves
+from bitnet_jax._transform.program import Bound, Plan, Program, Spec, is_adapted, static_leaves
 from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
@@ -166,7 +166,24 @@ class Ternarized:
         Raises:
           ValueError: as a call does.
         """
-        return self._kernels(self._bind("kernels", args, kwargs), packing=False)
+        return _kernels(self._checked_plan(self._bind("kernels", args, kwargs)))
+
+    def packable(self, *args: PyTree, **kwargs: PyTree) -> Kernels:
+        """:meth:`kernels`, where each can be packed: nothing reads it as float besides.
+
+        Args:
+          *args: as for :meth:`kernels`.
+          **kwargs: as for :meth:`kernels`.
+
+        Returns:
+          As :meth:`kernels`.
+
+        Raises:
+          ValueError: as :meth:`kernels`; a kernel that is also read as float.
+        """
+        plan = self._checked_plan(self._bind("pack", args, kwargs))
+        decide.require_packable(plan.candidates, plan.decisions, plan.found)
+        return _kernels(plan)
 
     def pack(self, *args: PyTree, **kwargs: PyTree) -> tuple[Any, PackReport]:
         """The packed params, and what packing did; the function runs from them with the same bits.
@@ -182,22 +199,19 @@ class Ternarized:
           ValueError: as a call does; a kernel that is also read as float, or that is stacked
             along another axis than its first.
         """
-        bound = self._bind("pack", args, kwargs)
-        kernels = self._kernels(bound, packing=True)
+        kernels = self.packable(*args, **kwargs)
         return pack_params(args[self._spec.argnums], select=kernels)
 
-    def _kernels(self, bound: Bound, *, packing: bool) -> Kernels:
+    def check(self, *args: PyTree, **kwargs: PyTree) -> None:
+        """Raises what a call raises of the selection; nothing is computed."""
+        self._checked_plan(self._bind(decide.WHO, args, kwargs))
+
+    def _checked_plan(self, bound: Bound) -> Plan:
         plan = bound.program.plan(bound.values, bound.rest)
-        decide.check_decisions(plan.candidates, plan.decisions, self._spec.select, "whole")
-        if packing:
-            decide.require_packable(plan.candidates, plan.decisions, plan.found)
-        found = {}
-        for i, (one, decision) in enumerate(zip(plan.candidates, plan.decisions, strict=True)):
-            if one is not None and decision is not None and decision.config is not None:
-                use = next(use for use in plan.found.uses if use.leaf == i)
-                axes = {"contracting_axes": use.contracting, "batch_axes": use.batch}
-                found[one.path] = KernelUse(tuple(one.leaf.shape), decision.config, axes)
-        return Kernels(found)
+        decide.check_decisions(
+            plan.candidates, plan.decisions, self._spec.select, self._spec.extent
+        )
+        return plan
 
     def _bind(self, who: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """The leaves of a call, and the program for calls of its structure."""
@@ -224,6 +238,17 @@ class Ternarized:
         arrays = [v for i, v in enumerate(values) if i not in program.static]
         rest = [v for i, v in enumerate(flat) if i + count not in program.static]
         return Bound(program, arrays, rest)
+
+
+def _kernels(plan: Plan) -> Kernels:
+    """The quantised leaves of a plan."""
+    found = {}
+    for i, (one, decision) in enumerate(zip(plan.candidates, plan.decisions, strict=True)):
+        if one is not None and decision is not None and decision.config is not None:
+            use = next(use for use in plan.found.uses if use.leaf == i)
+            axes = {"contracting_axes": use.contracting, "batch_axes": use.batch}
+            found[one.path] = KernelUse(tuple(one.leaf.shape), decision.config, axes)
+    return Kernels(found)
 
 
 def _require_params(who: str, argnums: int, count: int) -> None:

@@ -1,18 +1,15 @@
-"""What each Flax linen layer does with its kernel, in that layer's own scope.
+"""What each ternary linen layer does with its kernel, in the layer's own scope.
 
-:func:`forward` stands in for a layer's ``__call__``: same parameters, same
-initialisers, same random keys, so a checkpoint of the float layer fits. The
-layers of this package and ``ternarize`` both run it.
+:func:`forward` is the ``__call__`` of the layers of this package: the parameters, the
+initialisers and the random keys of the float layer, so that its checkpoints fit.
 """
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,20 +21,14 @@ from jaxtyping import PyTree
 from bitnet_jax import _checks
 from bitnet_jax._layers import dimensions
 from bitnet_jax._layers.dimensions import Call
-from bitnet_jax._layers.forward import Fields, LayerConfig, check_packed, embed_lookup, run_layer
+from bitnet_jax._layers.forward import Fields, LayerConfig, check_packed, run_layer
 from bitnet_jax._packed.adapted import Adapted
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._tree.leaves import unbox
 
-Observer = Callable[..., None]
-
-# The layers that have a ternary form; nn.ConvLocal has nn.Conv's __call__.
-LinenLayer = nn.Dense | nn.DenseGeneral | nn.Conv | nn.ConvLocal | nn.Einsum
-
-# Called with every layer: (module, name of the leaf, its call or None, its config or the
-# reason why it stays float, the leaf).
-observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
+# The layers that have a ternary form.
+LinenLayer = nn.Dense | nn.DenseGeneral | nn.Conv | nn.Einsum
 
 
 class Layer(NamedTuple):
@@ -68,7 +59,7 @@ def _general(module: nn.DenseGeneral, inputs: jax.Array) -> Call:
     return dimensions.general(inputs.shape, axis, batch, features)
 
 
-def _conv(module: nn.Conv | nn.ConvLocal, inputs: jax.Array) -> Call:
+def _conv(module: nn.Conv, inputs: jax.Array) -> Call:
     return dimensions.conv_of(module, inputs.shape, module.features)
 
 
@@ -90,15 +81,7 @@ CONV = Layer(nn.Conv, _conv, _CONV)
 EINSUM = Layer(nn.Einsum, _einsum, ("promote_dtype", "preferred_element_type"))
 
 
-def raw(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The function inside Flax's wrappers: what an interceptor's context holds."""
-    return inspect.unwrap(method)
-
-
-LAYERS = {raw(layer.kind.__call__): layer for layer in (DENSE, GENERAL, CONV, EINSUM)}
-
-
-def replaced_field(module: nn.Module, layer: Layer) -> str | None:
+def _replaced_field(module: nn.Module, layer: Layer) -> str | None:
     """The first field that is set and that a ternary layer cannot use; None if there is none."""
     defaults = {f.name: f.default for f in dataclasses.fields(layer.kind)}
     given = (name for name in layer.unused if getattr(module, name) is not defaults[name])
@@ -116,13 +99,12 @@ def forward(
 ) -> jax.Array:
     """The output of a ternary layer, with its parameters in the module's own scope."""
     who, where = type(module).__name__, "/".join((*module.path, "kernel"))
-    name = replaced_field(module, layer)
+    name = _replaced_field(module, layer)
     if name is not None:
         _checks.require_unset(who, name, getattr(module, name), None)
     inputs = jnp.asarray(inputs)
     call = layer.call(module, inputs, *args, **kwargs)
-    _tell(module, "kernel", call, config)
-    kernel = packed_leaf(module, "kernel")
+    kernel = _packed_leaf(module, "kernel")
     if is_packed(kernel):  # before the bias, whose own error would hide this one
         check_packed(who, where, config, call, kernel)
     if kernel is None:
@@ -134,24 +116,7 @@ def forward(
     )
 
 
-def left_float(module: nn.Module, name: str, why: str) -> None:
-    """Tells the observer that a kernel stays float; raises if it is packed."""
-    leaf = packed_leaf(module, name)
-    if leaf is not None:
-        where = "/".join((*module.path, name))
-        _raise_packed_but_float(type(module).__name__, where, why)
-    _tell(module, name, None, why)
-
-
-def _tell(module: nn.Module, name: str, call: Call | None, config: LayerConfig | str) -> None:
-    """Calls the observer, if there is one."""
-    tell = observer.get()
-    if tell is not None:
-        has = module.has_variable("params", name)
-        tell(module, name, call, config, module.get_variable("params", name) if has else None)
-
-
-def packed_leaf(module: nn.Module, name: str) -> Any:
+def _packed_leaf(module: nn.Module, name: str) -> Any:
     """The packed leaf of this name; None if there is none, or if it is float."""
     if not module.has_variable("params", name):
         return None
@@ -182,40 +147,3 @@ def _flattened(init: Initializer, name: str, call: Call) -> Callable[..., PyTree
         return value.reshape(shape)
 
     return reshaped
-
-
-def take_packed_table(module: nn.Embed) -> bool:
-    """``nn.Embed.setup`` with a packed table, whose shape Flax would refuse."""
-    table = packed_leaf(module, "embedding")
-    if table is None:
-        return False
-    module.embedding = table
-    return True
-
-
-def embed(module: nn.Embed, config: LayerConfig, inputs: jax.typing.ArrayLike) -> jax.Array:
-    """The look-up of ``nn.Embed``, from an int8 table."""
-    inputs, where = jnp.asarray(inputs), "/".join((*module.path, "embedding"))
-    shape = (module.num_embeddings, module.features)
-    _checks.require_embedding_lookup("Embed", inputs, shape)
-    _tell(module, "embedding", dimensions.table(shape, 1), config)
-    return embed_lookup(where, config.weights, module.embedding, inputs, module.dtype, None)
-
-
-def attend(module: nn.Embed, config: LayerConfig, query: jax.typing.ArrayLike) -> jax.Array:
-    """``query @ embedding.T`` of ``nn.Embed``, from an int8 table."""
-    query, where = jnp.asarray(query), "/".join((*module.path, "embedding"))
-    call = dimensions.table((module.num_embeddings, module.features), query.ndim)
-    _tell(module, "embedding", call, config)
-    fields = Fields(module.dtype, None)
-    return run_layer(
-        "Embed", where, config, call, query, module.embedding, None, strength=None, fields=fields
-    )
-
-
-def _raise_packed_but_float(who: str, path: str, why: str) -> NoReturn:
-    """Reports a packed kernel in a layer that stays float."""
-    raise ValueError(
-        f"{who}: the kernel at {path} is packed, and this model leaves it in float ({why}). "
-        "Ternarise the model with the `select` that the kernels were packed with."
-    )

@@ -5,7 +5,7 @@ remat too, with what went in and what came out; then the packed kernel is given 
 same input on its own.
 """
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,6 @@ from flax import traverse_util
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
-from bitnet_jax._layers import forward as _layers
-from bitnet_jax.linen import _in_scope
 
 pytestmark = pytest.mark.optimised
 
@@ -97,42 +95,40 @@ def leaf_at(tree, path):
     return tree
 
 
-def catching(monkeypatch):
-    """Makes every layer call sow its input and output; returns its static arguments by path."""
-    run, forward, static = _layers.run_layer, _in_scope.forward, {}
+LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
 
-    def run_and_note(who, where, config, call, x, kernel, bias, **how):
-        static[where] = (who, config, call, how)
-        return run(who, where, config, call, x, kernel, bias, **how)
 
-    def forward_and_sow(module, layer, config, inputs, *args, **kwargs):
-        y = forward(module, layer, config, inputs, *args, **kwargs)
-        module.sow("caught", "kernel", (inputs, y))
+def catching(found):
+    """Makes every layer sow its input and its output, and notes the layers by their paths."""
+
+    def sow(next_fun, args, kwargs, context):
+        y = next_fun(*args, **kwargs)
+        module = context.module
+        if isinstance(module, LAYERS) and context.method_name == "__call__":
+            module.sow("caught", "kernel", (args[0], y))
+            found["/".join((*module.path, "kernel"))] = module.clone(parent=None, name=None)
         return y
 
-    monkeypatch.setattr(_in_scope, "run_layer", run_and_note)
-    monkeypatch.setattr(_in_scope, "forward", forward_and_sow)
-    return static
+    return nn.intercept_methods(sow)
 
 
 @cases("name", list(MODELS), core=["convnet"])
-def test_every_layer_call_gives_the_bits_of_its_packed_kernel(name, monkeypatch):
-    x = MODELS[name][-1]
+def test_every_layer_call_gives_the_bits_of_its_packed_kernel(name):
+    x, layers = MODELS[name][-1], {}
     ternary, params, packed, report = made(name)
-    static = catching(monkeypatch)
-    _, state = jax.jit(lambda p, x: ternary.apply({"params": p}, x, mutable=["caught"]))(params, x)
-    monkeypatch.undo()
+    with catching(layers):
+        apply = jax.jit(lambda p, x: ternary.apply({"params": p}, x, mutable=["caught"]))
+        _, state = apply(params, x)
     called = set()
     for path, calls in traverse_util.flatten_dict(state["caught"]).items():
         where = "/".join(path)
-        who, config, call, how = static[where]
-        leaf, bias = leaf_at(packed, where), leaf_at(packed, where[: -len("kernel")] + "bias")
+        own = leaf_at(packed, where[: -len("/kernel")])
+        one = bj.linen.ternarize(layers[where])
         for x, y in calls:
-            stacked = leaf.ndim > len(call.kernel_shape)  # one slice a turn of the scan
-            one = partial(_layers.run_layer, who, where, config, call, **how)
-            for i in range(leaf.shape[0]) if stacked else [...]:
-                kernel = jax.tree.map(lambda a, i=i: a[i], leaf)
-                assert_same_bits(one(x[i], kernel, bias[i]), y[i], where)
+            stacked = "blocks" in where or "Scan" in where  # one slice a turn of the scan
+            for i in range(own["kernel"].shape[0]) if stacked else [...]:
+                slice_ = jax.tree.map(lambda a, i=i: a[i], own)
+                assert_same_bits(one.apply({"params": slice_}, x[i]), y[i], where)
         called.add(where)
     # A table is met in its own way; test_int8.py holds it.
     tables = {row.path for row in report.rows if row.path.endswith("embedding")}

@@ -1,0 +1,333 @@
+"""Which kernels of a linen model are quantised, over which axes: asked with an example call.
+
+The model is traced as the function of its parameters that ``ternarize`` transforms; nothing is
+computed. Layers of this package in a model that is not ternarised state their own configs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+from flax import linen as nn
+from jaxtyping import PyTree
+
+from bitnet_jax import _checks
+from bitnet_jax._layers.forward import LayerConfig
+from bitnet_jax._transform.decide import UNREACHED
+from bitnet_jax._transform.explain import ProgramCoverage
+from bitnet_jax._transform.ternarize import Ternarized
+from bitnet_jax._tree.leaves import flatten
+from bitnet_jax._tree.pack_report import PackReport
+from bitnet_jax._tree.params import combine, pack_params
+from bitnet_jax._tree.select import Kernels, Path
+from bitnet_jax.linen._lifted import Args, Kwargs, Plan, inside, plan_of
+
+# As of model.apply: a name, a function of the module, or None for __call__.
+Method = str | Callable[..., Any] | None
+
+
+def pack(
+    model: nn.Module,
+    params: PyTree,
+    *example_args: PyTree,
+    method: Method = None,
+    rngs: PyTree = None,
+    variables: Mapping[str, PyTree] | None = None,
+    calls: Sequence[Callable[[Any], Any]] = (),
+    **example_kwargs: PyTree,
+) -> tuple[PyTree, PackReport | Any]:
+    """Packs every kernel that a model uses as ternary, over the axes of its layers.
+
+    The example's shapes and dtypes are enough: the model is traced, nothing is computed.
+
+    Args:
+      model: a linen module with ternary layers, or from :func:`ternarize`.
+      params: its parameters (the tree under ``"params"``), float; boxes are kept.
+      *example_args: arguments of a call, arrays or ``jax.ShapeDtypeStruct``.
+      method: as for ``model.apply``.
+      rngs: as for ``model.apply``; by default one key for every stream.
+      variables: other collections that the model reads (``batch_stats``, a
+        cache). All may be written to; what is written is dropped.
+      calls: more calls, each a function of the bound model, for kernels that
+        the example does not reach: ``lambda m: m.decode(z)``.
+      **example_kwargs: keyword arguments of the call.
+
+    Returns:
+      As :func:`bitnet_jax.pack_params`: the packed tree and its report. The
+      same ``apply`` runs from it, with the same bits.
+
+    Raises:
+      TypeError: ``params`` is not a mapping, or a kernel is packed already.
+      ValueError: a model without ternary layers, an example that does not fit
+        the model, params of other shapes than the model's, a kernel that no
+        call reaches, that is used over two sets of axes, or that is stacked
+        along another axis than its first.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> from flax import linen as nn
+      >>> model = bj.linen.ternarize(nn.MultiHeadDotProductAttention(num_heads=4))
+      >>> x = jax.random.normal(jax.random.key(0), (2, 7, 32))
+      >>> params = model.init(jax.random.key(1), x)["params"]
+      >>> packed, report = bj.linen.pack(model, params, x)
+      >>> packed["out"]["kernel"]
+      PackedTernary(shape=(4, 8, 32), scale=(1, 1, 1), 260 bytes)
+      >>> y = model.apply({"params": packed}, x)
+      >>> bool((y == model.apply({"params": params}, x)).all())
+      True
+    """
+    asked = _Asked("pack", model, _examples(example_args, example_kwargs, method, calls), rngs)
+    return asked.pack(params, variables)
+
+
+def kernels(
+    model: nn.Module,
+    params: PyTree,
+    *example_args: PyTree,
+    method: Method = None,
+    rngs: PyTree = None,
+    variables: Mapping[str, PyTree] | None = None,
+    calls: Sequence[Callable[[Any], Any]] = (),
+    **example_kwargs: PyTree,
+) -> Kernels:
+    """The kernels that a model uses as quantised: a selector that brings their axes.
+
+    Args:
+      model: as for :func:`pack`.
+      params: as for :func:`pack`.
+      *example_args: as for :func:`pack`.
+      method: as for :func:`pack`.
+      rngs: as for :func:`pack`.
+      variables: as for :func:`pack`.
+      calls: as for :func:`pack`.
+      **example_kwargs: as for :func:`pack`.
+
+    Returns:
+      What every ``select=`` takes, without ``axes=``: ``bj.pack_params``,
+      ``bj.analysis.sensitivity``, ``bj.analysis.trit_stats``, ``bj.optim.mugrokfast``,
+      ``bj.optim.watch_trits``. Printed, a table.
+
+    Raises:
+      ValueError: as :func:`pack`.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> model = bj.linen.BitConv(features=8, kernel_size=(3, 3))
+      >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+      >>> params = model.init(jax.random.key(1), x)["params"]
+      >>> kernels = bj.linen.kernels(model, params, x)
+      >>> packed, report = bj.pack_params(params, select=kernels)
+      >>> packed["kernel"]
+      PackedTernary(shape=(3, 3, 4, 8), scale=(1, 1, 1, 1), 76 bytes)
+    """
+    asked = _Asked("kernels", model, _examples(example_args, example_kwargs, method, calls), rngs)
+    return asked.kernels(params, variables)
+
+
+def explain(
+    model: nn.Module,
+    *example_args: PyTree,
+    method: Method = None,
+    rngs: PyTree = None,
+    **example_kwargs: PyTree,
+) -> ProgramCoverage:
+    """Which kernels of a model are ternary, and why the others are not.
+
+    Args:
+      model: a linen module with ternary layers, or from :func:`ternarize`.
+      *example_args: arguments of ``model.init``, arrays or ``jax.ShapeDtypeStruct``.
+      method: as for ``model.init``.
+      rngs: as for ``model.init``; by default one key for every stream.
+      **example_kwargs: keyword arguments of the call.
+
+    Returns:
+      A table, one row for each parameter of two axes and more that is no bias or scale: what multiplies it, over which of
+      its axes, and its share of the model's multiplications. Nothing is computed.
+
+    Raises:
+      ValueError: an example that does not fit the model; a pattern that matches nothing.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> from flax import linen as nn
+      >>> layers = [nn.Conv(8, (3, 3)), nn.WeightNorm(nn.Dense(4))]
+      >>> model = bj.linen.ternarize(nn.Sequential(layers))
+      >>> print(bj.linen.explain(model, jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")))
+      path             layer            shape  kernel   why
+      layers_0/kernel  Conv           3x3x3x8  ternary  selected
+      layers_1/kernel  ConvTranspose  2x2x8x4  float    ConvTranspose has no ternary form
+    """
+    asked = _Asked("explain", model, [_Example(method, example_args, example_kwargs)], rngs)
+    return asked.explain()
+
+
+def _examples(
+    args: Args, kwargs: Kwargs, method: Method, calls: Sequence[Callable[[Any], Any]]
+) -> list[_Example]:
+    """The calls that the model is traced with."""
+    return [_Example(method, args, kwargs), *(_Example(call, (), {}) for call in calls)]
+
+
+class _Example(NamedTuple):
+    """One call of a model."""
+
+    method: Method
+    args: Args
+    kwargs: Kwargs
+
+
+def _nothing(path: Path, leaf: object) -> bool:
+    """A selector for models in which only the layers of this package are quantised."""
+    del path, leaf
+    return False
+
+
+class _Asked:
+    """What is asked of a model by example calls."""
+
+    def __init__(self, who: str, model: nn.Module, examples: Sequence[_Example], rngs: PyTree):
+        _checks.require_instance(who, "model", model, nn.Module, "Pass a linen module.")
+        self._who, self._model, self._examples = who, model, examples
+        self._rngs = {"params": jax.random.key(0)} if rngs is None else rngs
+        self._plan = plan_of(type(model))
+        plan = self._plan or Plan(_nothing, LayerConfig())
+        extent = "whole" if self._plan else "part"
+        self._ternary = Ternarized(plan.spec(self._run, extent))
+
+    def _run(self, params: PyTree, variables: PyTree, calls: PyTree) -> Any:
+        """Every example, run as the function of its parameters."""
+        everything = {**variables, "params": params}
+        mutable = nn.DenyList("params")  # pyright: ignore[reportCallIssue]
+        outs = []
+        with inside(self._plan):
+            for example, (args, kwargs) in zip(self._examples, calls, strict=True):
+                how: dict[str, Any] = {"method": example.method, "mutable": mutable}
+                outs.append(self._model.apply(everything, *args, rngs=self._rngs, **how, **kwargs))
+        return jax.tree.map(_only_array, outs)
+
+    def _arguments(self, params: PyTree, variables: Mapping[str, PyTree] | None) -> Args:
+        return params, variables or {}, [(e.args, e.kwargs) for e in self._examples]
+
+    def explain(self) -> ProgramCoverage:
+        """The table, of the parameters that the model makes."""
+        made = self._abstract(self._init, *self._arguments({}, {}))
+        table = self._traced(self._ternary.explain, made.get("params", {}), {})
+        # A stacked bias has two axes, and is no kernel that was missed.
+        rows = (row for row in table.rows if row.primitive != "-" or not _is_small(row.path))
+        return dataclasses.replace(table, rows=tuple(rows))
+
+    def kernels(self, params: PyTree, variables: Mapping[str, PyTree] | None) -> Kernels:
+        """The quantised parameters, with their axes."""
+        self._require_reached(params, variables)
+        return self._traced(self._ternary.kernels, params, variables)
+
+    def pack(
+        self, params: PyTree, variables: Mapping[str, PyTree] | None
+    ) -> tuple[PyTree, PackReport]:
+        """The packed parameters, and the report."""
+        self._require_reached(params, variables)
+        return pack_params(params, select=self._traced(self._ternary.packable, params, variables))
+
+    def _require_reached(self, params: PyTree, variables: Mapping[str, PyTree] | None) -> None:
+        _checks.require_instance(
+            self._who, "params", params, Mapping, "Pass the tree under 'params'."
+        )
+        table = self._traced(self._ternary.explain, params, variables)
+        missed = [
+            row.path
+            for row in table.rows
+            if row.why == UNREACHED and row.path.rpartition("/")[2] == "kernel"
+        ]
+        if missed:
+            _raise_never_reached(self._who, missed)
+        if self._plan is None and not table.ternary:
+            _checks.raise_no_ternary_layer(self._who, type(self._model).__name__)
+
+    def _traced(
+        self,
+        ask: Callable[..., Any],
+        params: PyTree,
+        variables: Mapping[str, PyTree] | None,
+    ) -> Any:
+        """An answer; an error of the model says that the example does not fit."""
+        try:
+            return ask(*self._arguments(params, variables))
+        except Exception as error:
+            if _is_ours(self._who, error):
+                raise
+            self._check_shapes(params)
+            raise _example_refused(self._who, error) from error
+
+    def _init(self, params: PyTree, variables: PyTree, calls: PyTree) -> Any:
+        del params, variables
+        (args, kwargs), method = calls[0], self._examples[0].method
+        with inside(self._plan):
+            return self._model.init(self._rngs, *args, method=method, **kwargs)
+
+    def _check_shapes(self, params: PyTree) -> None:
+        """Raises if a parameter has another shape than the model makes, and names it."""
+        try:
+            made = self._abstract(self._init, *self._arguments({}, {})).get("params", {})
+        except ValueError:
+            return  # the example itself does not fit: the first error says so
+        wanted: dict[Path, Any] = {
+            leaf.path: leaf.value.shape for leaf in flatten(self._who, "params", made)[0]
+        }
+        for leaf in flatten(self._who, "params", params)[0]:
+            got = leaf.value.shape
+            _checks.require_param_shape(self._who, leaf.where, got, wanted.get(leaf.path, got))
+
+    def _abstract(self, function: Callable[..., Any], *args: PyTree) -> Any:
+        """``jax.eval_shape``, where what is no array is static."""
+
+        def only(arrays: bool) -> PyTree:
+            def kept(leaf: PyTree) -> PyTree:
+                return leaf if (_only_array(leaf) is not None) == arrays else None
+
+            return jax.tree.map(kept, args)
+
+        static = only(arrays=False)
+
+        def call(arrays: PyTree) -> Any:
+            return function(*combine(arrays, static))
+
+        try:
+            return jax.eval_shape(call, only(arrays=True))
+        except Exception as error:
+            if _is_ours(self._who, error):
+                raise
+            raise _example_refused(self._who, error) from error
+
+
+def _is_small(path: str) -> bool:
+    return path.rpartition("/")[2] in ("bias", "scale")
+
+
+def _only_array(leaf: PyTree) -> PyTree:
+    return leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else None
+
+
+def _is_ours(who: str, error: Exception) -> bool:
+    """Whether an error is a refusal of this package."""
+    kinds = (NotImplementedError, ValueError, TypeError)
+    return isinstance(error, kinds) and str(error).startswith((f"{who}:", "ternarize:"))
+
+
+def _example_refused(who: str, error: Exception) -> ValueError:
+    """The error for a model that does not run on the example."""
+    return ValueError(
+        f"{who}: the model does not run on `example_args` with these params: "
+        f"{type(error).__name__}: {error} Pass what model.apply takes (method=, rngs= and "
+        "variables= where it needs them)."
+    )
+
+
+def _raise_never_reached(who: str, paths: Sequence[str]) -> NoReturn:
+    """Reports kernels that no example call uses."""
+    raise ValueError(
+        f"{who}: no call reaches the kernels {', '.join(paths)}. Pass calls=[lambda m: ...] that "
+        "use them, or take them out of `params`."
+    )

@@ -1,0 +1,426 @@
+"""``ternarize`` of a linen model, which is not edited and keeps its parameters.
+
+The model gets a class of its own, derived from the one it had. What is called of it from outside
+runs as a function of its variables, lifted as ``nn.remat`` lifts one and transformed by
+``bj.ternarize``; what that calls inside runs as it is. Flax calls every method through
+``_call_wrapped_method``: overriding that covers ``method="encode"`` and a model inside another
+model, which overriding ``apply`` or ``__call__`` would miss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copyreg
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax.core import lift, unfreeze
+from flax.linen.transforms import lift_direct_transform
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from bitnet_jax import _checks
+from bitnet_jax._layers.forward import LayerConfig, layer_config
+from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
+from bitnet_jax._transform.decide import Extent
+from bitnet_jax._transform.program import Spec
+from bitnet_jax._transform.ternarize import Ternarized
+from bitnet_jax._tree.select import Path, Select
+
+Args = tuple[PyTree, ...]
+
+Kwargs = Mapping[str, PyTree]
+
+# Of flax: collections of variables by their names.
+Collections = Mapping[str, Any]
+
+
+class Plan(NamedTuple):
+    """What a ternarised class does; two equal plans share one class.
+
+    Attributes:
+      select: which kernels.
+      layer: how they are quantised.
+      whole: whether the class is of the model that was ternarised, and not of a part of it.
+    """
+
+    select: Select | None
+    layer: LayerConfig
+    whole: bool = True
+
+    def spec(self, fn: Callable[..., PyTree], extent: Extent) -> Spec:
+        """What ``bj.ternarize`` is asked for."""
+        return Spec(fn, self.layer, self.select, 0, extent)
+
+
+def ternarize(
+    model: nn.Module,
+    select: Select | None = None,
+    *,
+    weights: KernelConfig = B158,
+    activations: ActivationConfig | None = INT8,
+    norm: bool = False,
+    backward_dtype: DTypeLike | None = None,
+) -> nn.Module:
+    """A model with ternary kernels and the parameters of the given one.
+
+    :func:`bitnet_jax.ternarize` of what the model computes, whichever layers it is made of: every
+    parameter that an input is multiplied with, in submodules, shared, under ``nn.scan``,
+    ``nn.remat``, ``nn.vmap`` and ``nn.jit``, in ``method=``, ``bind`` and inside another model.
+    Checkpoints of the float model fit, and packed trees (:func:`pack`) run under the same
+    ``apply``. Tables of embeddings can be given an ``Int8Config``. What is computed with a kernel
+    before it is multiplied makes it float, and :func:`explain` says so. Layers of this package and
+    a model inside that was ternarised on its own keep their own configs.
+
+    Args:
+      model: any linen module, not bound. It is not changed.
+      select: which parameters; see ``bj.exclude`` and ``bj.only``. Called with the path of a
+        parameter and its shape and dtype; may return a config of its own for each, ``Int8Config``
+        included. By default all that an input is multiplied with.
+      weights: the quantiser of the selected kernels.
+      activations: the activations' quantiser; None for weight-only.
+      norm: RMSNorm without parameters before each quantised product.
+      backward_dtype: of the backward products' operands; None: float32.
+
+    Returns:
+      A module of a class derived from the model's, of the same name; equal
+      arguments give the same class, and it pickles as its model does.
+
+    Raises:
+      TypeError: ``model`` is not a linen module.
+      ValueError: a bound or ternarised model. When it is initialised or called: as
+        :func:`bitnet_jax.ternarize`.
+      NotImplementedError: as :func:`bitnet_jax.ternarize`.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> from flax import linen as nn
+      >>> model = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(10)])
+      >>> x = jax.random.normal(jax.random.key(0), (8, 64))
+      >>> params = model.init(jax.random.key(1), x)["params"]  # of the float model
+      >>> ternary = bj.linen.ternarize(model, select=bj.exclude("layers_2"))
+      >>> print(bj.linen.explain(ternary, x))
+      path             product      shape  dtype    over  share  kernel   why
+      layers_0/kernel  dot_general  64x32  float32     0  86.5%  ternary  selected
+      layers_2/kernel  dot_general  32x10  float32     0  13.5%  float    not selected
+      86 % ternary of 37.9 kFLOP
+      >>> packed, report = bj.linen.pack(ternary, params, x)
+      >>> y = ternary.apply({"params": packed}, x)
+      >>> bool((y == ternary.apply({"params": params}, x)).all())
+      True
+    """
+    who = "ternarize"
+    _checks.require_instance(
+        who, "model", model, nn.Module, "Pass an instance, for example Model()."
+    )
+    kind = type(model)
+    _require_not_ternarized(who, plan_of(kind) is not None, kind.__name__)
+    _require_unbound(who, model.scope is not None or model.name is not None, kind.__name__)
+    layer = layer_config(who, weights, activations, norm, backward_dtype)
+    _checks.require_selector(who, select)
+    return _of_class(ternarized_class(kind, Plan(select, layer)), _state(model))
+
+
+def plan_of(kind: type[nn.Module]) -> Plan | None:
+    """The plan of a ternarised class, or of one derived from it; None of any other."""
+    return getattr(kind, "_bitnet_plan", None)
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """The attributes of an unbound module: its fields, and what a decorator of its class added."""
+    return {k: v for k, v in vars(model).items() if k not in ("_state", "_id")}
+
+
+class _Blank(nn.Module):
+    """A module with nothing but what Flax keeps of each."""
+
+
+def _of_class(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    """A module with the attributes of another one, whose ``__init__`` is not run again."""
+    made = object.__new__(kind)
+    for name, value in (vars(_Blank()) | state).items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def _rebuild(kind: type[nn.Module], plan: Plan, state: dict[str, Any]) -> nn.Module:
+    return _of_class(ternarized_class(kind, plan), state)
+
+
+@functools.cache
+def _metaclass(kind: type) -> type:
+    """The metaclass of classes that are derived from one of metaclass ``kind``: they pickle."""
+    made = type(f"Ternarized{kind.__name__}", (kind,), {})
+    copyreg.pickle(made, _reduce_class)  # pyright: ignore[reportArgumentType]
+    return made
+
+
+def _reduce_class(kind: type[nn.Module]) -> str | tuple[Any, ...]:
+    if "_bitnet_plan" in vars(kind):
+        return ternarized_class, (kind.__base__, vars(kind)["_bitnet_plan"])
+    return kind.__qualname__  # a class that a user derived: by its name
+
+
+@functools.cache
+def ternarized_class(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
+    """The class derived from ``kind`` whose methods run by ``plan``."""
+
+    @nn.nowrap
+    def _call_wrapped_method(
+        self: nn.Module, fun: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Any:
+        if self.scope is None or fun.__name__ == "setup" or is_inside(plan):
+            return super(made, self)._call_wrapped_method(fun, args, kwargs)
+        return _run(self, plan, fun, args, kwargs)
+
+    @nn.nowrap
+    def _try_setup(self: nn.Module, shallow: bool = False) -> None:
+        super(made, self)._try_setup(shallow)
+        if self.scope is not None and not shallow and not is_inside(plan):
+            _claim_children(self, plan)
+
+    @nn.nowrap
+    def _validate_setup(self: nn.Module) -> None:
+        with inside(plan):  # Flax calls a method of a clone, of which nothing comes
+            super(made, self)._validate_setup()
+
+    @nn.nowrap
+    def apply(
+        self: nn.Module,
+        variables: Collections,
+        *args: PyTree,
+        method: str | Callable[..., Any] | None = None,
+        **kwargs: PyTree,
+    ) -> Any:
+        if callable(method) and not hasattr(method, "__self__"):
+            function = method
+
+            def method(module: nn.Module, *args: PyTree, **kwargs: PyTree) -> Any:
+                return _run(module, plan._replace(whole=False), function, args, kwargs)
+
+        return super(made, self).apply(variables, *args, method=method, **kwargs)
+
+    @nn.nowrap
+    def __reduce__(self: nn.Module) -> tuple[Any, ...]:
+        return _rebuild, (kind, plan, _state(self))
+
+    body = {
+        "_call_wrapped_method": _call_wrapped_method,
+        "_try_setup": _try_setup,
+        "_validate_setup": _validate_setup,
+        "apply": apply,
+        "__reduce__": __reduce__,
+        "_bitnet_plan": plan,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    # The name: Flax names submodules by it.
+    made: Any = _metaclass(type(kind))(kind.__name__, (kind,), body)
+    return made
+
+
+def _claim_children(module: nn.Module, plan: Plan) -> None:
+    """Makes the submodules of ``setup`` ternary, for who calls them from outside."""
+    for child in module.children.values():
+        if isinstance(child, nn.Module) and plan_of(type(child)) is None:
+            kind = ternarized_class(type(child), plan._replace(whole=False))
+            object.__setattr__(child, "__class__", kind)
+
+
+_plans: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("plans", default=None)
+
+
+def is_inside(plan: Plan) -> bool:
+    """Whether a call runs inside one that is transformed by the same plan."""
+    current = _plans.get()
+    return current is not None and current[:2] == plan[:2]
+
+
+@contextlib.contextmanager
+def inside(plan: Plan | None) -> Iterator[None]:
+    """Has the methods of a plan's model run as they are."""
+    token = _plans.set(plan)
+    try:
+        yield
+    finally:
+        _plans.reset(token)
+
+
+def _run(module: nn.Module, plan: Plan, fun: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """Runs a method, or a function, of a module from outside."""
+    if not module.is_initializing():
+        whole = plan.whole and fun.__name__ == "__call__"
+        over = functools.partial(_transformed, plan, "call" if whole else "part")
+        return lift_direct_transform(over, (fun,), module, *args, **kwargs)
+    # Parameters are made by the float model; then all of them are there, to check the selection.
+    scope: Any = module.scope
+    before = {k: v for k, v in unfreeze(scope.variables()).items() if k != "params"}
+    counters = dict(scope.rng_counters)
+    with inside(plan):
+        y = module._call_wrapped_method(fun, args, kwargs)
+    after = dict(scope.rng_counters)
+    scope.rng_counters.update(counters)
+    over = functools.partial(_checked, plan, before)
+    lift_direct_transform(over, (fun,), module, *args, **kwargs)
+    scope.rng_counters.update(after)
+    return y
+
+
+def _is_refusal(error: Exception) -> bool:
+    return str(error).startswith("ternarize:")
+
+
+def _transformed(
+    plan: Plan,
+    extent: Extent,
+    core: Callable[..., Any],
+    scopes: Sequence[Any],
+    *args: PyTree,
+    **kwargs: PyTree,
+) -> Any:
+    """``bj.ternarize`` of a function of scopes."""
+
+    def over(lifted: _Lifted, args: Args, kwargs: Kwargs) -> Any:
+        ternary = Ternarized(plan.spec(lifted.run, extent))
+        return ternary(lifted.params, lifted.others, lifted.rngs, args, kwargs)
+
+    return _lift(plan, core, over, scopes, args, kwargs)
+
+
+def _checked(
+    plan: Plan,
+    others: Collections,
+    core: Callable[..., Any],
+    scopes: Sequence[Any],
+    *args: PyTree,
+    **kwargs: PyTree,
+) -> Any:
+    """Raises if a selection chose nothing; runs nothing, and changes no variable."""
+
+    def over(lifted: _Lifted, args: Args, kwargs: Kwargs) -> Any:
+        ternary = Ternarized(plan.spec(lifted.run, "whole"))
+        before = (*lifted.others[:-1], others)  # a module's own scope comes last
+        # A cache that is there may take other inputs than those that made it.
+        for others_ in (lifted.others, before):
+            try:
+                ternary.check(lifted.params, others_, lifted.rngs, args, kwargs)
+                break
+            except Exception as error:
+                if _is_refusal(error):
+                    raise
+        return None, lifted.unchanged
+
+    return _lift(plan, core, over, scopes, args, kwargs)
+
+
+class _Lifted(NamedTuple):
+    """A function of scopes as one of variables.
+
+    Attributes:
+      params: those of all scopes, by their paths from the root.
+      others: the other collections of each scope.
+      rngs: the streams of random keys of each scope.
+      run: (params, others, rngs, args, kwargs) -> (result, changed variables).
+      unchanged: what ``run`` returns beside the result where it changes nothing.
+    """
+
+    params: dict[str, Any]
+    others: tuple[Collections, ...]
+    rngs: PyTree
+    run: Callable[..., Any]
+    unchanged: PyTree
+
+
+def _lift(
+    plan: Plan,
+    core: Callable[..., Any],
+    over: Callable[[_Lifted, Args, Kwargs], Any],
+    scopes: Sequence[Any],
+    args: Args,
+    kwargs: Kwargs,
+) -> Any:
+    """Runs a function of scopes by way of ``over``, which sees it as a function of variables."""
+    paths = [scope.path for scope in _outermost(scopes)]
+
+    def inner(
+        scope_fn: Callable[..., Any],
+        repack: Callable[..., Any],
+        groups: tuple[tuple[Collections, ...], ...],
+        rngs: PyTree,
+    ) -> Any:
+        (collections,) = groups
+        params: dict[str, Any] = {}
+        for path, one in zip(paths, collections, strict=True):
+            _put(params, path, one)
+        others = tuple({k: v for k, v in c.items() if k != "params"} for c in collections)
+
+        def run(params: PyTree, others: PyTree, rngs: PyTree, args: Args, kwargs: Kwargs) -> Any:
+            whole = tuple(
+                {**other, "params": _at(params, path)} if "params" in one else other
+                for path, other, one in zip(paths, others, collections, strict=True)
+            )
+            with inside(plan):
+                scopes = scope_fn((whole,), rngs)
+                for scope in scopes:
+                    scope.flags = {**scope.flags, "initializing": False}
+                y = core(scopes, *args, **kwargs)
+            return y, repack(scopes)
+
+        return over(_Lifted(params, others, rngs, run, groups), args, kwargs)
+
+    return lift.pack(inner, (True,), (True,), (True,))(scopes)
+
+
+def _outermost(scopes: Sequence[Any]) -> list[Any]:
+    """The scopes that lie in no other of them, in order: those that ``lift.pack`` keeps."""
+    there = list(dict.fromkeys(scopes))
+
+    def lies_inside(scope: Any) -> bool:
+        while scope.parent is not None:
+            scope = scope.parent
+            if scope in there:
+                return True
+        return False
+
+    return [scope for scope in there if not lies_inside(scope)]
+
+
+def _put(tree: dict[str, Any], path: Path, collections: Collections) -> None:
+    """Puts the params of a scope where its path says."""
+    if "params" not in collections:
+        return
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    own = unfreeze(collections["params"])
+    if path:
+        tree[path[-1]] = own
+    else:
+        tree.update(own)
+
+
+def _at(tree: PyTree, path: Path) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _require_unbound(who: str, bound: bool, name: str) -> None:
+    """Raises if a module belongs to a scope or a parent already."""
+    if bound:
+        raise ValueError(
+            f"{who}: `model` ({name}) is bound to a parent or a scope. Pass the whole model, or "
+            "a module that was made on its own: outside a compact method, before bind()."
+        )
+
+
+def _require_not_ternarized(who: str, already: bool, name: str) -> None:
+    """Raises if a model is ternarised already."""
+    if already:
+        raise ValueError(
+            f"{who}: `model` ({name}) is ternarised already. Pass the model it was made from; a "
+            "`select` that returns configs does in one call what two would."
+        )
