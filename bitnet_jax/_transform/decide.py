@@ -213,9 +213,8 @@ def check_decisions(
             raise decision.refusal
     if extent == "part":
         return
-    paths = [one.path for one in candidates if one is not None]
-    if isinstance(select, Patterns) and extent == "whole":
-        matched(WHO, paths, True, select)  # a pattern that names nothing is a misspelt one
+    if extent == "whole":
+        check_patterns(candidates, select)
     left_over = select is None or (isinstance(select, Patterns) and not select.keep)
     some = any(d.config is not None and (left_over or not d.own) for d in there)
     waiting = extent == "call" and any(d.why == UNREACHED for d in there)
@@ -223,6 +222,12 @@ def check_decisions(
         pairs = zip(candidates, decisions, strict=True)
         rows = [f"{c.where}: {d.why}" for c, d in pairs if c is not None and d is not None]
         _raise_nothing_chosen(select is not None, rows)
+
+
+def check_patterns(candidates: Sequence[Candidate | None], select: Select | None) -> None:
+    """Raises if a pattern names nothing: it is a misspelt one."""
+    if isinstance(select, Patterns):
+        matched(WHO, [one.path for one in candidates if one is not None], True, select)
 
 
 def _raise_nothing_chosen(given: bool, rows: Sequence[str]) -> NoReturn:

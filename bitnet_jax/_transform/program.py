@@ -150,7 +150,11 @@ class Program:
                 chosen[i] = Chosen(one.where, layer, boxes[i])
                 value = Tracked(of_leaf(i, one.leaf.shape), value)
             elif one is not None and decision is not None and not _is_array(value):
-                _raise_packed_but_float(one.where, decision.why)
+                if i in plan.found.changed or any(use.leaf == i for use in plan.found.uses):
+                    _raise_packed_but_float(one.where, decision.why)
+                # Nothing multiplies it in this call: it may come back as it is.
+                chosen[i] = Chosen(one.where, self._spec.layer, boxes[i])
+                value = Tracked(of_leaf(i, one.leaf.shape), value)
             operands.append(value)
         outs = Interpreter(chosen).body(plan.jaxpr, [*operands, *rest])
         outs = [_returned(out, chosen) for out in outs]

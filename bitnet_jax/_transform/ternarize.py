@@ -148,9 +148,13 @@ class Ternarized:
 
         Returns:
           A table. Nothing is computed.
+
+        Raises:
+          ValueError: a pattern of the selector that matches no path.
         """
         bound = self._bind("explain", args, kwargs)
         plan = bound.program.plan(bound.values, bound.rest)
+        decide.check_patterns(plan.candidates, self._spec.select)
         return coverage(plan.candidates, plan.decisions, plan.found)
 
     def kernels(self, *args: PyTree, **kwargs: PyTree) -> Kernels:

@@ -144,8 +144,9 @@ def explain(
       **example_kwargs: keyword arguments of the call.
 
     Returns:
-      A table, one row for each parameter of two axes and more that is no bias or scale: what multiplies it, over which of
-      its axes, and its share of the model's multiplications. Nothing is computed.
+      A table, one row for each parameter of two axes and more that is no bias or scale: what
+      multiplies it, over which of its axes, and its share of the model's multiplications. Nothing
+      is computed.
 
     Raises:
       ValueError: an example that does not fit the model; a pattern that matches nothing.

@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copyreg
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax import linen as nn
-from flax.core import lift, unfreeze
+from flax.core import Scope, lift, unfreeze
 from flax.linen.transforms import lift_direct_transform
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
@@ -199,9 +200,20 @@ def ternarized_class(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
             function = method
 
             def method(module: nn.Module, *args: PyTree, **kwargs: PyTree) -> Any:
+                if is_inside(plan):
+                    return function(module, *args, **kwargs)
                 return _run(module, plan._replace(whole=False), function, args, kwargs)
 
         return super(made, self).apply(variables, *args, method=method, **kwargs)
+
+    @nn.nowrap
+    def clone(self: nn.Module, *, parent: Any = None, **updates: Any) -> nn.Module:
+        copied = super(made, self).clone(parent=parent, **updates)
+        if is_inside(plan) and isinstance(parent, Scope):
+            # The model itself, in its transformed scope: a __post_init__ has changed it already.
+            for name in {f.name for f in dataclasses.fields(self)} & set(updates):
+                object.__setattr__(copied, name, updates[name])
+        return copied
 
     @nn.nowrap
     def __reduce__(self: nn.Module) -> tuple[Any, ...]:
@@ -212,6 +224,7 @@ def ternarized_class(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
         "_try_setup": _try_setup,
         "_validate_setup": _validate_setup,
         "apply": apply,
+        "clone": clone,
         "__reduce__": __reduce__,
         "_bitnet_plan": plan,
         "__module__": kind.__module__,
@@ -220,12 +233,13 @@ def ternarized_class(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
     }
     # The name: Flax names submodules by it.
     made: Any = _metaclass(type(kind))(kind.__name__, (kind,), body)
+    del made.__init__  # Flax made one of the fields alone; the model's may be a decorator's
     return made
 
 
 def _claim_children(module: nn.Module, plan: Plan) -> None:
     """Makes the submodules of ``setup`` ternary, for who calls them from outside."""
-    for child in module.children.values():
+    for child in module._state.children.values():
         if isinstance(child, nn.Module) and plan_of(type(child)) is None:
             kind = ternarized_class(type(child), plan._replace(whole=False))
             object.__setattr__(child, "__class__", kind)
