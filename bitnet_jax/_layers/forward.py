@@ -90,13 +90,13 @@ def run_layer(
         x = x.astype(dtype)
     x_shape = x.shape
     x = call.to_canonical(x)
-    read = reading.get() and not isinstance(kernel, Packed | Adapted)
-    if config.norm and not read:
+    if reading.get() and not isinstance(kernel, Packed | Adapted):
+        y = _stated(config, call, x, kernel, ambient(strength), arithmetic)
+        return _with_bias(call, call.from_canonical(y, x_shape), bias)
+    if config.norm:
         flat = x.reshape(*x.shape[: x.ndim - call.features], -1)
         x = _mesh.in_auto_like(rms_normalize, flat).reshape(x.shape)
-    if read:
-        y = _stated(config, call, x, kernel, ambient(strength), arithmetic)
-    elif isinstance(kernel, Adapted):
+    if isinstance(kernel, Adapted):
         check_packed(who, where, config, call, kernel)
         y = _serve(config, call, x, kernel.base, arithmetic)
         y = y + _low_rank(call, x, kernel, arithmetic)
@@ -105,13 +105,18 @@ def run_layer(
         y = _serve(config, call, x, kernel, arithmetic)
     else:
         y = _train(config, call, x, kernel, ambient(strength), fields.box, arithmetic)
-    y = call.from_canonical(y, x_shape)
+    return _with_bias(call, call.from_canonical(y, x_shape), bias)
+
+
+def _with_bias(
+    call: Call, y: Float[Array, "..."], bias: Float[AnyArray, "..."] | None
+) -> Float[Array, "..."]:
     if bias is None:
         return y
     # Ones for the row axes: rank promotion is the caller's to allow, not ours to use.
     spread = (1,) * (y.ndim - len(call.bias_spread)) + call.bias_spread
     # Pinned: what the caller adds or widens next must start from this rounding.
-    return pinned(y + bias.astype(dtype).reshape(spread))
+    return pinned(y + bias.astype(y.dtype).reshape(spread))
 
 
 def _train(

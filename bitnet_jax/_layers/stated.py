@@ -48,7 +48,7 @@ def _abstract(kernel: Any, *strength: Any, **params: Any) -> Any:
 
 def _batched(args: Sequence[Any], dims: Sequence[Any], **params: Any) -> Any:
     """A mapped strength would be one for each product: it is the kernel's, of all of them."""
-    if len(args) > 1 and dims[1] is not batching.not_mapped:
+    if len(args) > 1 and dims[1] is not None:
         raise NotImplementedError(
             "ternarize: a layer's `strength` is mapped by jax.vmap. Map the ternarised function "
             "instead of the layer inside it."
@@ -60,7 +60,7 @@ def _pushed(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> A
     """Differentiated inside the program: the float product's derivative, as of every kernel."""
     out = _stated_p.bind(*primals, **params)
     tangent = tangents[0]
-    return out, ad.Zero.from_primal_value(out) if type(tangent) is ad.Zero else tangent
+    return out, tangent
 
 
 _stated_p.def_abstract_eval(_abstract)

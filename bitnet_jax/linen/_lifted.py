@@ -196,15 +196,14 @@ def ternarized_class(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
         method: str | Callable[..., Any] | None = None,
         **kwargs: PyTree,
     ) -> Any:
-        if callable(method) and not hasattr(method, "__self__"):
-            function = method
+        run = super(made, self).apply
+        if not callable(method) or hasattr(method, "__self__") or is_inside(plan):
+            return run(variables, *args, method=method, **kwargs)
 
-            def method(module: nn.Module, *args: PyTree, **kwargs: PyTree) -> Any:
-                if is_inside(plan):
-                    return function(module, *args, **kwargs)
-                return _run(module, plan._replace(whole=False), function, args, kwargs)
+        def function(module: nn.Module, *args: PyTree, **kwargs: PyTree) -> Any:
+            return _run(module, plan._replace(whole=False), method, args, kwargs)
 
-        return super(made, self).apply(variables, *args, method=method, **kwargs)
+        return run(variables, *args, method=function, **kwargs)
 
     @nn.nowrap
     def clone(self: nn.Module, *, parent: Any = None, **updates: Any) -> nn.Module:

@@ -422,12 +422,10 @@ def test_a_train_state_trains_and_a_selector_sees_whole_paths():
 
 def test_words():
     model = bj.linen.ternarize(Net(), select=bj.only("haed"))
-    for_words = pytest.raises(
-        ValueError, match=r"the pattern 'haed' matches nothing\. Near paths: "
-    )
-    with for_words:
+    misspelt = r"the pattern 'haed' matches nothing\. Near paths: "
+    with pytest.raises(ValueError, match=misspelt):
         model.init(jax.random.key(0), X)
-    with for_words:
+    with pytest.raises(ValueError, match=misspelt):
         bj.linen.explain(model, X)
 
     class Phased(nn.Module):
