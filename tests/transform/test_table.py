@@ -192,8 +192,12 @@ def test_bad_arguments():
     packed, _ = ternary.pack({"w": W}, X)
     with pytest.raises(TypeError, match="w is packed already"):
         ternary.pack(packed, X)
-    with pytest.raises(ValueError, match="the kernel at w is packed, and this function leaves it"):
+    with pytest.raises(ValueError, match="w is packed, and `reduce_sum` computes with it as float"):
         ternarize(lambda p, x: x @ p["v"] + p["w"].sum())(packed | {"v": W}, X)
+    with pytest.raises(ValueError, match="the kernel at w is packed, and this function leaves it"):
+        ternarize(lambda p, x: x @ p["v"] @ (2 * p["w"].T))(packed | {"v": W}, X)
+    only = ternarize(lambda p, x: x @ p["v"])(packed | {"v": W}, X)  # nothing asks for w
+    assert only.shape == (*X.shape[:-1], W.shape[-1])
     with pytest.raises(ValueError, match="the kernel at w was packed with TernaryConfig"):
         ternarize(lambda p, x: x @ p["w"], weights=bj.PHASE4)(packed, X)
     with pytest.raises(ValueError, match=r"contracts over its axes \(0,\), and the layer over"):
