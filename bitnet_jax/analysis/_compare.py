@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import nn
 from jaxtyping import Array, PyTree, Shaped
 
@@ -106,8 +107,9 @@ def compare(
     both.
 
     Args:
-      model: a linen module, called as ``model.apply({"params": p}, x)``; not
-        used, and may be None, where ``apply`` is given.
+      model: a linen module, called as ``model.apply({"params": p}, x)``, or a function of
+        parameters and x, from :func:`bitnet_jax.ternarize` for example; not used, and may be
+        None, where ``apply`` is given.
       float_params: the float tree.
       packed: the tree to judge: packed, prepared, or float again
         (:func:`unpack_params`) for a model without ternary layers.
@@ -146,8 +148,7 @@ def compare(
     """
     who = "compare"
     if apply is None:
-        _require_apply(who, model)
-        apply = functools.partial(_apply_linen, model)
+        apply = _apply_of(who, model)
     _require_batches(who, batches)
     for leaf in flatten(who, "float_params", float_params)[0]:
         if is_packed(leaf.value):
@@ -172,8 +173,12 @@ def compare(
     return Comparison(examples=examples, max_difference=largest, **means)
 
 
-def _apply_linen(model: Any, params: PyTree, x: PyTree) -> Any:
-    return model.apply({"params": params}, x)
+def _apply_of(who: str, model: Any) -> Callable[[PyTree, PyTree], Any]:
+    """A model as a function of parameters and x."""
+    if callable(getattr(model, "apply", None)):
+        return lambda params, x: model.apply({"params": params}, x)
+    _require_function(who, model)
+    return model
 
 
 def _step(
@@ -216,13 +221,13 @@ def _step(
     return values
 
 
-def _require_apply(who: str, model: object) -> None:
-    """Raises unless a model has an ``apply`` method."""
-    if not callable(getattr(model, "apply", None)):
+def _require_function(who: str, model: object) -> None:
+    """Raises unless a model is a function; an NNX module is one of x alone."""
+    if not callable(model) or isinstance(model, nnx.Module):
         raise TypeError(
-            f"{who}: `model` must have linen's apply(variables, x), got {type(model).__name__}. "
-            "Pass apply=, a function of params and x; for nnx: graphdef, params = nnx.split(model) "
-            "and apply=lambda p, x: nnx.merge(graphdef, p)(x)."
+            f"{who}: `model` must have linen's apply(variables, x), or be a function of params and "
+            f"x, got {type(model).__name__}. Pass apply=; for nnx: graphdef, params = "
+            "nnx.split(model) and apply=lambda p, x: nnx.merge(graphdef, p)(x)."
         )
 
 

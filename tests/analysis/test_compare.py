@@ -196,6 +196,24 @@ def test_batches_that_are_refused(batches, error, match):
         looked_up(normal(4, 3), normal(4, 3), batches)
 
 
+def test_a_function_is_a_model():
+    def fn(params, x):
+        return jnp.tanh(x @ params["in"]) @ params["out"]
+
+    params = {"in": normal(8, 16), "out": normal(16, 3)}
+    ternary = bj.ternarize(fn)
+    packed, _ = ternary.pack(params, X8 := normal(6, 8))
+    result = bj.analysis.compare(ternary, params, packed, [X8])
+    assert_close(result, comparison64(fn(params, X8), ternary(params, X8)), rtol=1e-4)
+    kernels = ternary.kernels(params, X8)
+    worst = bj.analysis.sensitivity(lambda p: jnp.square(fn(p, X8)).mean(), params, select=kernels)
+    assert {row.path for row in worst.rows} == {"in", "out"}
+    assert {row.path for row in bj.analysis.trit_stats(params, select=kernels).rows} == {
+        "in",
+        "out",
+    }
+
+
 def test_models_that_are_refused():
     a, p = normal(4, 3), {"logits": normal(4, 3)}
     with pytest.raises(
