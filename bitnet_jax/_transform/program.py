@@ -124,7 +124,7 @@ class Program:
             KNOWN if c is None else Mark(of_leaf(i, c.leaf.shape), live=False)
             for i, c in enumerate(candidates)
         ]
-        survey = Survey()
+        survey = Survey(KNOWN if any(map(_is_input, rest)) else LIVE)
         outs = survey.walk(jaxpr, [*marks, *[LIVE] * len(rest)], 1.0)
         for mark in outs:
             survey.read(mark, "return")
@@ -194,6 +194,12 @@ def is_adapted(leaf: object) -> bool:
 def _is_kernel(leaf: Like) -> bool:
     """Whether a leaf, or what stands for it, may be a kernel."""
     return jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2 and 0 not in leaf.shape
+
+
+def _is_input(value: Any) -> bool:
+    """Whether an argument may be data: an array of one axis and more that is no random key."""
+    key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or value.dtype == jnp.uint32
+    return not key and len(value.shape) > 0
 
 
 def _placeholder(value: Value | Like) -> Any:

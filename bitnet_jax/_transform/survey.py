@@ -33,10 +33,14 @@ from bitnet_jax._transform.view import View
 
 
 class Survey:
-    """One walk over a program."""
+    """One walk over a program.
 
-    def __init__(self) -> None:
-        self.found = Found()
+    Args:
+      constants: what its constants are: inputs, where it has no others.
+    """
+
+    def __init__(self, constants: Mark) -> None:
+        self.found, self._constants = Found(), constants
 
     @contextlib.contextmanager
     def quietly(self) -> Iterator[None]:
@@ -50,7 +54,7 @@ class Survey:
     def walk(self, jaxpr: Jaxpr, marks: Sequence[Mark], times: float) -> list[Mark]:
         """The marks of a jaxpr's results, from those of its operands."""
         inner, _ = opened(jaxpr)
-        env: dict[Any, Mark] = dict.fromkeys(inner.constvars, KNOWN)
+        env: dict[Any, Mark] = dict.fromkeys(inner.constvars, self._constants)
         env.update(zip(inner.invars, marks, strict=True))
 
         def of(atom: Atom) -> Mark:

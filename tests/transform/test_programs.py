@@ -379,3 +379,26 @@ def test_argnums_and_other_trees():
     assert_same_bits(both(np.asarray(W), np.asarray(X)), dot(X, W))
     assert_same_bits(jax.jit(both)(W, X), dot(X, W))
     assert jax.eval_shape(both, W, X).shape == (6, 16)
+
+
+def test_a_batch_that_the_function_closes_over_is_its_input():
+    """A loss over a fixed batch has no argument but the params, and perhaps a random key."""
+
+    def loss(params, key=None):
+        noise = 0.0 if key is None else jax.random.normal(key, X.shape)
+        h = X + noise + params["position"]
+        h = jnp.tanh(h @ params["in"]) @ params["out"]
+        return jnp.square(h).mean()
+
+    width = X.shape[-1]
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "position": jax.random.normal(keys[0], X.shape[-2:]),
+        "in": jax.random.normal(keys[1], (width, 24)),
+        "out": jax.random.normal(keys[2], (24, 8)),
+    }
+    ternary = ternarize(loss)
+    for more in ((), (jax.random.key(1),)):
+        assert set(ternary.explain(params, *more).ternary) == {"in", "out"}
+        packed, _ = ternary.pack(params, *more)
+        assert_same_bits(ternary(packed, *more), ternary(params, *more))
