@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import core
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Integer, PyTree, Shaped
 
 Entry = str | tuple[str, ...] | None
@@ -148,6 +148,39 @@ def in_auto_rows(run: Callable[..., Any], *operands: PyTree, outputs: Spec) -> A
         return fit((*spec_of(operands[0])[: y.ndim - len(outputs)], *outputs), y.shape, mesh)
 
     return in_auto(run, *operands, out=out)
+
+
+def varying_alike(*operands: PyTree) -> Any:
+    """The operands, each varying over every mesh axis of a ``shard_map`` that one of them does.
+
+    JAX does so for the operands of its own operations. A ``custom_vjp`` must, too: its
+    gradients have the types of its operands. The transpose of this cast is the sum over
+    the devices.
+    """
+    axes = frozenset[str]().union(*map(_varying, jax.tree.leaves(operands)))
+
+    def cast(array: jax.typing.ArrayLike) -> Any:
+        missing = axes - _varying(array)
+        return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
+
+    return jax.tree.map(cast, operands) if axes else operands
+
+
+def struct_varying_like(
+    shape: Sequence[int], dtype: jax.typing.DTypeLike, like: Shaped[Array, "..."]
+) -> jax.ShapeDtypeStruct:
+    """The type of an array that varies over the mesh axes that another does."""
+    if not _varying(like):
+        return jax.ShapeDtypeStruct(shape, dtype)
+    kind = jax.typeof(like)
+    place = NamedSharding(kind.sharding.mesh, PartitionSpec())
+    manual = kind.manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place, manual_axis_type=manual)
+
+
+def _varying(array: jax.typing.ArrayLike) -> frozenset[str]:
+    """The mesh axes of a ``shard_map`` over which an array has other values."""
+    return jax.typeof(array).manual_axis_type.varying
 
 
 def rows_of(table: Shaped[Array, "..."], index: Integer[Array, "..."]) -> Shaped[Array, "..."]:

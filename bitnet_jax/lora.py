@@ -41,6 +41,7 @@ from bitnet_jax._packed.pack import pack_kernel
 from bitnet_jax._packed.static_data import register_export
 from bitnet_jax._quantize import kernel_axes, statistics
 from bitnet_jax._quantize.kernel_spec import KernelSpec
+from bitnet_jax._quantize.rounded import quotient
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
 from bitnet_jax._tree.select import Select, matched
 
@@ -346,11 +347,11 @@ def _on_grid(base: PackedTernary, w: jax.Array) -> PackedTernary:
     groups, shared = old.shape[-2], old.shape[-1] == 1
     # (*batch, K, N) as (*batch, groups, K / groups, N): each group has scales of its own.
     w = w.reshape(*w.shape[:-2], groups, w.shape[-2] // groups, w.shape[-1])
-    codes = jnp.clip(jnp.round(w / old[..., None, :]), -1.0, 1.0)
+    codes = jnp.clip(jnp.round(quotient(w, old[..., None, :])), -1.0, 1.0)
     over = (-2, -1) if shared else -2
     along = statistics.total(w * codes, shared)[..., 0, :]  # in an order that is fixed
     count = jnp.abs(codes).sum(over, keepdims=True)[..., 0, :]
-    scale = jnp.where(along > 0.0, along / jnp.maximum(count, 1.0), old)
+    scale = jnp.where(along > 0.0, quotient(along, jnp.maximum(count, 1.0)), old)
     _, contraction, outputs = base.axes.split(base.shape)
     flat = codes.astype(jnp.int8).reshape(*w.shape[:-3], -1, w.shape[-1])
     flat = kernel_axes.from_canonical(flat, base.axes, contraction, outputs)

@@ -162,7 +162,10 @@ def counting():
         return count_and_contract
 
     for name, row in before.items():
-        IMPLEMENTATIONS[name] = row._replace(contract=counted(name, row.contract))
+        forms = {"contract": row.contract, "anywhere": row.anywhere}
+        IMPLEMENTATIONS[name] = row._replace(
+            **{form: call and counted(name, call) for form, call in forms.items()}
+        )
     try:
         yield calls
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +67,9 @@ def matmul(
       packed: from :func:`pack` or :func:`prepare`.
       activations: as in training, or None for weight-only: a float product with
         the dequantised kernel, which is unpacked whole, whatever the implementation.
-      implementation: None picks; ``"cpu"`` (native), ``"xla"`` or ``"reference"``
-        runs that one.
+      implementation: None picks, for a native product once the program is lowered: for
+        another platform than a CPU, and in ``jax.export``, it is plain JAX. ``"cpu"``
+        (native), ``"xla"`` or ``"reference"`` runs that one.
       dtype: of the output; by default what x and the kernel's dtype promote to.
       precision: of the float product where ``activations`` is None.
 
@@ -79,7 +80,8 @@ def matmul(
       TypeError: x is not floating point, or ``packed`` is not packed.
       ValueError: shapes that do not meet, an unknown implementation, or one
         that a prepared kernel was not prepared for.
-      NotImplementedError: the implementation asked for cannot do this.
+      NotImplementedError: the implementation asked for cannot do this, or cannot on
+        the platform that the program is lowered for.
 
     Example:
       >>> import jax.numpy as jnp, bitnet_jax as bj
@@ -106,8 +108,8 @@ def matmul(
         if activations is None:
             y = Product().apply(x.astype(dtype), _float_kernel(packed).astype(dtype), precision)
         else:
-            # custom_vjp loses the type
-            y = cast(jax.Array, _matmul(activations, name, np.dtype(dtype), x, packed))
+            how = _How(activations, name, implementation is not None, np.dtype(dtype))
+            y = cast(jax.Array, _matmul(how, x, packed))  # custom_vjp loses the type
         return y.reshape(*lead, *outputs)
 
     return _on_mesh(run, x, packed)
@@ -147,7 +149,7 @@ def _on_mesh(
     placed: _mesh.Spec = (None,) * len(outputs)
     if is_stored(packed):  # a prepared kernel is whole wherever it is
         placed = packed.axes.split(_mesh.spec_of(packed.codes))[2]
-    return _mesh.in_auto_rows(run, x, packed, outputs=placed)
+    return _mesh.in_auto_rows(run, *_mesh.varying_alike(x, packed), outputs=placed)
 
 
 def embedding_rows(
@@ -179,8 +181,9 @@ def prepare(tree: PyTree, implementation: Name | None = None) -> PyTree:
         other leaves pass through.
       implementation: None picks ``"cpu"``, the native one, where this processor has
         more than its portable path, else ``"xla"``. ``"cpu"`` pads each group to 16
-        weights along the contraction (int8: to 4), and outputs to 16; ``jax.export``
-        refuses its custom calls, ``"xla"`` runs everywhere.
+        weights along the contraction (int8: to 4), and outputs to 16. Both run
+        everywhere; in a program that is exported or lowered for another platform,
+        ``"xla"`` is the faster one.
 
     Returns:
       The tree with ``PreparedTernary`` and ``PreparedInt8`` leaves; where the
@@ -224,32 +227,44 @@ def _prepare_leaf(path: KeyPath, leaf: object, implementation: Name | None) -> o
     return leaf if make is None else make(leaf)
 
 
+class _How(NamedTuple):
+    """What is static about a product.
+
+    Attributes:
+      activations: the quantiser of x.
+      name: of the implementation.
+      named: whether it was asked for: then it runs, or raises where a program is lowered.
+      dtype: of the output.
+    """
+
+    activations: ActivationConfig
+    name: Name
+    named: bool
+    dtype: np.dtype
+
+
 # The packed kernel, and an empty array of x's shape and dtype.
 _Residuals = tuple[Packed, jax.Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _matmul(
-    activations: ActivationConfig, name: Name, dtype: np.dtype, x: Activations, packed: Packed
-) -> Float[Array, "..."]:
-    return IMPLEMENTATIONS[name].contract(jax.lax.stop_gradient(x), packed, activations, dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(how: _How, x: Activations, packed: Packed) -> Float[Array, "..."]:
+    row = IMPLEMENTATIONS[how.name]
+    contract = row.contract if how.named else row.anywhere or row.contract
+    return contract(jax.lax.stop_gradient(x), packed, how.activations, how.dtype)
 
 
 def _matmul_forward(
-    activations: ActivationConfig, name: Name, dtype: np.dtype, x: Activations, packed: Packed
+    how: _How, x: Activations, packed: Packed
 ) -> tuple[Float[Array, "..."], _Residuals]:
-    return _matmul(activations, name, dtype, x, packed), (packed, _like(x))
+    return _matmul(how, x, packed), (packed, _like(x))
 
 
 def _matmul_backward(
-    activations: ActivationConfig,
-    name: Name,
-    dtype: np.dtype,
-    residuals: _Residuals,
-    g: Gradient,
+    how: _How, residuals: _Residuals, g: Gradient
 ) -> tuple[Float[Array, "..."], None]:
     # None: codes have no gradient. The input's is a float product, by XLA for every row.
-    del activations, name, dtype
+    del how
     return _input_gradient(Product(), residuals, g.astype(jnp.float32)), None
 
 

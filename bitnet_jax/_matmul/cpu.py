@@ -7,7 +7,8 @@ sums are exact and the float arithmetic is that of ``int8`` and ``product`` in t
 order, so the bits are theirs at every instruction set, thread count and batch. Threads
 are XLA's own.
 
-A stored kernel is laid out on the way, each time: :func:`prepare` does it once.
+A stored kernel is laid out on the way, each time: :func:`prepare` does it once. Where a
+program is lowered for another platform, or exported, plain JAX multiplies the same codes.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
 
-from bitnet_jax._matmul import native, shards
-from bitnet_jax._ops.product import group_epilogue
+from bitnet_jax import _mesh
+from bitnet_jax._matmul import by_platform, native, panels, shards
+from bitnet_jax._matmul.panels import Layout, layout_of
+from bitnet_jax._ops.contraction import contract_codes
+from bitnet_jax._ops.product import Product, group_epilogue
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import (
     Packed,
@@ -38,11 +42,10 @@ from bitnet_jax._packed.kernel import (
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Activations, CanonicalScale, DTypeLike
 from bitnet_jax._quantize.config import ActivationConfig
-from bitnet_jax._quantize.int8 import codes_at, gamma_of
+from bitnet_jax._quantize.int8 import activation_codes, codes_at, gamma_of
 from bitnet_jax._quantize.pinned import widened
 
-# Of native/layout.h: outputs of a panel, bytes and rows, panels side by side, padding of x.
-_OUTPUTS, _ROW, _BLOCK, _BESIDE, _PADDING = 16, 64, 16, 4, 64
+_PADDING = 64  # rows of x are padded to a multiple of it, see native/layout.h
 
 # What the custom calls take and give; other floats pass through float32.
 _FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -53,24 +56,20 @@ def unsupported_reason(packed: Packed) -> str | None:
     int8 = isinstance(packed, (PackedInt8, PreparedInt8))
     remedy = f"Use implementation={'reference' if int8 else 'xla'!r}."
     reason = native.load().reason
-    if reason is not None:
-        return f"implementation 'cpu' is not there: {reason}. {remedy}"
-    if jax.default_backend() != "cpu":
-        return (
-            f"implementation 'cpu' runs on a CPU, and the default backend is "
-            f"{jax.default_backend()!r}. {remedy}"
-        )
-    return None
+    return None if reason is None else f"implementation 'cpu' is not there: {reason}. {remedy}"
 
 
 def preferred(packed: Packed, preparing: bool) -> bool:
     """Whether it is the fastest for a kernel.
 
-    Not where the portable path is all there is: it is there for its bits. And not from
-    a stored int8 kernel: XLA multiplies that sooner than it could be laid out, but for
-    a table, whose codes are (outputs, contraction).
+    Not where the portable path is all there is: it is there for its bits. Not laid out
+    on another platform, whose programs would undo it. And not from a stored int8 kernel:
+    XLA multiplies that sooner than it could be laid out, but for a table, whose codes are
+    (outputs, contraction).
     """
     if native.load().paths() == ["portable"]:
+        return False
+    if preparing and jax.default_backend() != "cpu":
         return False
     return preparing or not isinstance(packed, PackedInt8) or _is_table(packed)
 
@@ -82,8 +81,10 @@ def _is_table(packed: PackedInt8) -> bool:
 
 def prepare(packed: Stored) -> Prepared:
     """Lays codes out in panels of outputs."""
-    spec = _spec_of(packed, None, _FLOATS[0])
-    return lay_out(packed, _lay_out(spec, _stored_codes(packed)), "cpu")
+    spec, stored = _spec_of(packed, None, _FLOATS[0]), _stored_codes(packed)
+    *batch, r, n = stored.shape
+    laid = by_platform.run(_laying_out(spec), stored.reshape(math.prod(batch), r, n))
+    return lay_out(packed, laid.reshape(*batch, spec.layout.nbytes), "cpu")
 
 
 def _stored_codes(packed: Stored) -> UInt8[Array, "*b r n"] | Int8[Array, "*b k n"]:
@@ -95,27 +96,70 @@ def _stored_codes(packed: Stored) -> UInt8[Array, "*b r n"] | Int8[Array, "*b k 
     return kernel_axes.to_canonical(packed.codes, packed.axes)
 
 
+@functools.cache
+def _laying_out(spec: _Spec) -> by_platform.Operation:
+    """Stored codes (B, ...) -> panels (B, 1, bytes)."""
+    layout = spec.layout
+
+    def plain(stored: jax.Array) -> jax.Array:
+        return panels.lay_out(_int8_codes(spec, stored), layout)[:, None]
+
+    return by_platform.Operation(
+        native=lambda stored: _lay_out(spec, stored)[:, None],
+        plain=plain,
+        shape=lambda stored: (stored.shape[0], 1, layout.nbytes),
+        dtype=jnp.uint8,
+        merges_rows=False,
+    )
+
+
 def _lay_out(
-    spec: _Spec, stored: UInt8[Array, "*b r n"] | Int8[Array, "*b k n"]
-) -> UInt8[Array, "*b bytes"]:
-    """Panels of outputs, flat."""
-    n = stored.shape[-2] if spec.table else stored.shape[-1]
-    # A group is laid out on its own, whole panels of it; then flat, as XLA slices fastest.
-    size = spec.groups * math.prod(_panel_shape(spec.int8, spec.depth, n))
-    shape = jax.ShapeDtypeStruct((*stored.shape[:-2], size), jnp.uint8)
-    return jax.ffi.ffi_call(native.LAY_OUT, shape, vmap_method="broadcast_all")(
+    spec: _Spec, stored: UInt8[Array, "b r n"] | Int8[Array, "b k n"]
+) -> UInt8[Array, "b bytes"]:
+    """Panels of this device's outputs, by the native library."""
+    layout = spec.layout._replace(outputs=_outputs_of(spec, stored))
+    return _call(
+        native.LAY_OUT,
+        jax.ShapeDtypeStruct((len(stored), layout.nbytes), jnp.uint8),
         stored,
         last=np.int64(spec.last),
-        depth=np.int64(spec.depth),
-        int8=spec.int8,
+        depth=np.int64(layout.depth),
+        int8=layout.int8,
         transposed=spec.table,
     )
 
 
+def _int8_codes(
+    spec: _Spec, codes: UInt8[Array, "b ..."] | Int8[Array, "b k n"]
+) -> Int8[Array, "b k n"]:
+    """Canonical codes of panels, or of stored codes."""
+    if spec.prepared:
+        return panels.codes_of(codes, spec.layout)
+    if not spec.layout.int8:
+        return trits.unpack_runs(codes, spec.last)
+    return codes.swapaxes(-1, -2) if spec.table else codes
+
+
+def _outputs_of(spec: _Spec, codes: jax.Array) -> int:
+    """The outputs of codes (B, ...): of a stored kernel, its shard has them."""
+    return spec.layout.outputs if spec.prepared else codes.shape[1 if spec.table else 2]
+
+
+def _call(target: str, shape: Any, *operands: jax.Array, **attributes: Any) -> Any:
+    """A custom call. Its results vary over the mesh axes of a ``shard_map`` that operands do."""
+    y = jax.ffi.ffi_call(target, shape)(*operands, **attributes)
+    return _mesh.varying_alike(y, operands)[0]
+
+
 def contract(
-    x: Activations, packed: Packed, activations: ActivationConfig, dtype: DTypeLike
+    x: Activations,
+    packed: Packed,
+    activations: ActivationConfig,
+    dtype: DTypeLike,
+    *,
+    anywhere: bool = False,
 ) -> Float[Array, "..."]:
-    """The product, from float to float."""
+    """The product, from float to float; ``anywhere``: in plain JAX on other platforms."""
     batch, _, outputs = split(packed)
     rows, k = x.shape[len(batch) : -1], x.shape[-1]
     # The custom calls know (slices, rows, K): batch axes and row axes are flattened.
@@ -127,7 +171,8 @@ def contract(
     else:
         codes, scale = _stored_codes(packed), packed.canonical_scale()
     one_batch = (a.reshape(len(x), *a.shape[len(batch) :]) for a in (codes, scale))
-    y = _product(_spec_of(packed, activations, wide))(x, *one_batch)
+    product = _product(_spec_of(packed, activations, wide), anywhere)
+    y = by_platform.run(product, x, *one_batch)
     return y.astype(dtype).reshape(*batch, *rows, math.prod(outputs))
 
 
@@ -135,24 +180,21 @@ def sums(x: Int8[Array, "*rows k"], prepared: Prepared) -> Int32[Array, "g *rows
     """The exact int32 sums of codes that :func:`contract` scales, one for each group."""
     lead, n = len(prepared.batch), math.prod(prepared.outputs)
     rows, count = x.shape[lead:-1], math.prod(prepared.batch)
-    panels = prepared.codes.reshape(count, *prepared.codes.shape[lead:])
+    codes = prepared.codes.reshape(count, *prepared.codes.shape[lead:])
     x = x.reshape(count, math.prod(rows), x.shape[-1])
-    y = _sums(_spec_of(prepared, None, _FLOATS[0]), x, panels, n)
+    y = _sums(layout_of(prepared), x, codes, n)
     return y.reshape(y.shape[0], *prepared.batch, *rows, n)
 
 
 class _Spec(NamedTuple):
     """What is static about a product; JAX transforms functions of arrays only.
 
-    ``outputs`` and ``depth``, the contraction of a group, are the whole kernel's;
-    ``last`` is the length of its last contracting axis, along which bytes lie.
+    ``layout`` is the whole kernel's; ``last`` is the length of its last contracting axis,
+    along which bytes lie.
     """
 
-    outputs: int
-    depth: int
-    groups: int
+    layout: Layout
     last: int
-    int8: bool
     prepared: bool
     table: bool
     activations: ActivationConfig | None
@@ -161,17 +203,17 @@ class _Spec(NamedTuple):
 
 def _spec_of(packed: Packed, activations: ActivationConfig | None, dtype: np.dtype) -> _Spec:
     _, contraction, outputs = split(packed)
-    prepared = isinstance(packed, Prepared)
-    scale = packed.scale.shape
-    # The scale's lengths along the contraction say how many groups there are.
-    groups = scale[-2] if prepared else math.prod(packed.axes.split(scale)[1])
+    if isinstance(packed, Prepared):
+        layout = layout_of(packed)
+    else:
+        # The scale's lengths along the contraction say how many groups there are.
+        groups = math.prod(packed.axes.split(packed.scale.shape)[1])
+        depth = math.prod(contraction) // groups
+        layout = Layout(math.prod(outputs), depth, groups, isinstance(packed, PackedInt8))
     return _Spec(
-        outputs=math.prod(outputs),
-        depth=math.prod(contraction) // groups,
-        groups=groups,
+        layout=layout,
         last=contraction[-1],
-        int8=isinstance(packed, (PackedInt8, PreparedInt8)),
-        prepared=prepared,
+        prepared=isinstance(packed, Prepared),
         table=isinstance(packed, PackedInt8) and _is_table(packed),
         activations=activations,
         dtype=dtype,
@@ -179,8 +221,32 @@ def _spec_of(packed: Packed, activations: ActivationConfig | None, dtype: np.dty
 
 
 @functools.cache
-def _product(spec: _Spec) -> Callable[..., jax.Array]:
+def _product(spec: _Spec, anywhere: bool) -> by_platform.Operation:
     """(x (B, M, K), panels or stored codes (B, ...), scale (B, G, 1 or N)) -> (B, M, N)."""
+    return by_platform.Operation(
+        native=_native_product(spec),
+        plain=functools.partial(_plain_product, spec) if anywhere else None,
+        shape=lambda x, codes, _: (*x.shape[:2], _outputs_of(spec, codes)),
+        dtype=spec.dtype,
+        merges_rows=True,
+    )
+
+
+def _plain_product(
+    spec: _Spec, x: Activations, codes: jax.Array, scale: CanonicalScale
+) -> jax.Array:
+    """As ``reference`` multiplies."""
+    assert spec.activations is not None
+    w = _int8_codes(spec, codes)
+    if len(x) == 1:  # XLA's fastest product has no batch axis
+        x, w, scale = x[0], w[0], scale[0]
+    x_codes, gamma = activation_codes(x, spec.activations, (-1,))
+    y = contract_codes(Product(), x_codes, gamma, w, scale, spec.activations.qmax)
+    return y.astype(spec.dtype).reshape(w.shape[0] if w.ndim > 2 else 1, *y.shape[-2:])
+
+
+def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
+    """By custom calls, for a whole kernel or on each device of a mesh for its shard."""
     assert spec.activations is not None
     activations = spec.activations
 
@@ -188,18 +254,17 @@ def _product(spec: _Spec) -> Callable[..., jax.Array]:
         return codes if spec.prepared else _lay_out(spec, codes)
 
     def whole(x: Activations, codes: jax.Array, scale: CanonicalScale) -> jax.Array:
-        # This device's outputs: of a stored kernel, its shard has them.
-        n = spec.outputs if spec.prepared else codes.shape[1 if spec.table else 2]
-        x_codes, gamma = _quantize(x, spec.depth, activations)
-        panels = panels_of(spec, codes)
-        y = jax.ShapeDtypeStruct((*x.shape[:2], n), spec.dtype)
-        return jax.ffi.ffi_call(native.MULTIPLY, y)(
+        n = _outputs_of(spec, codes)
+        x_codes, gamma = _quantize(x, spec.layout.depth, activations)
+        return _call(
+            native.MULTIPLY,
+            jax.ShapeDtypeStruct((*x.shape[:2], n), spec.dtype),
             x_codes,
             gamma,
-            panels,
+            panels_of(spec, codes),
             scale,
-            depth=np.int64(spec.depth),
-            int8=spec.int8,
+            depth=np.int64(spec.layout.depth),
+            int8=spec.layout.int8,
             qmax=np.float32(activations.qmax),
         )
 
@@ -213,112 +278,40 @@ def _product(spec: _Spec) -> Callable[..., jax.Array]:
             gamma = jax.lax.pmax(gamma, axes)
         else:  # x is whole: this shard's part of it
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * k, k, axis=-1)
-        part = spec._replace(depth=k, last=k)
-        y = _sums(part, codes_at(x, gamma, activations), panels_of(part, codes), n)
+        part = spec._replace(layout=spec.layout._replace(depth=k), last=k)
+        y = _sums(part.layout, codes_at(x, gamma, activations), panels_of(part, codes), n)
         # Integers are summed over the devices, and scaled once, after: as on one device.
         return group_epilogue(jax.lax.psum(y, axes), gamma, scale, activations.qmax).astype(
             spec.dtype
         )
 
     # The contraction may be cut between bytes, where one axis is contracted, in one group.
-    cut = 1 if spec.int8 else trits.PER_BYTE
-    plain = not spec.prepared and spec.groups == 1 and spec.last == spec.depth
+    depth, groups, int8 = spec.layout[1:]
+    cut = 1 if int8 else trits.PER_BYTE
+    plain = not spec.prepared and groups == 1 and spec.last == depth
     body = shards.Body(
         whole,
         summed,
         codes="p" if spec.prepared else "nk" if spec.table else "kn",
-        step=1 if plain and spec.depth % cut == 0 else 0,
+        step=1 if plain and depth % cut == 0 else 0,
     )
     return shards.partitioned(body)
 
 
 def _sums(
-    spec: _Spec, x: Int8[Array, "b m k"], panels: UInt8[Array, "b bytes"], n: int
+    layout: Layout, x: Int8[Array, "b m k"], codes: UInt8[Array, "b bytes"], n: int
 ) -> Int32[Array, "g b m n"]:
     k = x.shape[-1]
     # Codes of 0 behind each row: the kernel reads whole tiles of 64.
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, _stride(k, spec.depth) - k)])
-    shape = (x.shape[0], spec.groups, x.shape[1], n)
-    call = jax.ffi.ffi_call(native.SUMS, jax.ShapeDtypeStruct(shape, jnp.int32))
-    y = call(x, panels, depth=np.int64(spec.depth), int8=spec.int8)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, _stride(k, layout.depth) - k)])
+    shape = jax.ShapeDtypeStruct((x.shape[0], layout.groups, x.shape[1], n), jnp.int32)
+    y = _call(native.SUMS, shape, x, codes, depth=np.int64(layout.depth), int8=layout.int8)
     return jnp.moveaxis(y, 1, 0)  # (B, G, M, N) -> (G, B, M, N), as the epilogue has it
 
 
 def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
     """The canonical int8 codes of a prepared kernel; undoes :func:`prepare`."""
-    k, n = math.prod(prepared.contraction), math.prod(prepared.outputs)
-    rows = _by_rows(_panels_of(prepared))  # (*b, g, byte rows, panels, 64)
-    if isinstance(prepared, PreparedInt8):
-        codes = _in_order(rows).astype(jnp.int8) ^ jnp.int8(-128)  # stored as code + 128
-    else:
-        # Blocks of 16 byte rows are unpacked together; a last, shorter one on its own.
-        whole = rows.shape[-3] // _BLOCK * _BLOCK
-        parts = [rows[..., :whole, :, :], rows[..., whole:, :, :]]
-        codes = jnp.concatenate([_in_order(_unpacked(part)) for part in parts], axis=-2)
-        codes = codes.astype(jnp.int8) - jnp.int8(1)
-    # Without the padding of each group, and of the last panel.
-    codes = codes[..., : k // prepared.scale.shape[-2], :n]
-    return codes.reshape(*prepared.batch, k, n)
-
-
-def rows_of(prepared: PreparedInt8, index: Int[Array, "..."]) -> Int8[Array, "... k"]:
-    """Codes of some outputs: rows of an embedding, which contracts over its features."""
-    _, panels, rows, _ = _panels_of(prepared).shape
-    # A row of the table is one output: its bytes lie in one panel, 4 of each of its rows.
-    panel, output = index // _OUTPUTS, index % _OUTPUTS
-    first = panel // _BESIDE * _BESIDE
-    beside = jnp.minimum(_BESIDE, panels - first)
-    # Of the four bytes of row 0, and of the others, counted in fours.
-    start = (first * rows + panel - first) * _OUTPUTS + output
-    row = jnp.arange(rows, dtype=index.dtype).reshape(*(1,) * index.ndim, rows)
-    at = start[..., None] + (beside * _OUTPUTS)[..., None] * row
-    codes = jnp.take(prepared.codes.reshape(-1, 4), at, axis=0).reshape(*index.shape, rows * 4)
-    return codes[..., : math.prod(prepared.contraction)].astype(jnp.int8) ^ jnp.int8(-128)
-
-
-def _panels_of(prepared: Prepared) -> UInt8[Array, "*b g p r 64"]:
-    """The flat codes as panels: flat, since XLA slices a stack of them faster so."""
-    int8, n = isinstance(prepared, PreparedInt8), math.prod(prepared.outputs)
-    groups = prepared.scale.shape[-2]
-    shape = _panel_shape(int8, math.prod(prepared.contraction) // groups, n)
-    return prepared.codes.reshape(*prepared.batch, groups, *shape)
-
-
-def _by_rows(panels: UInt8[Array, "*g p r 64"]) -> UInt8[Array, "*g r p 64"]:
-    """Byte rows first: panels lie side by side in fours, the last ones in a smaller group."""
-    *lead, count, rows, _ = panels.shape
-    # (..., panels / beside, byte rows, beside, 64) -> (..., byte rows, panels, 64).
-    whole = count // _BESIDE * _BESIDE
-    groups = (panels[..., :whole, :, :], _BESIDE), (panels[..., whole:, :, :], count - whole)
-    parts = [
-        jnp.moveaxis(
-            part.reshape(*lead, part.shape[len(lead)] // beside, rows, beside, _ROW), -4, -3
-        ).reshape(*lead, rows, part.shape[len(lead)], _ROW)
-        for part, beside in groups
-        if part.shape[len(lead)]
-    ]
-    return jnp.concatenate(parts, axis=-2)
-
-
-def _unpacked(rows: UInt8[Array, "*g r p 64"]) -> UInt8[Array, "*g r4 p 64"]:
-    """Blocks of byte rows, whole or one of any length, in the int8 layout."""
-    *lead, count, panels, _ = rows.shape
-    # (..., blocks, 16, panels, 64) -> (..., blocks, 4, 16, panels, 64): fields before rows.
-    block = min(count, _BLOCK) or 1
-    blocks = rows.reshape(*lead, count // block, block, panels, _ROW)
-    return trits.fields_of(blocks, axis=-3).reshape(*lead, 4 * count, panels, _ROW)
-
-
-def _in_order(rows: UInt8[Array, "*g r p 64"]) -> UInt8[Array, "*g k n"]:
-    """The int8 layout as (contraction, outputs)."""
-    *lead, count, panels, _ = rows.shape
-    # 64 bytes are 16 outputs of 4 adjacent weights: those 4 go beside their row.
-    codes = rows.reshape(*lead, count, panels, _OUTPUTS, 4)
-    return jnp.moveaxis(codes, -1, -3).reshape(*lead, 4 * count, panels * _OUTPUTS)
-
-
-def _panel_shape(int8: bool, depth: int, outputs: int) -> tuple[int, int, int]:
-    return -(-outputs // _OUTPUTS), -(-depth // (4 if int8 else 16)), _ROW
+    return panels.codes_of(prepared.codes, layout_of(prepared))
 
 
 def _stride(k: int, depth: int) -> int:
@@ -336,6 +329,5 @@ def _quantize(
         jax.ShapeDtypeStruct((*lead, _stride(k, depth)), jnp.int8),
         jax.ShapeDtypeStruct((*lead, 1), jnp.float32),
     )
-    call = jax.ffi.ffi_call(native.QUANTIZE, results, vmap_method="broadcast_all")
-    codes, gamma = call(x, qmax=np.float32(activations.qmax), eps=np.float32(activations.eps))
-    return codes, gamma
+    bounds = {"qmax": np.float32(activations.qmax), "eps": np.float32(activations.eps)}
+    return _call(native.QUANTIZE, results, x, **bounds)

@@ -7,12 +7,13 @@ reason.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, cast
 
 import jax
 
-from bitnet_jax._matmul import cpu, reference, xla
+from bitnet_jax._matmul import cpu, panels, reference, xla
 from bitnet_jax._packed.kernel import Packed, Prepared, PreparedInt8
 
 Name = Literal["cpu", "xla", "reference"]
@@ -28,6 +29,7 @@ class Implementation(NamedTuple):
       codes_of: prepared -> canonical int8 codes, for the gradient.
       rows_of: (prepared, index) -> int8 codes of rows of an embedding.
       preferred: (packed, preparing) -> whether ``implementation=None`` may select it.
+      anywhere: ``contract`` for programs that may be lowered for any platform; None: the same.
     """
 
     contract: Callable[..., jax.Array]
@@ -36,11 +38,18 @@ class Implementation(NamedTuple):
     codes_of: Callable[[Prepared], jax.Array] | None = None
     rows_of: Callable[[PreparedInt8, jax.Array], jax.Array] | None = None
     preferred: Callable[[Packed, bool], bool] = lambda *_: True
+    anywhere: Callable[..., jax.Array] | None = None
 
 
 IMPLEMENTATIONS: dict[Name, Implementation] = {
     "cpu": Implementation(
-        cpu.contract, cpu.unsupported_reason, cpu.prepare, cpu.codes_of, cpu.rows_of, cpu.preferred
+        cpu.contract,
+        cpu.unsupported_reason,
+        cpu.prepare,
+        cpu.codes_of,
+        panels.rows_of,
+        cpu.preferred,
+        functools.partial(cpu.contract, anywhere=True),
     ),
     "xla": Implementation(
         xla.contract, xla.unsupported_reason, xla.prepare, xla.codes_of, preferred=xla.preferred

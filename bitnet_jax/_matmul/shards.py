@@ -47,7 +47,7 @@ class Body(NamedTuple):
 
 
 def partitioned(body: Body) -> Callable[..., jax.Array]:
-    """``body.whole`` for operands that may be sharded, mapped by vmap in one call."""
+    """``body.whole`` for operands that may be sharded."""
 
     @custom_partitioning
     def product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
@@ -85,7 +85,7 @@ def partitioned(body: Body) -> Callable[..., jax.Array]:
         infer_sharding_from_operands=infer,
         sharding_rule=f"b m k, b {codes}, b g s -> b m n",
     )
-    return _one_call(jax.jit(product))
+    return product
 
 
 class _Cuts(NamedTuple):
@@ -137,30 +137,3 @@ def _specs(
     codes = PartitionSpec(batch, *(of[axis] for axis in body.codes))
     scale = PartitionSpec(batch, None, outputs if channels else None)
     return [x, codes, scale], PartitionSpec(batch, rows, outputs)
-
-
-def _one_call(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Under vmap, mapped rows are more rows and mapped kernels are more slices."""
-
-    @jax.custom_batching.custom_vmap
-    def merged(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-        return product(x, codes, scale)
-
-    @merged.def_vmap
-    def rule(
-        size: int, mapped: Sequence[bool], x: jax.Array, codes: jax.Array, scale: jax.Array
-    ) -> tuple[jax.Array, bool]:
-        kernels = [codes, scale]
-        if not any(mapped[1:]):  # so x is: (size, B, M, K) -> (B, size * M, K), and back
-            slices, rows, k = x.shape[1:]
-            x = x.swapaxes(0, 1).reshape(slices, size * rows, k)
-            y = merged(x, *kernels)
-            return y.reshape(slices, size, rows, y.shape[-1]).swapaxes(0, 1), True
-        # (size, B, ...) -> (size * B, ...): more slices, of whatever is not mapped as well.
-        pairs = zip((x, *kernels), mapped, strict=True)
-        every = [a if m else jax.numpy.broadcast_to(a, (size, *a.shape)) for a, m in pairs]
-        slices = every[0].shape[1]
-        y = merged(*(a.reshape(size * slices, *a.shape[2:]) for a in every))
-        return y.reshape(size, slices, *y.shape[1:]), True
-
-    return merged

@@ -103,10 +103,7 @@ def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
     rows = jnp.swapaxes(prepared.codes, -2, -3)
     rows = rows.reshape(*rows.shape[:-2], -1)[..., : math.prod(prepared.outputs)]
     # Each run along the last contracting axis has bytes, and perhaps padding, of its own.
-    batch, last = rows.shape[:-2], prepared.contraction[-1]
-    rows = rows.reshape(*batch, -1, trits.packed_length(last), rows.shape[-1])
-    codes = trits.unpack_trits(rows, -2, last)
-    return codes.reshape(*batch, -1, rows.shape[-1])
+    return trits.unpack_runs(rows, prepared.contraction[-1])
 
 
 def _byte_rows(

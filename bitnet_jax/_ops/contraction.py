@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8
 
+from bitnet_jax import _mesh
 from bitnet_jax._ops.convolution import Convolution
 from bitnet_jax._ops.gather import Gather
 from bitnet_jax._ops.product import Product, align_scale, group_epilogue
@@ -104,6 +105,7 @@ def contract(
             quantized = quantize_canonical(lax.stop_gradient(w), spec.config)
             w_hat = straight_through(w, dequantize_canonical(*spec.whole(*quantized)), phase)
         return spec.operator.apply(x.astype(dtype), w_hat.astype(dtype), precision)
+    x, w, phase = _mesh.varying_alike(x, w, phase)
     # A traced strength has a path of its own: it saves float operands, not codes.
     y = _int8_dot(spec, x, w) if phase is None else _phased_dot(spec, x, w, phase)
     return cast(jax.Array, y).astype(dtype)  # custom_vjp loses the type

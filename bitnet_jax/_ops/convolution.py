@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped
 
+from bitnet_jax import _mesh
 from bitnet_jax._quantize.arrays import Activations, AnyArray, DTypeLike, Gradient, Kernel
 
 _EXACT = 2**24  # float32 has 24 bits of significand
@@ -146,6 +147,7 @@ def _transposed(
     dtype: DTypeLike,
 ) -> Float32[Array, "..."]:
     """g through the transpose of a linear function of an array of this shape."""
-    like = jax.ShapeDtypeStruct(shape, dtype)  # a shape is enough: nothing is computed with it
-    (gradient,) = jax.linear_transpose(linear, like)(g.astype(dtype))
+    g = g.astype(dtype)
+    like = _mesh.struct_varying_like(shape, dtype, g)  # nothing is computed with it
+    (gradient,) = jax.linear_transpose(linear, like)(g)
     return gradient.astype(jnp.float32)

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8, Int32, PyTree, Shaped
 
+from bitnet_jax import _mesh
 from bitnet_jax._quantize.arrays import (
     Activations,
     AnyArray,
@@ -149,6 +150,7 @@ def group_epilogue(
 
     # A scan adds in this order whatever the fusion: floats do not add associatively.
     start = jnp.zeros(sums.shape[1:], jnp.float32)
+    start, sums, gamma, scale = _mesh.varying_alike(start, sums, gamma, scale)
     return lax.scan(add, start, (sums, jnp.moveaxis(scale, -2, 0)))[0]
 
 

@@ -70,6 +70,14 @@ def fields_of(packed: UInt8[AnyArray, "..."], axis: int) -> UInt8[Array, "..."]:
     return (jnp.expand_dims(packed, axis) >> shifts) & np.uint8(3)
 
 
+def unpack_runs(packed: UInt8[Array, "*b r n"], length: int) -> Int8[Array, "*b k n"]:
+    """Unpacks runs of ``length`` codes along the second to last axis, each with its own bytes."""
+    *batch, rows, n = packed.shape
+    count = rows // packed_length(length)
+    runs = packed.reshape(*batch, count, packed_length(length), n)
+    return unpack_trits(runs, -2, length).reshape(*batch, count * length, n)
+
+
 def unpack_trits(packed: UInt8[Array, "..."], axis: int, length: int) -> Int8[Array, "..."]:
     """Unpacks along ``axis`` to ``length`` codes; undoes :func:`pack_trits`."""
     axis %= packed.ndim

@@ -26,6 +26,7 @@ from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Activations, AnyArray, CanonicalCodes, CanonicalKernel
 from bitnet_jax._quantize.config import INT8, LARGEST_INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.pinned import pinned, widened
+from bitnet_jax._quantize.rounded import quotient
 
 
 def quantize_activations(
@@ -102,7 +103,7 @@ def codes_at(
 ) -> Int8[Array, "..."]:
     """``round(x * (qmax / gamma))``."""
     # One quotient for the token, then products: x / gamma * qmax would round otherwise.
-    return jnp.round(widened(x) * (np.float32(config.qmax) / gamma)).astype(jnp.int8)
+    return jnp.round(widened(x) * quotient(config.qmax, gamma)).astype(jnp.int8)
 
 
 def dequantize_activations(
@@ -120,7 +121,7 @@ def quantize_channels(
     wide = widened(w)
     # The maximum runs over the contraction: one scale for each output, (*b, 1, n).
     floor = jnp.maximum(_largest(wide, (-2,)), np.float32(config.eps))
-    codes = jnp.round(wide * (np.float32(LARGEST_INT8) / floor)).astype(jnp.int8)
+    codes = jnp.round(wide * quotient(LARGEST_INT8, floor)).astype(jnp.int8)
     # Pinned, or this constant would be put together with the epilogue's.
     return codes, pinned(floor * np.float32(1 / LARGEST_INT8))
 

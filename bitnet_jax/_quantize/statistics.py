@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32
 
 from bitnet_jax._quantize.pinned import pinned
+from bitnet_jax._quantize.rounded import quotient, root
 
 SHIFT = np.float32(2.0**-32)  # a power of two: exact for weights above 2**-94
 
@@ -42,7 +43,7 @@ def mean_of_kept(
     count = keep.sum(axis=(-2, -1) if across else -2, keepdims=True, dtype=jnp.int32)
     # Zeros in the place of what is not kept: the tree has one shape, whatever is kept.
     summed = total(jnp.where(keep, magnitude, 0.0), across)
-    return _capped(summed / jnp.maximum(count, 1).astype(jnp.float32))
+    return _capped(quotient(summed, jnp.maximum(count, 1).astype(jnp.float32)))
 
 
 def median(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array, "*b g 1 m"]:
@@ -52,7 +53,8 @@ def median(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array
         lead = magnitude.shape[:-2]
         magnitude = magnitude.reshape(*lead, math.prod(magnitude.shape[-2:]), 1)
     n = magnitude.shape[-2]
-    ordered = jnp.sort(magnitude, axis=-2)
+    # Behind a barrier: XLA would sort a kernel that it knows while it compiles, in minutes.
+    ordered = jnp.sort(jax.lax.optimization_barrier(magnitude), axis=-2)
     low, high = (jax.lax.slice_in_dim(ordered, i, i + 1, axis=-2) for i in ((n - 1) // 2, n // 2))
     # NaN sorts last and would hide behind the median: the largest brings it back.
     return (low + high) * 0.5 + jax.lax.slice_in_dim(ordered, n - 1, n, axis=-2) * 0.0
@@ -60,10 +62,9 @@ def median(magnitude: Float32[Array, "*b g k n"], across: bool) -> Float32[Array
 
 def rms(x: Float32[Array, "... k"], eps: float) -> Float32[Array, "... 1"]:
     """``sqrt(mean(x**2) + eps)`` of each token, the same bits in every context."""
-    # Pinned, or jit would contract each product with the add that follows, and turn the
-    # root into an approximate rsqrt in ``1 / rms``; eager mode does neither.
+    # Pinned, or jit would contract each product with the add that follows.
     total = _pair_sum(pinned(x * x), axis=-1)
-    return pinned(jnp.sqrt(pinned(total * np.float32(1 / x.shape[-1])) + np.float32(eps)))
+    return root(pinned(total * np.float32(1 / x.shape[-1])) + np.float32(eps))
 
 
 def _pair_sum(v: Float32[Array, "..."], axis: int) -> Float32[Array, "..."]:

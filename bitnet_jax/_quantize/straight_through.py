@@ -34,6 +34,7 @@ from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.int8 import activation_codes, dequantize_activations, token_axes
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec
 from bitnet_jax._quantize.pinned import pinned, widened
+from bitnet_jax._quantize.rounded import quotient
 from bitnet_jax._quantize.statistics import rms
 from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._quantize.ternary import dequantize, quantize_kernel
@@ -158,7 +159,7 @@ def straight_through(
     if strength is not None:
         # The blend depends on latent: without the stop its gradient would come on top.
         hat = lax.stop_gradient(blend(latent, hat, strength))
-    return _straight_through(latent, hat.astype(latent.dtype))
+    return _straight_through(*_mesh.varying_alike(latent, hat.astype(latent.dtype)))
 
 
 @jax.custom_vjp
@@ -200,7 +201,7 @@ def _rms_normalize_forward(
 ) -> tuple[Float[Array, "... k"], _NormResiduals]:
     wide = widened(x)
     # A reciprocal and a product, as the backward pass has them: not a division by the root.
-    inverse = 1.0 / rms(wide, eps)
+    inverse = quotient(1.0, rms(wide, eps))
     return (wide * inverse).astype(x.dtype), (x, inverse)
 
 

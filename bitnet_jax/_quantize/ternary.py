@@ -39,6 +39,7 @@ from bitnet_jax._quantize.config import B158, Int8Config, KernelConfig, TernaryC
 from bitnet_jax._quantize.int8 import quantize_channels
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec
 from bitnet_jax._quantize.pinned import widened
+from bitnet_jax._quantize.rounded import quotient
 
 _HUGE = np.float32(2.0**100)  # statistics above it are scaled down before their reciprocal
 
@@ -170,7 +171,7 @@ def _ratio(
     floor = jnp.maximum(magnitude, config.eps)
     # 1 / floor underflows for the largest floats, unless both factors are shifted.
     shift = jnp.where(floor > _HUGE, statistics.SHIFT, 1.0)
-    return wide, (wide * shift) * (1.0 / (floor * shift)), floor
+    return wide, (wide * shift) * quotient(1.0, floor * shift), floor
 
 
 def dequantize(codes: Codes, scale: Scale, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:

@@ -92,12 +92,8 @@ class Interpreter:
 
 
 def _placed(y: jax.Array, like: Atom) -> jax.Array:
-    """A result where its equation said: on Explicit mesh axes, and on those of a shard_map."""
-    aval: Any = like.aval
-    varies = aval.manual_axis_type.varying - jax.typeof(y).manual_axis_type.varying
-    if varies:
-        y = jax.lax.pcast(y, tuple(sorted(varies)), to="varying")
-    wanted = getattr(aval, "sharding", None)
+    """A result where its equation said, on Explicit mesh axes."""
+    wanted = getattr(like.aval, "sharding", None)
     if wanted is None or not _mesh.is_typed(y) or wanted.spec == jax.typeof(y).sharding.spec:
         return y
     return jax.sharding.reshard(y, wanted.spec)

@@ -230,7 +230,7 @@ def test_scan_copies_one_layer_at_a_time():
 def test_export_refuses_what_cannot_travel_by_name():
     x = jnp.ones((2, 24))
     packed = bj.pack(jnp.ones((24, 10)))
-    call = jax.jit(lambda x: bj.matmul(x, bj.prepare(packed, "cpu")))
+    call = jax.jit(lambda x: bj.matmul(x, packed, implementation="cpu"))
     with pytest.raises(ValueError, match=r"(?s)custom calls .*bitnet_multiply"):
         export.export(call)(x)
     # Where the other side has this package on a CPU, it may say so.

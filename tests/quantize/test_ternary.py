@@ -357,3 +357,14 @@ def test_errors_name_the_function_that_was_called():
     for name in ("quantize", "fake_quantize", "pack"):
         with pytest.raises(ValueError, match=rf"^{name}: "):
             getattr(bj, name)(np.ones(5, np.float32))
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 64])
+def test_a_median_of_a_kernel_known_at_compile_time_is_sorted_when_it_runs(granularity):
+    """XLA folds a sort of constants in seconds for each thousand of them."""
+    config = bj.TernaryConfig(scale="absmedian", granularity=granularity)
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((128, 8), np.float32))
+    done = jax.jit(lambda: bj.quantize(w, config)).lower().compile()
+    assert " sort(" in done.as_text()
+    jax.tree.map(oracles.assert_same_bits, done(), bj.quantize(w, config))
