@@ -231,6 +231,7 @@ def require_embedding_lookup(who: str, index: object, shape: Sequence[int]) -> N
         raise ValueError(
             f"{who}: only an embedding (vocabulary, features) has rows, got shape {tuple(shape)}."
         )
+    require_values(who, "`index`", index)
     if not jnp.issubdtype(getattr(index, "dtype", type(index)), jnp.integer):
         raise TypeError(f"{who}: `index` must be of integers, got {describe(index)}.")
 

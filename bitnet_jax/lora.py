@@ -18,14 +18,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import serialization
 from jaxtyping import PyTree
 
 from bitnet_jax import _checks, _display
+from bitnet_jax._matmul import require_usable
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.adapted import Adapted, is_adapted
 from bitnet_jax._packed.kernel import (
@@ -62,6 +65,40 @@ class Adapters:
     kernels: dict[str, dict[str, Any]]  # a tree.map may put anything in the place of arrays
     alpha: float = dataclasses.field(metadata={"static": True})
 
+    def to_dict(self) -> dict[str, Any]:
+        """A tree for :func:`bitnet_jax.io.save`: the kernels, and alpha as a float64 scalar."""
+        return {"kernels": self.kernels, "alpha": np.float64(self.alpha)}
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[Any, Any]) -> Adapters:
+        """The adapters that :meth:`to_dict` made a tree of.
+
+        Args:
+          tree: of :func:`bitnet_jax.io.load`.
+
+        Returns:
+          :class:`Adapters`, with their alpha.
+
+        Raises:
+          ValueError: another tree, or an alpha that is not above 0.
+
+        Example:
+          >>> import jax, bitnet_jax as bj
+          >>> packed = {"kernel": bj.pack(jax.numpy.ones((64, 10)))}
+          >>> adapters = bj.lora.init(packed, 4, key=jax.random.key(0), alpha=8)
+          >>> bj.lora.Adapters.from_dict(adapters.to_dict()).alpha
+          8.0
+        """
+        if not isinstance(tree, Mapping) or set(tree) != {"kernels", "alpha"}:
+            raise ValueError(
+                f"Adapters.from_dict: `tree` must have the keys kernels and alpha, got "
+                f"{sorted(map(str, tree)) if isinstance(tree, Mapping) else type(tree).__name__}. "
+                "Pass what adapters.to_dict() returned, saved and loaded."
+            )
+        alpha = float(tree["alpha"])
+        _checks.require_positive("Adapters.from_dict", "alpha", alpha)
+        return cls({str(path): dict(pair) for path, pair in tree["kernels"].items()}, alpha)
+
     @property
     def size(self) -> int:
         """How many weights the adapters have."""
@@ -69,6 +106,13 @@ class Adapters:
 
 
 register_export(Adapters)
+serialization.register_serialization_state(
+    Adapters,
+    lambda adapters: serialization.to_state_dict(adapters.to_dict()),
+    lambda target, state: Adapters.from_dict(
+        dict(serialization.from_state_dict(target.to_dict(), state))
+    ),
+)
 
 
 def init(
@@ -200,6 +244,8 @@ def _leaves(who: str, packed: PyTree) -> tuple[list[Leaf], Any]:
                 f"{who}: `packed` has two leaves with the path {leaf.where}. Rename one."
             )
         paths.add(leaf.where)
+        if is_packed(leaf.value):
+            require_usable(who, leaf.where, leaf.value)
     return leaves, treedef
 
 

@@ -138,7 +138,7 @@ def quantise_model(seed: int) -> dict[str, Any]:
     _, params, _, _ = build(64, 2, 1, seed)
     packed, report = bj.pack_params(params, QUANTISER)
     ternary = [quantize(w, QUANTISER) for w in kernels(params)]
-    back = kernels(bj.unpack_params(packed))
+    back = kernels(bj.unpack_params(packed, dequantize=True))
     return {
         "layers": len(report.rows),
         "weights": size(kernels(params)),

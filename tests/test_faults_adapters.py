@@ -34,7 +34,7 @@ def trained(packed):
 def folded(table, pair):
     """The float embedding with the update in it, features contracted."""
     update = 1.5 * np.asarray(pair["a"], np.float64) @ np.asarray(pair["b"], np.float64)
-    return np.asarray(bj.unpack(table), np.float64) + update.T
+    return np.asarray(table.dequantize(), np.float64) + update.T
 
 
 @pytest.fixture(scope="module")

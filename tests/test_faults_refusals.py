@@ -111,6 +111,45 @@ NEEDS_VALUES = {
 }
 
 
+ABSTRACT_X = jax.ShapeDtypeStruct((2, 16), "float32")
+ABSTRACT_W = SHAPES["layer"]["kernel"]
+W = jnp.ones((16, 8))
+OPERANDS = {
+    "pack": lambda: bj.pack(ABSTRACT_W),
+    "unpack": lambda: bj.unpack(PACKED["layer"]["kernel"]),
+    "prepare": lambda: bj.prepare(PACKED),
+    "quantize": lambda: bj.quantize(ABSTRACT_W),
+    "fake_quantize": lambda: bj.fake_quantize(ABSTRACT_W),
+    "fake_quantize_activations": lambda: bj.fake_quantize_activations(ABSTRACT_X),
+    "quantize_activations": lambda: bj.quantize_activations(ABSTRACT_X),
+    "ternary_dot, x": lambda: bj.ternary_dot(ABSTRACT_X, W),
+    "ternary_dot, w": lambda: bj.ternary_dot(X[0, :2], ABSTRACT_W),
+    "matmul, x": lambda: bj.matmul(ABSTRACT_X, bj.pack(W)),
+    "matmul, kernel": lambda: bj.matmul(X[0, :2], PACKED["layer"]["kernel"]),
+    "rows": lambda: bj.pack(W, bj.Int8Config(), contracting_axes=-1).rows(
+        jax.ShapeDtypeStruct((2,), "int32")
+    ),
+    "BitDense": lambda: bj.linen.BitDense(8, use_bias=False).apply({"params": SHAPES["layer"]}, X),
+    "linen.ternarize": lambda: bj.linen.ternarize(nn.Dense(8, use_bias=False)).apply(
+        {"params": SHAPES["layer"]}, X
+    ),
+    "qk_clip": lambda: bj.optim.qk_clip(
+        {n: {"kernel": jax.ShapeDtypeStruct((4, 2, 3), "float32")} for n in ("query", "key")},
+        jnp.ones(2),
+        tau=3.0,
+    ),
+    "lora.merge": lambda: bj.lora.merge(
+        PACKED, bj.lora.init({"layer": {"kernel": bj.pack(W)}}, 2, key=jax.random.key(0))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_abstract_operands_are_refused_by_name(name):
+    with pytest.raises(TypeError, match=r"is a jax\.ShapeDtypeStruct.* Pass arrays"):
+        OPERANDS[name]()
+
+
 @pytest.mark.parametrize("who", NEEDS_VALUES)
 def test_abstract_leaves_are_refused_by_path_where_values_are_read(who):
     wanted = rf"^{who}: layer/kernel is a jax.ShapeDtypeStruct.* Pass arrays"

@@ -58,6 +58,17 @@ FACTORIES = {
     "mugrokfast, by phase": ({"phase": "curriculum"}, ()),
     "watch_trits": ({"every": 2, "near": 0.1}, ()),
     "clip_by_max_logits": ({"tau": 30.0}, ()),
+    "mugrokfast, in bfloat16": ({"learning_rate": 1e-3, "mu_dtype": jnp.bfloat16}, ()),
+    "grokfast_ema, in bfloat16": ({"accumulator_dtype": jnp.bfloat16}, ()),
+    "grokfast_ma, in bfloat16": (
+        {"window_size": 3, "buffer_dtype": jnp.bfloat16},
+        ("window_size",),
+    ),
+    "mugrokfast, selected": (
+        {"learning_rate": 1e-3, "select": bj.only("kernel")},
+        ("select", "axes"),
+    ),
+    "watch_trits, selected": ({"every": 2, "select": bj.only("kernel")}, ("select",)),
 }
 
 
@@ -80,6 +91,25 @@ def test_every_optimizer_under_inject_hyperparams(name):
         runs.append(p)
     for a, b in zip(*map(jax.tree.leaves, runs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_dtype_is_injected_as_a_dtype():
+    # With an array for b1, optax rounds a moment in bfloat16 elsewhere: no bits are compared.
+    tx = optax.inject_hyperparams(bj.optim.b158_adamw)(steps=100, mu_dtype=jnp.bfloat16)
+    state = jax.jit(tx.init)(PARAMS)
+    updates, state = jax.jit(tx.update)(PARAMS, state, PARAMS)
+    assert optax.tree.get(state, "mu")["kernel"].dtype == jnp.bfloat16
+    assert jnp.isfinite(updates["kernel"]).all()
+
+
+@pytest.mark.parametrize("select", [bj.only("kernel"), bj.exclude("head")])
+def test_a_selector_that_is_taken_for_a_schedule_says_so(select):
+    for tx in (
+        optax.inject_hyperparams(bj.optim.mugrokfast)(learning_rate=1e-3, select=select),
+        optax.inject_hyperparams(bj.optim.watch_trits)(select=select),
+    ):
+        with pytest.raises(TypeError, match=r"^select: .*static_args=\('select',\)"):
+            tx.init(PARAMS)
 
 
 def test_injected_steps_can_be_changed_during_a_run():

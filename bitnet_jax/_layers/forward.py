@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from bitnet_jax import _mesh
 from bitnet_jax._layers.dimensions import Call, ConvCall
 from bitnet_jax._layers.stated import reading, state
-from bitnet_jax._matmul import convolve, embedding_rows, matmul
+from bitnet_jax._matmul import convolve, embedding_rows, matmul, require_usable
 from bitnet_jax._ops.gather import gathering
 from bitnet_jax._ops.product import Product
 from bitnet_jax._ops.ternary_dot import ternary_conv, ternary_dot
@@ -203,7 +203,8 @@ def _low_rank(
 def check_packed(
     who: str, where: str, config: LayerConfig, call: Call, kernel: Packed | Adapted
 ) -> None:
-    """Raises unless a packed kernel has this call's config, shape and axes."""
+    """Raises unless a packed kernel is intact and has this call's config, shape and axes."""
+    require_usable(who, f"the kernel at {where}", kernel)
     if isinstance(kernel, Adapted):
         if isinstance(call, ConvCall):
             _require_one_feature_group(who, where, call.convolution.feature_groups)
@@ -229,6 +230,8 @@ def embed_lookup(
     strength: Strength | None,
 ) -> Float[Array, "... features"]:
     """Rows of an int8 embedding; the same bits from a float table and a packed one."""
+    if isinstance(embedding, Adapted | Packed):
+        require_usable("Embed", f"the table at {where}", embedding)
     if isinstance(embedding, Adapted):
         rows = embed_lookup(where, config, embedding.base, index, dtype, strength)
         return rows + embedding.rows(index, rows.dtype)

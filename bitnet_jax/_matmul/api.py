@@ -23,6 +23,8 @@ from bitnet_jax._ops.contraction import (
 )
 from bitnet_jax._ops.convolution import Convolution
 from bitnet_jax._ops.product import Product
+from bitnet_jax._packed import intact
+from bitnet_jax._packed.adapted import Adapted
 from bitnet_jax._packed.kernel import (
     Packed,
     PackedInt8,
@@ -156,6 +158,7 @@ def embedding_rows(
     packed: PackedInt8 | PreparedInt8, index: Int[Array, "..."]
 ) -> Float[Array, "... features"]:
     """:meth:`PackedInt8.rows`, from a prepared embedding as well."""
+    require_usable("embedding", "the table", packed)
     if isinstance(packed, PackedInt8):
         return packed.rows(index)
     rows_of = IMPLEMENTATIONS[choose(packed)].rows_of
@@ -217,6 +220,7 @@ def _prepare_leaf(path: KeyPath, leaf: object, implementation: Name | None) -> o
         _checks.raise_prepared("prepare", where, leaf.implementation)
     if not is_stored(leaf):
         return leaf
+    intact.require_arrays("prepare", where, leaf)
     # A layout is one flat array: made of shards, it would have to be gathered first.
     if _mesh.is_sharded(leaf.codes):
         _require_no_name(where, implementation)
@@ -333,9 +337,25 @@ def _float_kernel(packed: Packed) -> Float32[Array, "*b k n"]:
 def _require_operands(who: str, x: object, packed: object, activations: object) -> None:
     """Raises unless x is a float array, the kernel packed and the activations' config one."""
     _checks.require_float_array(who, "x", x)
+    _checks.require_values(who, "`x`", x)
     kinds = (PackedTernary, PackedInt8, PreparedTernary, PreparedInt8)
     _checks.require_instance(who, "packed", packed, kinds, "Make one with bj.pack(w).")
+    _checks.require_values(who, "`packed`", cast(Packed, packed).codes)
+    require_usable(who, "`packed`", cast(Packed, packed))
     check_activations(who, activations)
+
+
+def require_usable(who: str, name: str, packed: Packed | Adapted) -> None:
+    """Raises unless the arrays of a packed kernel are those that an implementation reads."""
+    intact.require_intact(who, name, packed)
+    base = packed.base if isinstance(packed, Adapted) else packed
+    if not isinstance(base, Prepared):
+        return
+    layout = IMPLEMENTATIONS[choose(base)].layout
+    assert layout is not None  # a row that prepares has one
+    fault = intact.codes_fault(base.codes, "uint8", layout(base), base.shape)
+    if fault is not None:
+        raise ValueError(f"{who}: {name} {fault}. {intact.REMEDY}")
 
 
 def _require_known_implementation(who: str, name: object) -> None:

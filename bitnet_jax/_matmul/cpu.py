@@ -87,6 +87,11 @@ def prepare(packed: Stored) -> Prepared:
     return lay_out(packed, laid.reshape(*batch, spec.layout.nbytes), "cpu")
 
 
+def layout(prepared: Prepared) -> tuple[int, ...]:
+    """The shape of a prepared kernel's codes: (*batch, bytes)."""
+    return (*prepared.batch, layout_of(prepared).nbytes)
+
+
 def _stored_codes(packed: Stored) -> UInt8[Array, "*b r n"] | Int8[Array, "*b k n"]:
     """Canonical bytes or int8 codes; a table stays (outputs, contraction)."""
     if not isinstance(packed, PackedInt8):

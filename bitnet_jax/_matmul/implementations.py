@@ -26,6 +26,7 @@ class Implementation(NamedTuple):
       contract: (x, packed, activations, dtype) -> the product, from float to float.
       unsupported_reason: packed -> the reason why not, or None.
       prepare: stored -> the layout it runs best from; None: the stored one.
+      layout: prepared -> the shape that its codes have.
       codes_of: prepared -> canonical int8 codes, for the gradient.
       rows_of: (prepared, index) -> int8 codes of rows of an embedding.
       preferred: (packed, preparing) -> whether ``implementation=None`` may select it.
@@ -35,6 +36,7 @@ class Implementation(NamedTuple):
     contract: Callable[..., jax.Array]
     unsupported_reason: Callable[[Packed], str | None]
     prepare: Callable[..., Prepared] | None = None
+    layout: Callable[[Prepared], tuple[int, ...]] | None = None
     codes_of: Callable[[Prepared], jax.Array] | None = None
     rows_of: Callable[[PreparedInt8, jax.Array], jax.Array] | None = None
     preferred: Callable[[Packed, bool], bool] = lambda *_: True
@@ -46,13 +48,19 @@ IMPLEMENTATIONS: dict[Name, Implementation] = {
         cpu.contract,
         cpu.unsupported_reason,
         cpu.prepare,
+        cpu.layout,
         cpu.codes_of,
         panels.rows_of,
         cpu.preferred,
         functools.partial(cpu.contract, anywhere=True),
     ),
     "xla": Implementation(
-        xla.contract, xla.unsupported_reason, xla.prepare, xla.codes_of, preferred=xla.preferred
+        xla.contract,
+        xla.unsupported_reason,
+        xla.prepare,
+        xla.layout,
+        xla.codes_of,
+        preferred=xla.preferred,
     ),
     "reference": Implementation(reference.contract, reference.unsupported_reason),
 }

@@ -53,6 +53,15 @@ def prepare(packed: PackedTernary) -> Prepared:
     return lay_out(packed, jnp.swapaxes(rows, -2, -3), "xla")
 
 
+def layout(prepared: Prepared) -> tuple[int, ...]:
+    """The shape of a prepared kernel's codes: (*batch, blocks, byte rows, columns)."""
+    *outer, last = prepared.contraction
+    n = math.prod(prepared.outputs)
+    columns = min(_COLUMNS, n)
+    rows = math.prod(outer) * trits.packed_length(last)
+    return (*prepared.batch, -(-n // columns), rows, columns)
+
+
 def contract(
     x: Activations,
     packed: PackedTernary | Prepared,

@@ -158,6 +158,8 @@ def _checked(
     """The spec of a kernel to contract with; raises unless all three operands can be used."""
     check_activations(who, activations)
     _checks.require_float_array(who, "x", x)
+    for name, value in (("`x`", x), ("`w`", w)):
+        _checks.require_values(who, name, value)
     require_kernel_config(who, weights, "weights")
     return contraction_spec(who, w, weights, contracting_axes, batch_axes)
 

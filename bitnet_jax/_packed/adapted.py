@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TypeGuard, no_type_check
 
 import jax
@@ -18,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bitnet_jax import _mesh
-from bitnet_jax._packed.kernel import Packed
+from bitnet_jax._packed import intact
+from bitnet_jax._packed.kernel import Packed, split
 from bitnet_jax._packed.static_data import register_export
 from bitnet_jax._quantize.arrays import AnyArray, DTypeLike
 
@@ -55,6 +57,35 @@ class Adapted:
     def shape(self) -> tuple[int, ...]:
         """The shape of the kernel this leaf stands for."""
         return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the kernel this leaf stands for."""
+        return self.base.ndim
+
+    @property
+    def size(self) -> int:
+        """How many weights the kernel has that this leaf stands for."""
+        return self.base.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed kernel and of the adapter."""
+        return self.base.nbytes + sum(x.size * x.dtype.itemsize for x in (self.a, self.b))
+
+    def fault(self) -> str | None:
+        """What is wrong with the kernel's arrays or the adapter's; None if nothing."""
+        fault = self.base.fault()
+        if fault is not None:
+            return fault
+        batch, contraction, outputs = split(self.base)
+        rank = getattr(self.a, "shape", (0,))[-1]
+        a, b = (*batch, math.prod(contraction), rank), (*batch, rank, math.prod(outputs))
+        return intact.float_fault("a", self.a, a) or intact.float_fault("b", self.b, b)
+
+    def value_fault(self) -> str | None:
+        """What is wrong with the kernel's codes, where their values can be read."""
+        return self.base.value_fault()
 
     def rows(self, index: Int[AnyArray, "..."], dtype: DTypeLike) -> Float[Array, "... features"]:
         """What the adapter adds to rows of an embedding (vocabulary, features).

@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterable
-from typing import Any, TypeGuard, no_type_check
+from typing import Any, ClassVar, NoReturn, TypeGuard, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int8, UInt8
 
 from bitnet_jax import _checks, _mesh
-from bitnet_jax._packed import trits
+from bitnet_jax._packed import intact, trits
 from bitnet_jax._packed.not_trainable import refuse_training
-from bitnet_jax._packed.static_data import register_export
+from bitnet_jax._packed.static_data import register_export, register_state_dict
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Codes, DTypeLike, PackedCodes, Scale
 from bitnet_jax._quantize.config import B158, Int8Config, TernaryConfig
@@ -34,7 +33,36 @@ _FLOAT32 = np.dtype(np.float32)
 _INT8_CONFIG = Int8Config()
 
 
-class _Stored:
+class _Node:
+    """What a node is made of besides codes and scale."""
+
+    @functools.cached_property
+    def _static(self) -> tuple[Any, ...]:
+        """The fields after codes and scale: made once, because every jitted call asks."""
+        fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType] - all are dataclasses
+        return tuple(getattr(self, field.name) for field in fields[2:])
+
+    def _no_array(self) -> str:
+        return (
+            f"{type(self).__name__}: a packed kernel is not an array. bj.matmul(x, kernel) "
+            "multiplies from its codes, kernel.dequantize() gives floats; a model runs from it "
+            "after bj.linen.ternarize(model) or bj.nnx.ternarize(model)."
+        )
+
+    def _raise_no_array(self, *_: object, **__: object) -> NoReturn:
+        """Reports a packed kernel that is used as an array, by a float layer or by hand."""
+        raise TypeError(self._no_array())
+
+    @property
+    def T(self) -> NoReturn:
+        """A packed kernel has no transpose; raises with what to do."""
+        raise AttributeError(self._no_array())
+
+    __array__ = __getitem__ = __matmul__ = __rmatmul__ = _raise_no_array
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _raise_no_array
+
+
+class _Stored(_Node):
     """Shape, axes and size shared by ``PackedTernary`` and ``PackedInt8``."""
 
     codes: Array
@@ -42,6 +70,7 @@ class _Stored:
     contracting_axes: tuple[int, ...]
     kernel_ndim: int
     dtype: np.dtype
+    _codes_dtype: ClassVar[str]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,8 +107,26 @@ class _Stored:
             contracting, batch, tuple(a for a in range(self.ndim) if a not in taken)
         )
 
+    def _codes_shape(self) -> tuple[int, ...]:
+        """The shape that codes of this shape and length have."""
+        raise NotImplementedError
+
+    def fault(self) -> str | None:
+        """What is wrong with the dtypes or the shapes of codes and scale; None if nothing."""
+        rank = len(getattr(self.codes, "shape", ()))
+        if rank < max(self.kernel_ndim, -self.contracting_axes[0]):
+            return f"has codes that are {_checks.describe(self.codes)}, without the kernel's axes"
+        shape = self.shape
+        fault = intact.codes_fault(self.codes, self._codes_dtype, self._codes_shape(), shape)
+        return fault or intact.scale_array_fault(self.scale, shape, rank - self.kernel_ndim)
+
+    def value_fault(self) -> str | None:
+        """What is wrong with the codes, where their values can be read; None if nothing."""
+        raise NotImplementedError
+
     def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """Codes times scale as a float kernel; by default in the kernel's own dtype."""
+        intact.require_arrays(f"{type(self).__name__}.dequantize", "the kernel", self)
         run = functools.partial(_dequantize, dtype=dtype or self.dtype)
         return _mesh.in_auto_like(run, self)
 
@@ -138,6 +185,7 @@ class PackedTernary(_Stored):
     kernel_ndim: int = 2
     config: TernaryConfig = B158
     dtype: np.dtype = _FLOAT32
+    _codes_dtype = "uint8"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,6 +197,14 @@ class PackedTernary(_Stored):
     def int8_codes(self) -> Int8[Array, "..."]:
         """The int8 codes in {-1, 0, +1}, in the kernel's shape."""
         return trits.unpack_trits(self.codes, self.contracting_axes[-1], self.length)
+
+    def _codes_shape(self) -> tuple[int, ...]:
+        return trits.packed_shape(self.shape, self.contracting_axes[-1])
+
+    def value_fault(self) -> str | None:
+        """How many bytes are no codes, where their values can be read; None if none."""
+        wrong = intact.count_invalid(self.codes, self.contracting_axes[-1], self.length)
+        return f"has {intact.BITS.format(wrong)}" if wrong else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -188,6 +244,7 @@ class PackedInt8(_Stored):
     kernel_ndim: int = 2
     config: Int8Config = _INT8_CONFIG
     dtype: np.dtype = _FLOAT32
+    _codes_dtype = "int8"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -197,6 +254,14 @@ class PackedInt8(_Stored):
     def int8_codes(self) -> Int8[Array, "..."]:
         """The codes themselves."""
         return self.codes
+
+    def _codes_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def value_fault(self) -> str | None:
+        """How many codes are below -127, where their values can be read; None if none."""
+        wrong = intact.count_lowest(self.codes)
+        return f"has {intact.INT8.format(wrong)}" if wrong else None
 
     def rows(self, index: Int[Array, "..."]) -> Float[Array, "... features"]:
         """The embedding look-up: rows of the dequantised kernel, without dequantising it.
@@ -213,13 +278,14 @@ class PackedInt8(_Stored):
           TypeError: the index is not of integers.
           ValueError: the kernel is not an embedding (vocabulary, features).
         """
+        intact.require_arrays("PackedInt8.rows", "the kernel", self)
         _checks.require_embedding_lookup("PackedInt8.rows", index, self.shape)
         features = _mesh.spec_of(self.codes)[1:]
         return _mesh.in_auto_rows(_look_up, index, self, outputs=features)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Prepared:
+class Prepared(_Node):
     """Shape and size shared by ``PreparedTernary`` and ``PreparedInt8``."""
 
     codes: PackedCodes
@@ -257,6 +323,26 @@ class Prepared:
         return len(self.shape)
 
     @property
+    def size(self) -> int:
+        """How many weights it stands for."""
+        return math.prod(self.shape)
+
+    def fault(self) -> str | None:
+        """What is wrong with the dtypes or the shapes of codes and scale; None if nothing."""
+        rank = len(getattr(self.scale, "shape", ()))
+        if rank < 2:
+            return f"has a scale that is {_checks.describe(self.scale)}, not (*batch, groups, n)"
+        whole = (*self.batch, math.prod(self.contraction), math.prod(self.outputs))
+        codes = getattr(self.codes, "shape", None)
+        lead = self.batch if codes is None else (*self.batch, *codes[rank - 2 :])
+        fault = intact.codes_fault(self.codes, "uint8", lead, self.shape)
+        return fault or intact.scale_array_fault(self.scale, whole, rank - 2)
+
+    def value_fault(self) -> str | None:
+        """What is wrong with the codes, where their values can be read; None if nothing."""
+        return None  # int8: a byte may hold any code, and the padding of a layout is one
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes and scale."""
         return _nbytes(self.codes) + _nbytes(self.scale)
@@ -290,6 +376,13 @@ class PreparedTernary(Prepared):
       >>> bj.prepare(packed, implementation="xla")
       PreparedTernary(shape=(64, 16), for 'xla')
     """
+
+    def value_fault(self) -> str | None:
+        """How many bytes hold a 3, where their values can be read; None if none."""
+        # No layout has a 3, and a length of four codes to a byte has no padding of its own.
+        codes = self.codes
+        wrong = intact.count_invalid(codes, -1, trits.PER_BYTE * codes.shape[-1])
+        return f"has {intact.BITS.format(wrong)}" if wrong else None
 
 
 class PreparedInt8(Prepared):
@@ -358,7 +451,7 @@ def is_stored(leaf: object) -> TypeGuard[Stored]:
     return isinstance(leaf, (PackedTernary, PackedInt8))
 
 
-def _register(cls: type, static: tuple[str, ...]) -> None:
+def _register(cls: type[Packed]) -> None:
     """Registers a node with children codes and scale, and the rest static.
 
     Trees of these nodes hold shapes, specs and shardings in the place of arrays, so a run-time
@@ -366,33 +459,28 @@ def _register(cls: type, static: tuple[str, ...]) -> None:
     ``flatten`` would also hide who flattens (``not_trainable``).
     """
     no_type_check(cls.__init__)
-    static_of = operator.attrgetter(*static)
+    keys = jax.tree_util.GetAttrKey("codes"), jax.tree_util.GetAttrKey("scale")
 
     @no_type_check
     def flatten_with_keys(node: Packed) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
-        keys = jax.tree_util.GetAttrKey("codes"), jax.tree_util.GetAttrKey("scale")
-        children, aux = flatten(node)
-        return tuple(zip(keys, children, strict=True)), aux
+        refuse_training(node.codes)
+        return ((keys[0], node.codes), (keys[1], node.scale)), node._static
 
     @no_type_check
     def flatten(node: Packed) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
         refuse_training(node.codes)
-        return (node.codes, node.scale), static_of(node)
+        return (node.codes, node.scale), node._static
 
     def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Packed:
-        return cls(*children, **dict(zip(static, aux, strict=True)))
+        return cls(*children, *aux)  # in the order of the fields
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     register_export(cls)
+    register_state_dict(cls, lambda node: node._static)
 
 
-_register(PackedTernary, ("length", "contracting_axes", "kernel_ndim", "config", "dtype"))
-
-_register(PackedInt8, ("contracting_axes", "kernel_ndim", "config", "dtype"))
-
-for _prepared in (PreparedTernary, PreparedInt8):
-    static = ("contraction", "outputs", "implementation", "config", "dtype", "contracting_axes")
-    _register(_prepared, static)
+for _kind in (PackedTernary, PackedInt8, PreparedTernary, PreparedInt8):
+    _register(_kind)
 
 
 def lay_out(packed: Stored, codes: UInt8[Array, "..."], implementation: str) -> Prepared:

@@ -1,54 +1,114 @@
-"""Raises a helpful error when ``jax.grad`` or optax gets a packed kernel.
+"""Raises a helpful error when a derivative, an optimizer or a float layer gets a packed kernel.
 
-Two-bit codes have no gradient. ``jax.grad`` raises for uint8 leaves without a
-remedy, optax silently makes moments of uint8 for them, and neither has a
-hook. Both flatten the tree. So a packed leaf, while it is flattened, looks at
-the frame that asked for it. If a later version of either renames its functions,
-this guard is silent and their own behaviour is back; a test holds both on the
-installed versions.
+Two-bit codes have no gradient. ``jax.grad`` raises for uint8 leaves without a remedy,
+``jax.vjp`` returns a gradient of no bits, optax makes moments of codes or adds updates to
+them, and none of these has a hook. All flatten the tree. So a packed leaf, while it is
+flattened, looks at the frames that asked for it. One rule: no function of optax looks into a
+packed leaf on behalf of an ``init`` or an ``update``, but the two that put masks over leaves
+(``masked``, ``partition``), and none adds to one. What keeps no state of a leaf (``sgd``
+without momentum) never asks. If a later version of either library renames its functions,
+this guard is silent and their own behaviour is back; tests hold it on the installed versions.
 """
 
 from __future__ import annotations
 
 import sys
 from types import FrameType
-from typing import NoReturn, no_type_check
+from typing import Any, NoReturn, no_type_check
 
-_TREE_MODULES = ("jax._src.tree", "jax._src.tree_util")
 
-_TRAINERS = ("value_and_grad_f", "tree_zeros_like")
+def _globals_of(name: str) -> dict[str, Any]:
+    """The globals of a module by its name in jax 0.10 to 0.12; empty where it has none."""
+    return vars(sys.modules[name]) if name in sys.modules else {}
+
+
+# Looked for by identity: comparing names would cost as much as the rest of flattening.
+_TREE_UTIL, _TREE, _FLATTREE, _API = (
+    _globals_of(f"jax._src.{name}") for name in ("tree_util", "tree", "flattree", "api")
+)
+
+_DERIVATIVES = {
+    "value_and_grad_f": "jax.grad",
+    "vjp": "jax.vjp",
+    "linearize": "jax.linearize",
+    "_jvp": "jax.jvp",
+    "jacfun": "the Jacobian",
+}
+
+_STEPS = ("init", "init_fn", "update", "update_fn")
+
+_ADDITIONS = ("apply_updates", "incremental_update")
+
+_MASKS = ("optax.transforms._masking", "optax.transforms._combining")
 
 
 @no_type_check  # a checker's frames would come between
 def refuse_training(codes: object) -> None:
-    """Raises where ``jax.grad`` or an optax ``init`` flattens a packed leaf.
+    """Raises where a derivative or an optimizer flattens a packed leaf.
 
     Every call of a jitted function flattens its arguments: this comes first in all
-    of them, and looks at one name.
+    of them, and mostly looks at one name.
 
     Args:
       codes: the leaf's codes; a placeholder (``optax.MaskedNode``) passes, and so
         does ``jax.grad(..., allow_int=True)``.
     """
     # Two frames up: past flatten, to whoever flattens; then out of JAX's tree modules.
-    asker: FrameType | None = sys._getframe(2)
-    while asker is not None and asker.f_globals.get("__name__") in _TREE_MODULES:
+    asker = sys._getframe(2)
+    module = asker.f_globals
+    while module is _TREE_UTIL or module is _TREE or module is _FLATTREE:
         asker = asker.f_back
-    if asker is None or asker.f_code.co_name not in _TRAINERS or not hasattr(codes, "dtype"):
+        module = asker.f_globals
+    if module is _API:
+        _refuse_derivative(asker, codes)
         return
+    name = module.get("__name__", "")
+    if name[:6] == "optax.":
+        _refuse_optimizer(asker, codes)
+    elif name == "flax.core.scope" and asker.f_code.co_name == "param" and hasattr(codes, "dtype"):
+        _raise_float_layer(str(asker.f_locals.get("name")))
+
+
+@no_type_check
+def _refuse_derivative(asker: FrameType, codes: object) -> None:
     name = asker.f_code.co_name
-    if name == "value_and_grad_f" and not asker.f_locals.get("allow_int"):
-        raise_not_trainable("jax.grad")
-    if name == "tree_zeros_like" and _is_optax(asker) and _is_optax(asker.f_back):
-        raise_not_trainable("optax init")
+    who = _DERIVATIVES.get(name)
+    if who is None or not hasattr(codes, "dtype") or asker.f_locals.get("allow_int"):
+        return
+    caller = asker.f_back
+    while caller is not None and caller.f_globals.get("__name__") == "jax._src.traceback_util":
+        caller = caller.f_back
+    # grad and Jacobians are made of these, and have looked already, with their allow_int.
+    inner = name in ("vjp", "linearize", "_jvp") and caller is not None
+    if not (inner and caller.f_globals is _API and caller.f_code.co_name != "jvp"):
+        raise_not_trainable(who)
 
 
-def _is_optax(frame: FrameType | None) -> bool:
-    return frame is not None and str(frame.f_globals.get("__name__")).startswith("optax.")
+@no_type_check
+def _refuse_optimizer(asker: FrameType, codes: object) -> None:
+    if not hasattr(codes, "dtype") or asker.f_globals["__name__"] in _MASKS:
+        return
+    frame: FrameType | None = asker
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("optax."):
+        name = frame.f_code.co_name
+        if name in _ADDITIONS:
+            raise_not_trainable(f"optax.{name}")
+        if name in _STEPS:
+            raise_not_trainable(f"optax {name.removesuffix('_fn')}")
+        frame = frame.f_back
+
+
+def _raise_float_layer(name: str) -> NoReturn:
+    """Raised where ``module.param`` finds a packed kernel: the module is a float one."""
+    raise TypeError(
+        f"flax: the parameter {name!r} is packed, and the module that asks for it is a float one. "
+        "Apply the model that was packed: bj.linen.ternarize(model), with its `select`; or pass "
+        "bj.unpack_params(params, dequantize=True)."
+    )
 
 
 def raise_not_trainable(who: str) -> NoReturn:
-    """Raised when a packed kernel is given to ``jax.grad`` or to an optimizer."""
+    """Raised when a packed kernel is given to a derivative or to an optimizer."""
     raise TypeError(
         f"{who}: `params` holds packed kernels (PackedTernary), and two-bit codes have no "
         "gradient. To train the float leaves around them, split the tree: `trainable, frozen "

@@ -11,12 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bitnet_jax import _checks, _mesh
-from bitnet_jax._packed import trits
+from bitnet_jax._packed import intact, trits
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Prepared, Stored
 from bitnet_jax._quantize.arrays import AnyArray, DTypeLike, Kernel
 from bitnet_jax._quantize.config import B158, Int8Config, KernelConfig
 from bitnet_jax._quantize.kernel_axes import AxesLike
 from bitnet_jax._quantize.kernel_spec import KernelSpec, contraction_spec
+from bitnet_jax._quantize.latent import latent_kernel
 from bitnet_jax._quantize.ternary import Ternary, quantize_kernel
 
 
@@ -36,8 +37,8 @@ def pack(
       batch_axes: leading axes that carry slices, each with its own scale.
 
     Returns:
-      A ``PackedTernary`` (``PackedInt8``) whose ``unpack`` is ``quantize(w).dequantize()``, to
-      the bit.
+      A ``PackedTernary`` (``PackedInt8``) whose ``dequantize()`` is
+      ``quantize(w).dequantize()``, to the bit.
 
     Raises:
       TypeError: ``w`` is not floating point.
@@ -46,9 +47,10 @@ def pack(
     Example:
       >>> import jax, bitnet_jax as bj
       >>> w = jax.random.normal(jax.random.key(0), (64, 16))
-      >>> bool((bj.unpack(bj.pack(w)) == bj.quantize(w).dequantize()).all())
+      >>> bool((bj.pack(w).dequantize() == bj.quantize(w).dequantize()).all())
       True
     """
+    _checks.require_values("pack", "`w`", w)
     spec = packing_spec("pack", w, config, contracting_axes, batch_axes)
     return pack_kernel(w, spec)
 
@@ -90,28 +92,51 @@ def pack_quantized(w: Kernel, spec: KernelSpec) -> tuple[Ternary, Stored]:
 
 
 def unpack(packed: Stored, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-    """The float kernel of a packed one: codes times scale.
+    """A float kernel that packs to this one: the same codes and scale, to the bit.
+
+    To train on, or to pack again. It has one magnitude for all nonzero weights of a scale
+    (a few may differ in the last place): for ``"absmean"`` the scale times the weights that
+    share it over the nonzero ones, else the scale. What a ternary layer computes with is
+    :meth:`PackedTernary.dequantize`, codes times scale: take that in a float network. Packed
+    again, it would have a smaller scale.
 
     Args:
       packed: a stored kernel.
-      dtype: of the result; by default that of the kernel that was packed.
+      dtype: of the result, float32, bfloat16 or float16; by default that of the kernel that
+        was packed. Another keeps codes and scale only if it can hold them.
 
     Returns:
-      An array of ``packed.shape``.
+      An array of ``packed.shape``. For a scale that no kernel of this dtype has (of another
+      program's file, say), the nearest below it.
 
     Raises:
       TypeError: ``packed`` is not packed, or is prepared.
+      ValueError: codes or scale are not as they were made.
 
     Example:
       >>> import jax.numpy as jnp, bitnet_jax as bj
-      >>> bj.unpack(bj.pack(jnp.array([[0.9, -0.1], [-0.8, 0.2]]))).tolist()
-      [[0.5, 0.0], [-0.5, 0.0]]
+      >>> packed = bj.pack(jnp.array([[0.9, -0.1], [-0.8, 0.2]]))
+      >>> bj.unpack(packed).tolist(), packed.dequantize().tolist()
+      ([[1.0, 0.0], [-1.0, 0.0]], [[0.5, 0.0], [-0.5, 0.0]])
+      >>> bool((bj.pack(bj.unpack(packed)).scale == packed.scale).all())
+      True
     """
     if isinstance(packed, Prepared):
         _checks.raise_prepared("unpack", "`packed`", packed.implementation)
     kinds = (PackedTernary, PackedInt8)
     _checks.require_instance("unpack", "packed", packed, kinds, "Make one with bj.pack(w).")
-    return packed.dequantize(dtype)
+    intact.require_arrays("unpack", "`packed`", packed)
+    return unpack_kernel(packed, dtype)
+
+
+def unpack_kernel(packed: Stored, dtype: DTypeLike | None) -> Float[Array, "..."]:
+    """:func:`unpack` of a checked kernel."""
+    run = functools.partial(_latent, dtype=dtype or packed.dtype)
+    return _mesh.in_auto_like(run, packed)
+
+
+def _latent(packed: Stored, dtype: DTypeLike) -> Float[Array, "..."]:
+    return latent_kernel(packed.int8_codes(), packed.scale, packed.config, packed.axes, dtype)
 
 
 def _require_leading_batch_axes(who: str, batch: Sequence[int]) -> None:

@@ -71,6 +71,7 @@ def token_axes(
     """The axes that share one gamma; raises unless x can be quantised so."""
     _checks.require_instance(who, "config", config, ActivationConfig, "Use bj.ActivationConfig().")
     _checks.require_float_array(who, "x", x)
+    _checks.require_values(who, "`x`", x)
     return _checks.normalize_axes(who, "axes", axes, x.ndim)
 
 

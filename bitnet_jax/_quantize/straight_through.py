@@ -78,6 +78,7 @@ def fake_quantize(
     References:
       Bengio et al., arXiv:1308.3432; Ma et al., arXiv:2402.17764.
     """
+    _checks.require_values("fake_quantize", "`w`", w)
     spec = kernel_spec("fake_quantize", w, config, contracting_axes, batch_axes)
     phase = traced_strength("fake_quantize", strength)
     return _mesh.in_auto_like(functools.partial(fake_quantize_kernel, spec=spec), w, phase)

@@ -111,6 +111,7 @@ def quantize(
     _checks.require_instance(
         "quantize", "config", config, TernaryConfig, "Use bj.B158 or your own."
     )
+    _checks.require_values("quantize", "`w`", w)
     spec = kernel_spec("quantize", w, config, contracting_axes, batch_axes)
     run = functools.partial(quantize_kernel, spec=spec)
     return _mesh.in_auto_like(run, jax.lax.stop_gradient(w))
@@ -169,9 +170,16 @@ def _ratio(
     statistic = statistics.median if config.scale == "absmedian" else statistics.mean
     magnitude = statistic(jnp.abs(wide) * statistics.SHIFT, across) * statistics.UNSHIFT
     floor = jnp.maximum(magnitude, config.eps)
+    return wide, over_statistic(wide, floor), floor
+
+
+def over_statistic(
+    wide: Float32[Array, "..."], floor: Float32[Array, "*b g 1 m"]
+) -> Float32[Array, "..."]:
+    """Weights over the statistic of their group, as the quantiser divides them."""
     # 1 / floor underflows for the largest floats, unless both factors are shifted.
     shift = jnp.where(floor > _HUGE, statistics.SHIFT, 1.0)
-    return wide, (wide * shift) * quotient(1.0, floor * shift), floor
+    return (wide * shift) * quotient(1.0, floor * shift)
 
 
 def dequantize(codes: Codes, scale: Scale, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:

@@ -20,6 +20,8 @@ from jaxtyping import PyTree
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
 from bitnet_jax._layers.forward import layer_config
+from bitnet_jax._matmul import require_usable
+from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.arrays import DTypeLike
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
 from bitnet_jax._transform import decide
@@ -222,6 +224,9 @@ class Ternarized:
         _require_params(who, self._spec.argnums, len(args))
         params = args[self._spec.argnums]
         leaves, treedef = flatten(who, "params", params, is_leaf=is_adapted)
+        for leaf in leaves:
+            if is_packed(leaf.value) or is_adapted(leaf.value):
+                require_usable(who, f"the kernel at {leaf.where}", leaf.value)
         others = args[: self._spec.argnums] + args[self._spec.argnums + 1 :]
         flat, structure = jax.tree.flatten((others, kwargs))
         values = [leaf.value for leaf in leaves]

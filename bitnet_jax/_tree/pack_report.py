@@ -7,6 +7,7 @@ of what is stored, scales, biases and float layers included.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -204,7 +205,8 @@ def measure(w: jax.Array, t: Ternary, packed: Stored) -> dict[str, jax.Array]:
         "plus": plus,
         "scale_min": t.scale.min(),
         "scale_max": t.scale.max(),
-        "error": lost / jnp.square(wide * unit).sum(),
+        "lost": lost,
+        "whole": jnp.square(wide * unit).sum(),
         "finite": jnp.isfinite(largest),
     }
 
@@ -240,7 +242,8 @@ def layer_report(
         plus=plus,
         scale_min=float(values["scale_min"]),
         scale_max=float(values["scale_max"]),
-        error=float(values["error"]),
+        # On the host: of a kernel of zeros it is 0 / 0, which jax_debug_nans would refuse.
+        error=float(values["lost"] / values["whole"]) if values["whole"] else math.nan,
         bytes_before=w.nbytes,
         bytes_after=packed.nbytes,
         bytes_dense=_dense_bytes(packed),

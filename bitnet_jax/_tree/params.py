@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, PyTree
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._checks import describe
+from bitnet_jax._packed import intact
 from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._packed.kernel import Prepared, Stored, is_packed, is_stored
-from bitnet_jax._packed.pack import pack_quantized, packing_spec
+from bitnet_jax._packed.pack import pack_quantized, packing_spec, unpack_kernel
 from bitnet_jax._quantize.config import B158, KernelConfig
 from bitnet_jax._quantize.kernel_axes import AxesLike
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec, require_kernel_config
@@ -107,25 +108,38 @@ def _pack_measured(w: Float[Array, "..."], spec: KernelSpec) -> tuple[Stored, di
     return packed, measure(w, t, packed)
 
 
-def unpack_params(packed: PyTree, *, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
-    """The float tree of a packed one: every kernel as codes times scale.
+def unpack_params(
+    packed: PyTree, *, dtype: jax.typing.DTypeLike | None = None, dequantize: bool = False
+) -> PyTree:
+    """The float tree of a packed one: kernels that quantise to the same codes and scales.
+
+    Train on from it with ternary layers, or pack it again: nothing changes, to the bit. A
+    float network needs ``dequantize=True``: the values that ternary layers compute with,
+    codes times scale. Those have another mean, so quantised again with ``"absmean"`` they
+    have a smaller scale, and a ternary layer computes other numbers from them.
 
     Args:
       packed: a tree from :func:`pack_params` or :func:`bitnet_jax.io.load`.
       dtype: of the kernels; by default the dtype that each had.
+      dequantize: whether kernels are codes times scale.
 
     Returns:
-      The tree with float kernels in place of packed ones, boxes kept.
+      The tree with float kernels in place of packed ones, as :func:`unpack` makes them,
+      boxes kept.
 
     Raises:
-      ValueError: no packed kernel in the tree.
+      ValueError: no packed kernel in the tree; codes or scale are not as they were made.
       TypeError: a kernel is prepared, or has an adapter.
 
     Example:
       >>> import jax, bitnet_jax as bj
       >>> w = jax.random.normal(jax.random.key(0), (64, 16))
       >>> packed, _ = bj.pack_params({"kernel": w})
-      >>> bool((bj.unpack_params(packed)["kernel"] == bj.fake_quantize(w)).all())
+      >>> again, _ = bj.pack_params(bj.unpack_params(packed))
+      >>> bool((again["kernel"].scale == packed["kernel"].scale).all())
+      True
+      >>> floats = bj.unpack_params(packed, dequantize=True)
+      >>> bool((floats["kernel"] == bj.fake_quantize(w)).all())
       True
     """
     leaves, treedef = flatten("unpack_params", "packed", packed, is_leaf=is_adapted)
@@ -138,12 +152,20 @@ def unpack_params(packed: PyTree, *, dtype: jax.typing.DTypeLike | None = None) 
         if isinstance(leaf.value, Prepared):
             _checks.raise_prepared("unpack_params", leaf.where, leaf.value.implementation)
         if is_stored(leaf.value):
-            _checks.require_values("unpack_params", leaf.where, leaf.value.codes)
+            intact.require_arrays("unpack_params", leaf.where, leaf.value)
     done = [
-        rebox(leaf.boxed, leaf.value.dequantize(dtype)) if is_stored(leaf.value) else leaf.boxed
+        rebox(leaf.boxed, _unpacked(leaf.value, dtype, dequantize))
+        if is_stored(leaf.value)
+        else leaf.boxed
         for leaf in leaves
     ]
     return jax.tree.unflatten(treedef, done)
+
+
+def _unpacked(
+    kernel: Stored, dtype: jax.typing.DTypeLike | None, dequantize: bool
+) -> Float[Array, "..."]:
+    return kernel.dequantize(dtype) if dequantize else unpack_kernel(kernel, dtype)
 
 
 def fake_quantize_params(

@@ -36,8 +36,9 @@ class Patterns:
     patterns: tuple[str, ...]
     keep: bool
 
-    def __call__(self, path: Path, leaf: object) -> bool:
+    def __call__(self, path: Path, leaf: object = None) -> bool:
         """Whether the leaf at ``path`` is to be quantised."""
+        _require_path(path)
         if not self.keep:
             return is_kernel(path, leaf) and not any(match(p, path) for p in self.patterns)
         named = any(
@@ -119,9 +120,10 @@ class Kernels:
 
     uses: dict[Path, KernelUse]
 
-    def __call__(self, path: Path, leaf: object) -> KernelConfig | None:
+    def __call__(self, path: Path, leaf: object = None) -> KernelConfig | None:
         """The config of a kernel; None for a leaf that stays float."""
         del leaf
+        _require_path(path)
         return self.uses[path].config if path in self.uses else None
 
     def axes(self, path: Path, leaf: object) -> Mapping[str, tuple[int, ...]] | None:
@@ -148,6 +150,16 @@ class Kernels:
             for path, use in self.uses.items()
         ]
         return table(("path", "shape", "contracting", "batch", "config"), rows)
+
+
+def _require_path(path: object) -> None:
+    """Raises where a selector is called as a schedule of the step."""
+    if not isinstance(path, tuple):
+        raise TypeError(
+            f"select: a selector takes the path of a leaf, a tuple of names, got "
+            f"{describe(path)}. optax.inject_hyperparams calls it as a schedule: name it in "
+            "static_args=('select',)."
+        )
 
 
 def axes_for(select: Select | None, axes: AxesOf | None) -> AxesOf | None:

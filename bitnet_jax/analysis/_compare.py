@@ -112,7 +112,7 @@ def compare(
         None, where ``apply`` is given.
       float_params: the float tree.
       packed: the tree to judge: packed, prepared, or float again
-        (:func:`unpack_params`) for a model without ternary layers.
+        (``unpack_params(packed, dequantize=True)``) for a model without ternary layers.
       batches: of ``x``, or of ``(x, labels)`` with integer labels of the shape
         of the logits without their last axis. Consumed once. Batches of one
         shape share a compilation; an uneven last one makes another.

@@ -42,6 +42,10 @@ Snapshot = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
 Watched = dict[str, tuple[jax.Array | np.ndarray, TernaryConfig, kernel_axes.KernelAxes]]
 
 
+# Below every flip rate and drift: there is no last time. Not NaN, which jax_debug_nans refuses.
+NEVER = -2.0
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerTrits:
     """The statistics of one kernel; see the head of this module.
@@ -165,7 +169,9 @@ def trit_stats(
             _checks.raise_not_finite(who, where, int((~jnp.isfinite(w)).sum()))
         if where in given:
             stats |= _inputs(given[where], activations)
-        rows.append(LayerTrits(where, **{k: float(v) for k, v in jax.device_get(stats).items()}))
+        values = {k: float(v) for k, v in jax.device_get(stats).items()}
+        values = {k: math.nan if v == NEVER else v for k, v in values.items()}
+        rows.append(LayerTrits(where, **values))
     return TritStats(tuple(rows), snapshot)
 
 
@@ -218,12 +224,12 @@ def measure(
     r = ratio_canonical(kernel_axes.to_canonical(w, axes), config)
     close = jnp.abs(jnp.abs(r) - np.float32(config.threshold)) <= jnp.asarray(near, jnp.float32)
     scale = t.scale.mean()
-    nan = jnp.float32(jnp.nan)
+    never = jnp.float32(NEVER)
     stats = {
-        "flip_rate": nan if last is None else trits.differ(packed.codes, last["codes"]) / w.size,
+        "flip_rate": never if last is None else trits.differ(packed.codes, last["codes"]) / w.size,
         "zeros": (zero - padding) / w.size,
         "scale": scale,
-        "scale_drift": nan if last is None else scale / last["scale"] - 1.0,
+        "scale_drift": never if last is None else scale / last["scale"] - 1.0,
         "near_threshold": close.astype(jnp.float32).mean(),
     }
     return {"codes": packed.codes, "scale": scale}, stats

@@ -74,8 +74,12 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, dense: bool = False) -> 
       ['model.bitnet.safetensors']
     """
     _checks.require_instance("save", "path", path, (str, os.PathLike), "Name a file.")
-    remedy = "Wrap a leaf in a dict, {'kernel': leaf}; of an nnx model pass nnx.state(model)."
-    _checks.require_instance("save", "tree", tree, Mapping, remedy)
+    remedy = (
+        "Wrap a leaf in a dict, {'kernel': leaf}; of an nnx model pass nnx.state(model), of "
+        "adapters adapters.to_dict()."
+    )
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"save: `tree` must be a Mapping, got a {type(tree).__name__}. {remedy}")
     _checks.require_instance(
         "save", "dense", dense, bool, "True packs five codes to a byte in the file."
     )

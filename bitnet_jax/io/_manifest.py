@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax import _checks
+from bitnet_jax._packed import intact
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Prepared, Stored, is_stored
 from bitnet_jax._quantize.int8 import Int8Config
 from bitnet_jax._quantize.ternary import TernaryConfig
@@ -240,19 +241,11 @@ def form_fault(
     """What is wrong with the dtypes or the shapes of codes and scale; None if nothing."""
     # Of the described kernel, not of the arrays; codes are two bits in memory, dense or not.
     dtype, shape = parts_of(described, ())[0][2:4]
-    if (codes.dtype.name, codes.shape) != (dtype, shape):
-        return (
-            f"has codes that are {codes.dtype} of shape {codes.shape}; shape "
-            f"{tuple(described['shape'])} needs {dtype} of shape {shape}"
-        )
-    return scale_fault(described, scale.dtype.name, scale.shape)
+    fault = intact.codes_fault(codes, dtype, shape, described["shape"])
+    return fault or scale_fault(described, scale.dtype.name, scale.shape)
 
 
 def scale_fault(described: dict[str, Any], dtype: str, scale: tuple[int, ...]) -> str | None:
     """What is wrong with the dtype or the shape of a packed kernel's scale; None if nothing."""
-    shape = tuple(described["shape"])
-    batch = len(shape) - described["kernel_ndim"]
-    fits = len(scale) == len(shape) and scale[:batch] == shape[:batch] and min(scale) > 0
-    if not fits or any(n % s for n, s in zip(shape, scale, strict=True)):
-        return f"has a scale of shape {scale}, which does not tile shape {shape}"
-    return None if dtype == "float32" else f"has a {dtype} scale; it must be float32"
+    batch = len(described["shape"]) - described["kernel_ndim"]
+    return intact.scale_fault(dtype, scale, described["shape"], batch)

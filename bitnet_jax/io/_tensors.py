@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
-from bitnet_jax._packed import trits
+from bitnet_jax._packed import intact, trits
 from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax.io import _safetensors
 
@@ -32,10 +32,10 @@ AnyArray = jax.Array | np.ndarray | np.generic
 _DENSE = ".trits"  # the name of a tensor ends so where it has five trits a byte
 
 _FAULTS = {
-    "bits": "{} bytes with a code of 3, or padding that is not zero",
+    "bits": intact.BITS,
     "trits": "{} bytes that are not five codes, or padding that is not zero",
     "scale": "a scale that is not finite and > 0",
-    "int8": "{} codes of -128; they are -127 to 127",
+    "int8": intact.INT8,
     "bool": "{} booleans that are neither 0 nor 1",
 }
 
@@ -147,6 +147,8 @@ def raise_not_an_array(who: str, where: str, value: object) -> NoReturn:
         remedy = "Save the tree that bj.lora.attach was given, and the adapters' kernels beside it."
     elif value is None:
         what, remedy = "None", "Leave it out, or put bj.partition's trees together (bj.combine)."
+    elif hasattr(value, "to_dict"):
+        what, remedy = f"a {type(value).__name__}", "Save what its to_dict() returns."
     else:
         what, remedy = f"a {type(value).__name__}", "Wrap a number in jnp.asarray."
     raise TypeError(f"{who}: {where} must be an array or a packed kernel, got {what}. {remedy}")

@@ -15,7 +15,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax._packed.pack import unpack
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax.io._huggingface import Folder
@@ -176,7 +175,7 @@ class _Loader:
         why = _kernels.oddness_of_codes(f"{name}.weight", value) or self.says.said
         if self.options.packed:
             return Kernel(value, B158, why), scale
-        return Kernel(unpack(value), _grid.config_of("tensor"), why), scale
+        return Kernel(value.dequantize(), _grid.config_of("tensor"), why), scale
 
     def _exact(self, name: str, scale: np.float32) -> np.float32:
         """A scale as it was before its reciprocal was stored, where the file says so."""

@@ -8,7 +8,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from bitnet_jax.optim._hyperparameters import Scalar
+from bitnet_jax.optim._hyperparameters import Scalar, float_dtype
 from bitnet_jax.optim._schedules import Stage, two_stage_lr, two_stage_weight_decay
 
 
@@ -69,5 +69,5 @@ def b158_adamw(
         eps=eps,
         weight_decay=two_stage_weight_decay(steps, weight_decay, switch=switch),
         mask=mask,
-        mu_dtype=mu_dtype,
+        mu_dtype=float_dtype("b158_adamw", "mu_dtype", mu_dtype),
     )

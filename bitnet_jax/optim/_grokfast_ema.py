@@ -32,8 +32,8 @@ from bitnet_jax.optim._hyperparameters import (
     NONNEGATIVE,
     Scalar,
     ScalarOrSchedule,
+    float_dtype,
     require_flag,
-    require_float_dtype,
     require_integer,
     require_number_or_schedule,
     value_at,
@@ -129,7 +129,7 @@ def grokfast_ema(
     _checks.require_one_of(who, "init", init, get_args(Init))
     require_integer(who, "start_step", start_step, 0)
     require_flag(who, "track_while_waiting", track_while_waiting)
-    require_float_dtype(who, "accumulator_dtype", accumulator_dtype)
+    accumulator_dtype = float_dtype(who, "accumulator_dtype", accumulator_dtype)
     waits = not isinstance(start_step, int) or start_step > 0
 
     def init_state(params: PyTree) -> GrokfastEmaState:
@@ -153,13 +153,16 @@ def grokfast_ema(
         weight = decay * state.weight + (1 - decay)
         weight = weight if tracks is True else jnp.where(tracks, weight, state.weight)
 
+        # 1 where there is nothing to divide by yet, and nothing to divide.
+        debias = jnp.where(weight > 0, weight, jnp.float32(1))
+
         raised, kept = [], []
         for g, e in zip(grads, held, strict=True):
             wide = wide_dtype(g)
             a, old = decay.astype(wide), e.astype(wide)
             new = a * old + (1 - a) * jnp.asarray(g).astype(wide)
             new = new if tracks is True else jnp.where(tracks, new, old)
-            average = new / weight.astype(wide) if init == "debiased" else new
+            average = new / debias.astype(wide) if init == "debiased" else new
             raised.append(amplify(g, average, lam, on))
             kept.append(new.astype(e.dtype))
         step = jnp.asarray(optax.safe_increment(state.step))

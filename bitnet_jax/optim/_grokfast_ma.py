@@ -44,8 +44,8 @@ from bitnet_jax.optim._gradients import (
 from bitnet_jax.optim._hyperparameters import (
     NONNEGATIVE,
     ScalarOrSchedule,
+    float_dtype,
     require_flag,
-    require_float_dtype,
     require_integer,
     require_number_or_schedule,
     value_at,
@@ -169,7 +169,7 @@ def grokfast_ma(
     require_number_or_schedule(who, "lamb", lamb, NONNEGATIVE, "The paper uses 5.0.")
     _checks.require_one_of(who, "filter_type", filter_type, get_args(Filter))
     require_flag(who, "warmup", warmup)
-    require_float_dtype(who, "buffer_dtype", buffer_dtype)
+    buffer_dtype = float_dtype(who, "buffer_dtype", buffer_dtype)
 
     def init(params: PyTree) -> GrokfastMaState:
         leaves, treedef = gradient_leaves(who, "params", params)
@@ -229,8 +229,9 @@ def _after(total: jax.Array, slot: jax.Array) -> jax.Array:
     # An axis that is sharded explicitly cannot be sliced to one value on jax 0.10.2.
     if total.size == 0 or any(jax.typeof(total).sharding.spec):
         return slot
-    nothing = total.reshape(-1)[0].real * 0  # 0 or NaN: XLA may not fold it
-    return slot + jnp.where(jnp.isnan(nothing), 0, nothing).astype(slot.dtype)
+    one = total.reshape(-1)[0].real
+    nothing = jnp.where(jnp.isfinite(one), one, 0) * 0  # 0, of either sign: XLA may not fold it
+    return slot + nothing.astype(slot.dtype)
 
 
 def _encoded(g: jax.Array, stored: np.dtype) -> jax.Array:

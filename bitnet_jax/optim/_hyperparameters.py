@@ -86,13 +86,19 @@ def require_flag(who: str, name: str, value: object) -> None:
         raise TypeError(f"{who}: `{name}` must be True or False, got {describe(value)}.")
 
 
-def require_float_dtype(who: str, name: str, value: jax.typing.DTypeLike | None) -> None:
-    """Raises on a dtype that is not floating point; None passes."""
-    if value is not None and not jnp.issubdtype(jnp.dtype(value), jnp.inexact):
+def float_dtype(who: str, name: str, value: object) -> np.dtype | None:
+    """A floating-point dtype, or None; raises on another.
+
+    ``optax.inject_hyperparams`` takes ``jnp.bfloat16``, which can be called, for a schedule
+    and passes what it returns: a scalar of that dtype.
+    """
+    given: Any = value.dtype if isinstance(value, jax.Array) else value
+    if given is not None and not jnp.issubdtype(jnp.dtype(given), jnp.inexact):
         raise ValueError(
-            f"{who}: `{name}` must be a floating-point dtype, got {jnp.dtype(value).name}. Pass "
+            f"{who}: `{name}` must be a floating-point dtype, got {jnp.dtype(given).name}. Pass "
             "jnp.float32 or jnp.bfloat16, or None."
         )
+    return None if given is None else jnp.dtype(given)
 
 
 def value_at(value: ScalarOrSchedule, step: jax.Array) -> jax.Array:

@@ -31,6 +31,7 @@ from bitnet_jax.optim._hyperparameters import (
     POSITIVE,
     Scalar,
     ScalarOrSchedule,
+    float_dtype,
     require_number,
     require_number_or_schedule,
 )
@@ -177,7 +178,7 @@ def mugrokfast(
         ns_steps=_given(ns_steps, preset.ns_steps),
         beta=beta,
         weight_decay=decay,  # pyright: ignore[reportArgumentType] - optax takes schedules here
-        mu_dtype=mu_dtype,
+        mu_dtype=float_dtype(who, "mu_dtype", mu_dtype),
         nesterov=_given(nesterov, preset.nesterov),
         adam_b1=adam_b1,
         adam_b2=adam_b2,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Float32, PyTree
 
+from bitnet_jax import _checks
 from bitnet_jax._tree.leaves import flatten, rebox
 from bitnet_jax._tree.select import names_of
 from bitnet_jax.optim._gradients import require_params
@@ -68,6 +69,8 @@ def qk_clip(
     require_number(who, "tau", tau, POSITIVE)
     leaves, treedef = flatten(who, "params", params)
     limits, _ = flatten(who, "max_logits", max_logits)
+    for leaf in leaves:
+        _checks.require_values(who, leaf.where, leaf.value)
     kernels = {names_of(leaf.path): leaf.value for leaf in leaves}
     factors: dict[tuple[str, ...], jax.Array] = {}
     for limit in limits:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,8 +12,16 @@ from jax import export
 from jaxtyping import Array, Int32, PyTree
 
 from bitnet_jax._quantize.ternary import B158, TernaryConfig
+from bitnet_jax._tree.leaves import unbox
 from bitnet_jax._tree.select import AxesOf, Select
-from bitnet_jax.analysis._trit_stats import Snapshot, Watched, check_previous, measure, watched
+from bitnet_jax.analysis._trit_stats import (
+    NEVER,
+    Snapshot,
+    Watched,
+    check_previous,
+    measure,
+    watched,
+)
 from bitnet_jax.optim._gradients import require_params
 from bitnet_jax.optim._hyperparameters import POSITIVE, Scalar, require_integer, require_number
 
@@ -24,7 +32,8 @@ class WatchTritsState(NamedTuple):
     Attributes:
       step: int32, steps taken.
       snapshot: path to the last codes (uint8, two bits each) and mean scale.
-      stats: ``"path/name"`` to the last statistics, float32 scalars.
+      stats: ``"path/name"`` to the last statistics, float32 scalars; flip rate and drift
+        are -2 before the first measurement.
     """
 
     step: Int32[Array, ""]
@@ -117,7 +126,7 @@ def read_trits(opt_state: PyTree) -> dict[str, float]:
 
     Args:
       opt_state: the state of an optimizer that contains :func:`watch_trits`, chained or
-        wrapped.
+        wrapped; ``nnx.state(optimizer)`` and a state dict will do.
 
     Returns:
       ``{"path/flip_rate": ..., "path/zeros": ..., ...}`` as Python floats. Flip rate and
@@ -134,15 +143,19 @@ def read_trits(opt_state: PyTree) -> dict[str, float]:
       >>> sorted(bj.optim.read_trits(state))
       ['kernel/near_threshold', 'kernel/scale', 'kernel/zeros']
     """
-
-    def is_state(node: object) -> bool:
-        return isinstance(node, WatchTritsState)
-
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(s)]
+    found = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(s)]
     _require_one_watch("read_trits", len(found))
-    values = jax.device_get(found[0].stats)
+    stats = found[0]["stats"] if isinstance(found[0], Mapping) else found[0].stats
+    values = jax.device_get({name: unbox(value) for name, value in stats.items()})
     later = ("/flip_rate", "/scale_drift")
-    return {k: float(v) for k, v in values.items() if v == v or not k.endswith(later)}
+    return {k: float(v) for k, v in values.items() if v != NEVER or not k.endswith(later)}
+
+
+def _is_state(node: object) -> bool:
+    """Whether a node is the state, or what ``nnx.state`` or a state dict makes of it."""
+    if isinstance(node, Mapping):
+        return set(node) == set(WatchTritsState._fields)
+    return isinstance(node, WatchTritsState)
 
 
 def _require_same_kernels(who: str, got: Sequence[str], wanted: Sequence[str]) -> None:

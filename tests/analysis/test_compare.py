@@ -139,7 +139,7 @@ def test_linen_float_side_is_at_strength_zero():
 def test_float_layers_compare_unpacked_params():
     model, x = nn.Dense(5), normal(11, 8)
     params = params_of(model, x)
-    hat = bj.unpack_params(bj.pack_params(params)[0])
+    hat = bj.unpack_params(bj.pack_params(params)[0], dequantize=True)
     expected = comparison64(model.apply({"params": params}, x), model.apply({"params": hat}, x))
     assert_close(bj.analysis.compare(model, params, hat, [x]), expected, 1e-4)
 

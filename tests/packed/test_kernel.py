@@ -80,7 +80,7 @@ def test_invariants_and_bytes(shape, config, axes):
         packed.codes, oracles.pack_bytes(exact.codes, packed.contracting_axes[-1])
     )
     oracles.assert_same_bits(packed.int8_codes(), exact.codes)
-    oracles.assert_same_bits(bj.unpack(packed), exact.codes * exact.scale)
+    oracles.assert_same_bits(packed.dequantize(), exact.codes * exact.scale)
     assert (packed.config, packed.dtype) == (config, np.float32)
 
 
@@ -91,9 +91,9 @@ def test_unpack_returns_the_kernels_own_dtype_or_the_one_asked_for(dtype):
     exact = oracles.quantize32(w, bj.B158)
     hat = exact.codes * exact.scale
     assert packed.dtype == dtype
-    oracles.assert_same_bits(bj.unpack(packed), hat.astype(dtype))
-    oracles.assert_same_bits(bj.unpack(packed, jnp.float32), hat)
-    oracles.assert_same_bits(bj.unpack(packed, np.dtype(np.float16)), hat.astype(np.float16))
+    oracles.assert_same_bits(packed.dequantize(), hat.astype(dtype))
+    oracles.assert_same_bits(packed.dequantize(jnp.float32), hat)
+    oracles.assert_same_bits(packed.dequantize(np.dtype(np.float16)), hat.astype(np.float16))
 
 
 @every_kernel
@@ -277,7 +277,7 @@ def test_grad_over_packed_kernels_names_the_remedy(leaf):
 
 
 def test_grad_of_anything_else_works_around_packed_kernels(leaf):
-    w_q = np.asarray(bj.unpack(PACKED["stored"](), jnp.float32), np.float64)
+    w_q = np.asarray(PACKED["stored"]().dequantize(jnp.float32), np.float64)
     want = np.ones((5, 10)) @ w_q.T
 
     def loss(x, p):

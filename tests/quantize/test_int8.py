@@ -31,8 +31,8 @@ def test_codes_and_scales_are_those_of_the_definition():
     assert (np.abs(np.asarray(packed.codes, np.int64) - codes) <= 1).all()
     assert (np.asarray(packed.codes) != codes).mean() < 0.01
     np.testing.assert_allclose(packed.scale, step, rtol=2e-7)
-    np.testing.assert_allclose(bj.unpack(packed), codes * step, atol=float(step.max()) * 1.01)
-    error = np.abs(np.asarray(bj.unpack(packed), np.float64) - np.asarray(W, np.float64))
+    np.testing.assert_allclose(packed.dequantize(), codes * step, atol=float(step.max()) * 1.01)
+    error = np.abs(np.asarray(packed.dequantize(), np.float64) - np.asarray(W, np.float64))
     assert (error <= step * 0.5001).all()  # half a step
     assert np.abs(np.asarray(packed.codes)).max() == 127
 
@@ -42,11 +42,11 @@ def test_dtypes_zeros_and_extremes(dtype):
     w = W.astype(dtype).at[:, 3].set(0)
     packed = bj.pack(w, INT8)
     assert packed.dtype == dtype
-    assert bj.unpack(packed).dtype == dtype
+    assert packed.dequantize().dtype == dtype
     assert not packed.codes[:, 3].any()
     huge = jnp.full((4, 4), float(jnp.finfo(dtype).max), dtype)
     assert (bj.pack(huge, INT8).codes == 127).all()
-    assert np.isfinite(bj.unpack(bj.pack(huge, INT8), jnp.float32)).all()
+    assert np.isfinite(bj.pack(huge, INT8).dequantize(jnp.float32)).all()
 
 
 def test_matmul_is_the_exact_integer_sum_scaled_once():
@@ -125,7 +125,7 @@ def test_rows_look_up_without_dequantising():
     table = bj.pack(W, INT8, contracting_axes=-1)
     assert table.scale.shape == (24, 1)
     index = jnp.array([[3, 0], [23, 3]])
-    assert_same_bits(table.rows(index), jnp.take(bj.unpack(table), index, axis=0))
+    assert_same_bits(table.rows(index), jnp.take(table.dequantize(), index, axis=0))
     assert np.isnan(table.rows(jnp.array([24]))).all()  # as jnp.take
     peak = jax.jit(lambda t, i: t.rows(i)).lower(table, index).compile().memory_analysis()
     assert peak.temp_size_in_bytes < 4 * W.size
@@ -162,7 +162,8 @@ def test_trees_mix_and_the_report_says_so(tmp_path):
     for name in ("codes", "scale"):
         whole = bj.pack(W, INT8)
         assert_same_bits(getattr(packed["head"]["kernel"], name), getattr(whole, name))
-    assert_same_bits(bj.unpack_params(packed)["head"]["kernel"], bj.fake_quantize(W, INT8))
+    floats = bj.unpack_params(packed, dequantize=True)
+    assert_same_bits(floats["head"]["kernel"], bj.fake_quantize(W, INT8))
 
 
 def test_files(tmp_path):

@@ -90,7 +90,7 @@ def test_a_whole_round_in_a_box(name):
         assert beside_the_value(leaf) == beside_the_value(params["layer"]["kernel"])
     assert isinstance(_boxes.unbox(fast["layer"]["kernel"]), PreparedTernary)
     np.testing.assert_array_equal(
-        _boxes.unbox(bj.unpack_params(packed)["layer"]["kernel"]),
+        _boxes.unbox(bj.unpack_params(packed, dequantize=True)["layer"]["kernel"]),
         bj.quantize(jnp.asarray(VALUE)).dequantize(),
     )
 

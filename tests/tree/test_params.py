@@ -42,7 +42,7 @@ def test_selectors(select, wanted):
     assert {layer.path for layer in report.rows} == wanted
     chex.assert_trees_all_equal(params, tree())  # untouched
     faked = bj.fake_quantize_params(params, select=select)
-    chex.assert_trees_all_equal(bj.unpack_params(packed), faked)
+    chex.assert_trees_all_equal(bj.unpack_params(packed, dequantize=True), faked)
     chex.assert_trees_all_equal_shapes_and_dtypes(params, faked)
 
 
@@ -132,7 +132,7 @@ def test_boxes_stay_closed():
     assert isinstance(leaf, nn.Partitioned)
     assert leaf.names == ("in", "out")
     assert isinstance(leaf.value, bj.PackedTernary)
-    back = bj.unpack_params(packed)["layer"]["kernel"]
+    back = bj.unpack_params(packed, dequantize=True)["layer"]["kernel"]
     assert_same_bits(back.value, bj.fake_quantize(box.value))
 
 
@@ -207,7 +207,7 @@ CONFIGS = {
 }
 
 
-def test_unpacked_is_fake_quantized_to_the_bit_for_every_dtype_and_config():
+def test_dequantized_is_fake_quantized_to_the_bit_for_every_dtype_and_config():
     params = of_every_kind()
 
     def select(path, leaf):
@@ -217,8 +217,8 @@ def test_unpacked_is_fake_quantized_to_the_bit_for_every_dtype_and_config():
     assert [layer.config for layer in report.rows] == list(CONFIGS.values())
     faked = bj.fake_quantize_params(params, select=select)
     jitted = jax.jit(lambda p: bj.fake_quantize_params(p, select=select))(params)
-    back = bj.unpack_params(packed)
-    wide = bj.unpack_params(packed, dtype=jnp.float32)
+    back = bj.unpack_params(packed, dequantize=True)
+    wide = bj.unpack_params(packed, dtype=jnp.float32, dequantize=True)
     for name, leaf in back.items():
         w = params[name]["kernel"]
         assert leaf["kernel"].dtype == w.dtype
@@ -249,7 +249,7 @@ def test_a_convolution_and_a_stack_of_attention_kernels():
         assert layer.zero == (codes == 0).sum()
         assert layer.plus == (codes == 1).sum()
     faked = bj.fake_quantize_params(params, config, axes=lambda path, _: axes[path[0]])
-    chex.assert_trees_all_equal(bj.unpack_params(packed), faked)
+    chex.assert_trees_all_equal(bj.unpack_params(packed, dequantize=True), faked)
 
 
 def test_an_axis_function_may_leave_a_matrix_to_its_shape():
@@ -405,7 +405,7 @@ def test_metadata_of_an_nnx_state_survives_the_round():
         assert type(some) is type(state)
         assert some["kernel"].note == "mine"
     assert_same_bits(
-        bj.unpack_params(packed)["kernel"].get_value(),
+        bj.unpack_params(packed, dequantize=True)["kernel"].get_value(),
         bj.fake_quantize_params(state)["kernel"].get_value(),
     )
     again = bj.combine(*bj.partition(packed))
