@@ -129,7 +129,22 @@ class Tied(nnx.Module):
 
 def test_nnx_refuses_a_variable_that_is_ternary_here_and_float_there():
     model = Tied(nnx.Rngs(0))
-    bj.nnx.ternarize(model)
+    with pytest.raises(ValueError, match="embed/embedding, head/kernel: an embedding; select it"):
+        bj.nnx.ternarize(model)
+    with pytest.raises(ValueError, match=r"embed/embedding and head/kernel are one parameter"):
+        bj.nnx.ternarize(model, select=bj.only("head"))
+    bj.nnx.ternarize(model, select=lambda path, leaf: bj.Int8Config())
+    with pytest.raises(ValueError, match=r"embed/embedding is used over axes \(0,\) and \(1,\)"):
+        model(jnp.arange(4))
     for use in (bj.nnx.pack, bj.nnx.kernels):
-        with pytest.raises(ValueError, match=r"the kernel at (embed|head)/\w+ is used as ternary"):
+        with pytest.raises(ValueError, match=r"the kernel at head/kernel is used in another way"):
+            use(model)
+
+
+def test_nnx_refuses_a_layer_of_ours_that_shares_a_float_kernel():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(bj.nnx.BitLinear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs))
+    model.layers[1].kernel = model.layers[0].kernel
+    for use in (bj.nnx.pack, bj.nnx.kernels):
+        with pytest.raises(ValueError, match=r"the kernel at layers/1/kernel is used as ternary"):
             use(model)

@@ -11,6 +11,9 @@ from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax._tree.pack_report import kind
 from bitnet_jax._tree.select import Path, Patterns, Select
 
+# Why a row says nothing yet.
+BY_CALL = "decided where it is multiplied: explain(model, *args)"
+
 
 def stacked_axes(
     stacks: int, contracting: tuple[int, ...], batch: tuple[int, ...]
@@ -76,6 +79,11 @@ class Covered:
     config: KernelConfig | None
     why: str
 
+    @property
+    def kind(self) -> str:
+        """``"ternary"``, ``"int8"``, ``"float"``; ``"by call"`` where a call decides."""
+        return "by call" if self.why == BY_CALL else kind(self.config)
+
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
@@ -95,7 +103,7 @@ class Coverage:
     @property
     def left(self) -> tuple[str, ...]:
         """The paths that stay float."""
-        return tuple(row.path for row in self.rows if row.config is None)
+        return tuple(row.path for row in self.rows if row.kind == "float")
 
     def to_dict(self) -> dict[str, Any]:
         """Every row as plain Python, ready for ``json.dumps``.
@@ -106,7 +114,7 @@ class Coverage:
         """
 
         def plain(row: Covered) -> dict[str, Any]:
-            more = {"shape": list(row.shape), "kind": kind(row.config)}
+            more = {"shape": list(row.shape), "kind": row.kind}
             return dataclasses.asdict(row) | more
 
         return {"rows": [plain(row) for row in self.rows]}
@@ -114,7 +122,7 @@ class Coverage:
     def __str__(self) -> str:
         """A table, one row a kernel."""
         rows = [
-            (row.path, row.layer, "x".join(map(str, row.shape)), kind(row.config), row.why)
+            (row.path, row.layer, "x".join(map(str, row.shape)), row.kind, row.why)
             for row in self.rows
         ]
         return table(("path", "layer", "shape", "kernel", "why"), rows)

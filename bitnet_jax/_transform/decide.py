@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from bitnet_jax import _checks
@@ -14,6 +14,8 @@ from bitnet_jax._tree.select import Patterns, Select, decide, is_kernel, match, 
 WHO = "ternarize"
 
 UNREACHED = "no product reaches it"
+
+EMBEDDING = "an embedding; select it with an Int8Config"
 
 # What a program is of its function: all of it; one call, which may leave kernels for others; or a
 # part, in which there need be none.
@@ -54,7 +56,11 @@ class Decision(NamedTuple):
 
 
 def decide_all(
-    candidates: Sequence[Candidate | None], found: Found, weights: KernelConfig, select: Any
+    candidates: Sequence[Candidate | None],
+    found: Found,
+    weights: KernelConfig,
+    select: Any,
+    tables: Collection[tuple[str, ...]] = (),
 ) -> list[Decision | None]:
     """The decision for each leaf; None in the place of what is no candidate."""
     uses: dict[int, list[Use]] = {}
@@ -64,7 +70,7 @@ def decide_all(
         None if one is None else _Reach(i, one, uses.get(i, []), found, candidates)
         for i, one in enumerate(candidates)
     ]
-    defaults = [None if reach is None else reach.by_default(weights) for reach in reaches]
+    defaults = [None if reach is None else reach.by_default(weights, tables) for reach in reaches]
     wanted = [
         None if one is None else _selected(one, weights, select, default is None)
         for one, default in zip(candidates, defaults, strict=True)
@@ -128,10 +134,10 @@ class _Reach(NamedTuple):
         """The config of the layer of ours that the leaf belongs to."""
         return next((u.stated.weights for u in self.uses if u.stated is not None), None)
 
-    def by_default(self, weights: KernelConfig) -> str | None:
+    def by_default(self, weights: KernelConfig, tables: Collection[tuple[str, ...]]) -> str | None:
         """None where a leaf is quantised unless it is told otherwise; else why it is not."""
-        if any(use.primitive == "gather" for use in self.uses):
-            return "an embedding; select it with an Int8Config"
+        if self.one.path in tables or any(use.primitive == "gather" for use in self.uses):
+            return EMBEDDING
         met = {u.partner for u in self.uses if u.partner is not None and not u.beside}
         if met - {self.number} or len(self.uses) == sum(u.partner is not None for u in self.uses):
             for partner in sorted(met):
@@ -208,7 +214,7 @@ def check_decisions(
     """Raises the first refusal; refuses a selection that chose nothing."""
     there = [decision for decision in decisions if decision is not None]
     for decision in there:
-        missed = decision.why == UNREACHED and extent != "whole"
+        missed = decision.why.startswith(UNREACHED) and extent != "whole"
         if decision.refusal is not None and not missed:
             raise decision.refusal
     if extent == "part":

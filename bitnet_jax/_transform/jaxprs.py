@@ -57,6 +57,38 @@ def scan_parts(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+# What runs its one jaxpr once, on its operands.
+_CALLS = frozenset({"jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call"})
+
+
+def handed_on(jaxpr: Jaxpr) -> list[int | None]:
+    """For each result of a jaxpr, the number of the operand that it is; None: it is computed."""
+    inner, _ = opened(jaxpr)
+    numbers: dict[Any, int | None] = {v: i for i, v in enumerate(inner.invars)}
+    for eqn in inner.eqns:
+        for v, at in zip(eqn.outvars, forwarded(eqn), strict=True):
+            source = None if at is None else eqn.invars[at]
+            numbers[v] = None if isinstance(source, core.Literal) else numbers.get(source)
+    return [numbers.get(v) if is_variable(v) else None for v in inner.outvars]
+
+
+def forwarded(eqn: Eqn) -> list[int | None]:
+    """For each result of an equation, the number of the operand that it is, as a whole."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        n, m = scan_parts(params)
+        # What is carried and comes round as it was; of what is scanned, all steps.
+        pairs = enumerate(-1 if at is None else at for at in handed_on(params["jaxpr"]))
+        return [at if (at == n + i if i < m else at >= n + m) else None for i, at in pairs]
+    if name == "cond":
+        each = [handed_on(branch) for branch in params["branches"]]
+        same = [outs[0] if len({*outs}) == 1 else None for outs in zip(*each, strict=True)]
+        return [None if at is None else at + 1 for at in same]
+    if name in _CALLS:
+        return handed_on(next(core.jaxprs_in_params(params)))
+    return [None] * len(eqn.outvars)
+
+
 def inside(eqn: Eqn) -> contextlib.AbstractContextManager[Any]:
     """The context that an equation was traced in: its settings and its names."""
     stack = contextlib.ExitStack()

@@ -48,7 +48,12 @@ class LookupPlan(NamedTuple):
         )
         eqn = site.eqn
         params = eqn.primitive.get_bind_params(eqn.params)
-        return eqn.primitive.bind(view.shown(table), x, **params)
+        # Rows are cast, not the table: the gradients of a row that is taken twice add up in its
+        # own dtype.
+        rows = eqn.primitive.bind(view._replace(dtypes=()).shown(table), x, **params)
+        for dtype in view.dtypes:
+            rows = rows.astype(dtype)
+        return rows
 
     def _stored_rows(self, site: Site, index: jax.Array, value: Value) -> jax.Array:
         eqn, chosen = site.eqn, site.chosen

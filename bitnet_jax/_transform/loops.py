@@ -1,8 +1,8 @@
 """Kernels that enter ``scan``, ``while`` and ``cond``.
 
 A kernel that a loop scans over is sliced, each slice with a scale of its own, whatever axis it
-is stacked along. One that a loop carries on unchanged is as good as a constant of it. One that
-comes out of a loop or a branch is computed there: it is float from there on.
+is stacked along. One that a loop or a branch hands on unchanged, in whole or step by step, is
+behind it what it was before. Any other that comes out is computed there: it is float from there on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from bitnet_jax._transform.jaxprs import Eqn, Jaxpr, opened, scan_parts
+from bitnet_jax._transform.jaxprs import Eqn, Jaxpr, forwarded, handed_on, scan_parts
 from bitnet_jax._transform.layout import leading
 from bitnet_jax._transform.marks import Mark, Walker
 from bitnet_jax._transform.tracked import Interpreter, Tracked, tracked, values_of, views_of
@@ -22,9 +22,7 @@ from bitnet_jax._transform.view import View
 
 def _unchanged(jaxpr: Jaxpr, first: int, count: int) -> list[bool]:
     """Which of what a loop carries its body hands on as it is."""
-    inner, _ = opened(jaxpr)
-    pairs = zip(inner.invars[first : first + count], inner.outvars[:count], strict=True)
-    return [a is b for a, b in pairs]
+    return [at == first + i for i, at in enumerate(handed_on(jaxpr)[:count])]
 
 
 def _carried(survey: Walker, eqn: Eqn, marks: Sequence[Mark], same: Sequence[bool]) -> list[Mark]:
@@ -75,7 +73,13 @@ def analyse_scan(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> l
         return survey.walk(jaxpr, [*marks[:n], *carried, *steps], times)
 
     outs = _around(walk, carried, times * length)
-    return [*outs[:m], *(Mark(None, survey.sources(eqn, o), o.live) for o in outs[m:])]
+    seen = [*[None] * (n + m), *(step.view for step in steps)]
+    for i, at in list(enumerate(forwarded(eqn)))[m:]:
+        if at is None or seen[at] is None:
+            outs[i] = Mark(None, survey.sources(eqn, outs[i]), outs[i].live)
+        else:
+            outs[i] = marks[at]
+    return outs
 
 
 def run_scan(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
@@ -84,12 +88,14 @@ def run_scan(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[An
     n, m = scan_parts(params)
     fixed, carry = operands[:n], operands[n : n + m]
     kept = _kept(carry, _unchanged(params["jaxpr"], n, m))
-    start = interpreter.arrays([c for c, k in zip(carry, kept, strict=True) if k is None], eqn)
+    start = interpreter.arrays(_left(carry, kept), eqn)
+    through = _through(eqn, operands)
     steps, xs = [], []
     for operand in operands[n + m :]:
         view = _step(operand.view) if isinstance(operand, Tracked) else None
         steps.append(view)
         if view is None:
+            through = [None if t is operand else t for t in through]
             xs += interpreter.arrays([operand], eqn)
         else:
             xs.append(_stacked(operand, view))
@@ -98,14 +104,25 @@ def run_scan(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[An
         outs = interpreter.body(
             params["jaxpr"], [*fixed, *_filled(kept, carry), *tracked(x, steps)]
         )
-        left = [o for o, k in zip(outs[:m], kept, strict=True) if k is None]
-        return interpreter.arrays(left, eqn), interpreter.arrays(outs[m:], eqn)
+        ends = _left(outs[:m], kept), _left(outs[m:], through[m:])
+        return interpreter.arrays(ends[0], eqn), interpreter.arrays(ends[1], eqn)
 
     how = {name: params[name] for name in ("length", "reverse", "unroll") if name in params}
     if params.get("_split_transpose"):
         how["_split_transpose"] = True
     end, ys = lax.scan(body, start, xs, **how)
-    return [*_filled(kept, end), *ys]
+    return [*_filled(kept, end), *_filled(through[m:], ys)]
+
+
+def _through(eqn: Eqn, operands: Sequence[Any]) -> list[Any]:
+    """The kernels among operands that an equation hands on in whole, by result; None else."""
+    through = [None if at is None else operands[at] for at in forwarded(eqn)]
+    return [o if isinstance(o, Tracked) else None for o in through]
+
+
+def _left(outs: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
+    """The results that are computed."""
+    return [o for o, k in zip(outs, kept, strict=True) if k is None]
 
 
 def _stacked(kernel: Tracked, step: View) -> Any:
@@ -147,7 +164,7 @@ def run_while(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[A
     c, b = params["cond_nconsts"], params["body_nconsts"]
     of_cond, of_body, carry = operands[:c], operands[c : c + b], operands[c + b :]
     kept = _kept(carry, _unchanged(params["body_jaxpr"], b, len(carry)))
-    start = interpreter.arrays([x for x, k in zip(carry, kept, strict=True) if k is None], eqn)
+    start = interpreter.arrays(_left(carry, kept), eqn)
 
     def condition(carry: list[Any]) -> Any:
         outs = interpreter.body(params["cond_jaxpr"], [*of_cond, *_filled(kept, carry)])
@@ -155,7 +172,7 @@ def run_while(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[A
 
     def body(carry: list[Any]) -> list[Any]:
         outs = interpreter.body(params["body_jaxpr"], [*of_body, *_filled(kept, carry)])
-        return interpreter.arrays([o for o, k in zip(outs, kept, strict=True) if k is None], eqn)
+        return interpreter.arrays(_left(outs, kept), eqn)
 
     return _filled(kept, lax.while_loop(condition, body, start))
 
@@ -166,7 +183,10 @@ def analyse_cond(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> l
     times = times / len(branches)
     each = [survey.walk(branch, marks[1:], times) for branch in branches]
     done = []
-    for outs in zip(*each, strict=True):
+    for outs, at in zip(zip(*each, strict=True), forwarded(eqn), strict=True):
+        if at is not None and marks[at].view is not None:
+            done.append(marks[at])
+            continue
         sources = {leaf: c for mark in outs for leaf, c in survey.sources(eqn, mark).items()}
         done.append(Mark(None, sources, any(mark.live for mark in (*outs, marks[0]))))
     return done
@@ -174,20 +194,22 @@ def analyse_cond(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> l
 
 def run_cond(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
     """A conditional with its branches interpreted."""
+    through = _through(eqn, operands)
     index, *operands = operands
     views, values = views_of(operands), values_of(operands)
 
     def interpreted(branch: Jaxpr) -> Callable[..., list[Any]]:
         def run(*values: Any) -> list[Any]:
-            return interpreter.arrays(interpreter.body(branch, tracked(values, views)), eqn)
+            outs = interpreter.body(branch, tracked(values, views))
+            return interpreter.arrays(_left(outs, through), eqn)
 
         return run
 
     branches = [interpreted(branch) for branch in eqn.params["branches"]]
     platforms = eqn.params.get("branches_platforms")
     if platforms is None:
-        return lax.switch(index, branches, *values)
+        return _filled(through, lax.switch(index, branches, *values))
     pairs = list(zip(branches, platforms, strict=True))
     named = {name: branch for branch, names in pairs for name in names or ()}
     default = next((branch for branch, names in pairs if names is None), None)
-    return lax.platform_dependent(*values, default=default, **named)
+    return _filled(through, lax.platform_dependent(*values, default=default, **named))

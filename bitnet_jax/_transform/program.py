@@ -46,6 +46,8 @@ class Spec(NamedTuple):
       select: which.
       argnums: which argument holds them.
       extent: what a call runs of the function's kernels.
+      tables: embeddings, whatever a call does with them: float unless they are selected.
+      watch: is told what was decided, whenever a call is traced; it may refuse.
     """
 
     fn: Callable[..., PyTree]
@@ -53,6 +55,8 @@ class Spec(NamedTuple):
     select: Select | None
     argnums: int
     extent: decide.Extent = "whole"
+    tables: frozenset[tuple[str, ...]] = frozenset()
+    watch: Callable[[Plan], None] | None = None
 
 
 class Bound(NamedTuple):
@@ -127,9 +131,11 @@ class Program:
         survey = Survey(KNOWN if any(map(_is_input, rest)) else LIVE)
         outs = survey.walk(jaxpr, [*marks, *[LIVE] * len(rest)], 1.0)
         for mark in outs:
-            survey.read(mark, "return")
+            if mark.view is not None and mark.view != of_leaf(mark.view.leaf, mark.view.shape):
+                survey.read(mark, "return")
         weights, select = self._spec.layer.weights, self._spec.select
-        decisions = decide.decide_all(candidates, survey.found, weights, select)
+        tables = self._spec.tables
+        decisions = decide.decide_all(candidates, survey.found, weights, select, tables)
         if self._phased:
             _require_own(candidates, decisions)
         return Plan(jaxpr, result, candidates, survey.found, decisions)
@@ -139,6 +145,8 @@ class Program:
         decide.check_decisions(
             plan.candidates, plan.decisions, self._spec.select, self._spec.extent
         )
+        if self._spec.watch is not None:
+            self._spec.watch(plan)
         boxes = [box for i, box in enumerate(self._boxes) if i not in self.static]
         chosen: dict[int, Chosen] = {}
         operands: list[Any] = []

@@ -16,6 +16,7 @@ from bitnet_jax._packed.kernel import PackedTernary, is_packed
 from bitnet_jax._quantize.int8 import ActivationConfig
 from bitnet_jax._quantize.straight_through import fake_quantize
 from bitnet_jax._quantize.ternary import KernelConfig, TernaryConfig
+from bitnet_jax._tree.select import only
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.nnx import BitLinear, ternarize
 
@@ -188,5 +189,6 @@ def embedding(config: DecoderConfig, rngs: nnx.Rngs) -> Any:
     if kind is None:
         return FloatEmbed(*shape, **options)
     table = nnx.Embed(*shape, **options)
-    ternarize(table, select=lambda *_: kind, activations=config.head_activations)
+    chosen = only("embedding")
+    ternarize(table, select=chosen, weights=kind, activations=config.head_activations)
     return table

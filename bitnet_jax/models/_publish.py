@@ -150,7 +150,7 @@ class _Writer:
         return Lazy(shape[::-1], dtype, make)
 
     def _table(self, table: Any) -> Lazy:
-        kind = getattr(self.model.embed, "weights", None)
+        kind = self.config.kernel("embedding")
         _require_published_kind("the embedding", table, kind)
         if kind is not None and not isinstance(table, PackedTernary):
             table = pack(table, kind, contracting_axes=-1)

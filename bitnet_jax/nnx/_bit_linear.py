@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._layers import dimensions
-from bitnet_jax._layers.forward import Fields, LayerConfig, embed_lookup, run_layer
+from bitnet_jax._layers.forward import Fields, LayerConfig, run_layer
 from bitnet_jax._packed.kernel import is_packed
-from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
+from bitnet_jax._quantize.int8 import INT8, ActivationConfig
 from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._quantize.ternary import B158, TernaryConfig
 
@@ -25,11 +25,11 @@ from bitnet_jax._quantize.ternary import B158, TernaryConfig
 OutSharding = NamedSharding | PartitionSpec | None
 
 
-class _Ternary(nnx.Module):
+class TernaryLayer(nnx.Module):
     """What ternary layers share; ``_float`` is the layer that each stands for."""
 
     _float: type[nnx.Module]
-    _unused: tuple[str, ...]
+    unused: tuple[str, ...]
     weights: TernaryConfig
     activations: ActivationConfig | None
     norm: bool
@@ -37,10 +37,10 @@ class _Ternary(nnx.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__init__ is not _Ternary.__init__:
+        if cls.__init__ is not TernaryLayer.__init__:
             return
         # help() and editors show the float layer's arguments and these four.
-        own = inspect.signature(_Ternary.__init__).parameters.values()
+        own = inspect.signature(TernaryLayer.__init__).parameters.values()
         extra = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
         float_ = [*inspect.signature(cls._float.__init__).parameters.values()][1:]
         cls.__signature__ = inspect.Signature([*float_, *extra])
@@ -54,7 +54,7 @@ class _Ternary(nnx.Module):
         backward_dtype: DTypeLike | None = None,
         **rest: PyTree,
     ):
-        for name in self._unused:
+        for name in self.unused:
             default = default_of(self._float, name)
             given = rest.get(name, default)
             _checks.require_unset(type(self).__name__, name, given, default)
@@ -93,7 +93,7 @@ def default_of(kind: type[nnx.Module], name: str) -> Any:
     return inspect.signature(kind.__init__).parameters[name].default
 
 
-class BitLinear(_Ternary, nnx.Linear):
+class BitLinear(TernaryLayer, nnx.Linear):
     """``nnx.Linear`` with a ternary kernel and int8 activations.
 
     Arguments, defaults and parameter names are ``nnx.Linear``'s, so its
@@ -128,7 +128,7 @@ class BitLinear(_Ternary, nnx.Linear):
     """
 
     _float = nnx.Linear
-    _unused = ("promote_dtype", "dot_general", "preferred_element_type")
+    unused = ("promote_dtype", "dot_general", "preferred_element_type")
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -156,7 +156,7 @@ class BitLinear(_Ternary, nnx.Linear):
         return self._forward(linear_call, inputs, strength=strength)
 
 
-class BitLinearGeneral(_Ternary, nnx.LinearGeneral):
+class BitLinearGeneral(TernaryLayer, nnx.LinearGeneral):
     """``nnx.LinearGeneral`` with a ternary kernel: several axes in, several out.
 
     Args:
@@ -181,7 +181,7 @@ class BitLinearGeneral(_Ternary, nnx.LinearGeneral):
     """
 
     _float = nnx.LinearGeneral
-    _unused = ("promote_dtype", "dot_general", "dot_general_cls", "preferred_element_type")
+    unused = ("promote_dtype", "dot_general", "dot_general_cls", "preferred_element_type")
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -207,7 +207,7 @@ class BitLinearGeneral(_Ternary, nnx.LinearGeneral):
         return self._forward(general_call, inputs, strength=strength)
 
 
-class BitConv(_Ternary, nnx.Conv):
+class BitConv(TernaryLayer, nnx.Conv):
     """``nnx.Conv`` with a ternary kernel, channels last; one activation scale per example.
 
     Args:
@@ -232,7 +232,7 @@ class BitConv(_Ternary, nnx.Conv):
     """
 
     _float = nnx.Conv
-    _unused = ("promote_dtype", "conv_general_dilated", "mask", "preferred_element_type")
+    unused = ("promote_dtype", "conv_general_dilated", "mask", "preferred_element_type")
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -258,7 +258,7 @@ class BitConv(_Ternary, nnx.Conv):
         return self._forward(conv_call, inputs, strength=strength)
 
 
-class BitEinsum(_Ternary, nnx.Einsum):
+class BitEinsum(TernaryLayer, nnx.Einsum):
     """``nnx.Einsum`` with a ternary kernel: any contraction of inputs with a kernel.
 
     Args:
@@ -281,7 +281,7 @@ class BitEinsum(_Ternary, nnx.Einsum):
     """
 
     _float = nnx.Einsum
-    _unused = ("promote_dtype", "einsum_op", "preferred_element_type")
+    unused = ("promote_dtype", "einsum_op", "preferred_element_type")
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -330,37 +330,6 @@ def einsum_call(
 ) -> dimensions.Call:
     """The dimension numbers of a call of ``nnx.Einsum``."""
     return dimensions.einsum(x_shape, tuple(module.kernel_shape), einsum_str or module.einsum_str)
-
-
-class Int8Embed(nnx.Embed):
-    """``nnx.Embed`` with an int8 table; made by ``ternarize`` where a selector says so."""
-
-    weights: Int8Config
-    activations: ActivationConfig | None
-
-    def __call__(self, inputs: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
-        """The rows of the table that ``inputs`` names."""
-        _checks.require_unset("Int8Embed", "out_sharding", out_sharding, None)
-        inputs = jnp.asarray(inputs)
-        _checks.require_embedding_lookup("Int8Embed", inputs, (self.num_embeddings, self.features))
-        table = self.embedding.get_value()
-        return embed_lookup("`embedding`", self.weights, table, inputs, self.dtype, None)
-
-    def attend(self, query: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
-        """``query @ embedding.T``."""
-        _checks.require_unset("Int8Embed", "out_sharding", out_sharding, None)
-        table, query = self.embedding.get_value(), jnp.asarray(query)
-        return run_layer(
-            "Int8Embed",
-            "`embedding`",
-            LayerConfig(self.weights, self.activations),
-            dimensions.table((self.num_embeddings, self.features), query.ndim),
-            query,
-            table,
-            None,
-            strength=None,
-            fields=Fields(self.dtype, None),
-        )
 
 
 def trainable(path: tuple[Any, ...], variable: object) -> bool:

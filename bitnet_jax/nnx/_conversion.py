@@ -1,50 +1,41 @@
-"""``ternarize`` of an NNX model in place, and ``pack`` over the axes of its layers.
+"""``ternarize`` of an NNX model in place, and what its calls say of its kernels.
 
-An NNX layer is an object that holds its parameters, so :func:`ternarize` changes
-its class and leaves everything else: the graph, the parameters, whoever holds a
-reference to it.
+Every module of the model gets a class derived from its own. A method that is called from outside
+runs through ``bj.ternarize``; what it calls inside runs as it was written. The graph, the
+parameters, and whoever holds a reference to a module stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+import dataclasses
+import functools
+import inspect
+import uuid
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn, TypeVar
 
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from bitnet_jax import _checks
-from bitnet_jax._layers import coverage, dimensions
-from bitnet_jax._layers.forward import LayerConfig, layer_config
+from bitnet_jax._layers import coverage
+from bitnet_jax._layers.forward import layer_config
 from bitnet_jax._packed.kernel import is_packed
-from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
+from bitnet_jax._quantize.int8 import INT8, ActivationConfig
 from bitnet_jax._quantize.ternary import B158, KernelConfig
+from bitnet_jax._transform import ProgramCoverage
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
-from bitnet_jax._tree.select import Kernels, KernelUse, Path, Select, choose
-from bitnet_jax.nnx import _bit_linear
+from bitnet_jax._tree.select import Kernels, KernelUse, Path, Patterns, Select, decide, matched
+from bitnet_jax.nnx import _sites
+from bitnet_jax.nnx._bit_linear import TernaryLayer
+from bitnet_jax.nnx._call import Place, Plan, Split, is_container, place_of, splitting
+from bitnet_jax.nnx._derived import derived
+from bitnet_jax.nnx._sites import Site
 
 Model = TypeVar("Model", bound=nnx.Module)
-
-_TERNARY: dict[type, type] = {
-    nnx.Linear: _bit_linear.BitLinear,
-    nnx.LinearGeneral: _bit_linear.BitLinearGeneral,
-    nnx.Conv: _bit_linear.BitConv,
-    nnx.Einsum: _bit_linear.BitEinsum,
-}
-
-_KERNEL = {kind: "kernel" for kind in (*_TERNARY, *_TERNARY.values())}
-
-_KERNEL |= {nnx.Embed: "embedding", _bit_linear.Int8Embed: "embedding"}
-
-
-class _Site(NamedTuple):
-    """One parameter of rank 2 or more, and the module that holds it."""
-
-    path: Path
-    module: Any
-    variable: Any
-    inside: str | None  # the module that changes the kernel on its way to the layer
 
 
 def ternarize(
@@ -56,35 +47,43 @@ def ternarize(
     norm: bool = False,
     backward_dtype: DTypeLike | None = None,
 ) -> coverage.Coverage:
-    """Makes the layers of a model ternary, in place, and says which.
+    """Makes a model ternary, in place, and says what is known of its kernels.
 
-    ``Linear``, ``LinearGeneral`` (so attention), ``Conv`` and ``Einsum`` become
-    ``BitLinear`` and its kin, parameters and references kept. ``Embed`` can be given
-    an ``Int8Config``. Every other owner of a kernel stays float and is named.
+    Every module of the model gets a class derived from its own, of the same name; parameters
+    and references stay. Calling one of its public methods runs it through ``bj.ternarize``: the
+    selected parameters are quantised where the method multiplies them, in layers and in a
+    module's own products alike. Layers of this package and modules that were ternarised
+    before keep their own configs. A method that JAX cannot trace (it reads values, returns an
+    object that is no pytree, or yields) runs as it was written, and the modules that it calls are
+    ternary; one that cannot and holds kernels itself is refused.
 
     Args:
       model: any NNX module; it is changed.
       select: which kernels; see ``bj.exclude`` and ``bj.only``. A function of path
         and array may return a config of its own for each, ``Int8Config`` included.
-        By default every ``kernel``.
+        By default every parameter that an input is multiplied with, embeddings left out.
       weights: the quantiser of the selected kernels.
       activations: the activations' quantiser; None for weight-only.
-      norm: RMSNorm without parameters before each quantised layer.
+      norm: RMSNorm without parameters before each quantised product.
       backward_dtype: of the backward products' operands; None: float32.
 
     Returns:
-      A table, one row for each parameter of rank 2 or more.
+      A table, one row for each parameter of rank 2 or more. What other modules than ``Linear``,
+      ``LinearGeneral``, ``Conv``, ``Einsum`` and ``Embed`` do with theirs, a call says:
+      :func:`explain` with an example.
 
     Raises:
-      TypeError: ``model`` is not an NNX module.
-      ValueError: a selector that matches nothing, or only kernels without a ternary form.
+      TypeError: ``model`` is not an NNX module; a packed one.
+      ValueError: a selector that matches nothing, or only kernels without a ternary form, or
+        one of two names of a parameter; a model that is ternarised already.
       NotImplementedError: a layer that :func:`only` asks for by name and that
-        has no ternary form. In all of these, nothing is changed.
+        has no ternary form. In all of these, nothing is changed. What a call alone can
+        tell, the first call raises.
 
     Example:
       >>> import jax, bitnet_jax as bj
       >>> from flax import nnx
-          >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+      >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
       >>> print(bj.nnx.ternarize(model, select=bj.exclude("out")))
       path          layer           shape  kernel   why
       key/kernel    LinearGeneral  32x4x8  ternary  selected
@@ -94,104 +93,122 @@ def ternarize(
     """
     who = "ternarize"
     _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
+    _checks.require_selector(who, select)
     layer = layer_config(who, weights, activations, norm, backward_dtype)
-    sites = _sorted_sites(model)
+    sites = _sites.sites(model)
     _require_sites(who, type(model).__name__, len(sites))
-    leaves = [(site.path, site.variable.get_value()) for site in sites]
-    chosen = choose(who, leaves, weights, select)
-    decided = [_decide(who, s, c, select) for s, c in zip(sites, chosen, strict=True)]
-    if not any(config for config, _ in decided):
-        both = zip(sites, chosen, decided, strict=True)
-        coverage.raise_none_ternary(who, {"/".join(s.path): why for s, c, (_, why) in both if c})
-    rows = []
-    for site, (config, why) in zip(sites, decided, strict=True):
-        rows.append(_covered(site, config, why))
-        if config is not None:
-            _change(site.module, layer._replace(weights=config))
-    return coverage.Coverage(tuple(rows))
+    plan = Plan(_hashable(select), layer, _tables(sites), _graph(model), "part")
+    _require_one_choice(who, sites, plan)
+    decided = [(site, *_sites.settled(who, site, plan)) for site in sites]
+    _check_selection(who, type(model).__name__, decided, plan)
+    if any(_takes_part(site.owner) and (c or why == coverage.BY_CALL) for site, c, why in decided):
+        plan = dataclasses.replace(plan, extent="call")
+    rows = tuple(site.row(config, why) for site, config, why in decided)
+    for path, module in list(nnx.iter_modules(model)):
+        place = Place(plan, tuple(map(str, path)))
+        if _takes_part(module) and any(s.path[: len(path)] == place.path for s in sites):
+            object.__setattr__(module, "__class__", derived(type(module), place))
+    return coverage.Coverage(rows)
 
 
-def _sites(model: nnx.Module) -> Iterator[_Site]:
-    modules = list(nnx.iter_modules(model))
-    changed = {
-        path: type(module).__name__
-        for path, module in modules
-        if isinstance(module, (nnx.WeightNorm, nnx.SpectralNorm))
-    }
-    for path, module in modules:
-        around = (kind for outer, kind in changed.items() if outer == path[: len(outer)] != path)
-        inside = next(around, None)
-        for name, variable in vars(module).items():
-            if not isinstance(variable, nnx.Param) or name in ("bias", "scale"):
-                continue
-            value = variable.get_value()
-            if is_packed(value) or len(getattr(value, "shape", ())) >= 2:
-                yield _Site((*map(str, path), name), module, variable, inside)
+def _hashable(select: Select | None) -> Select | None:
+    """A selector that classes can be kept by."""
+    try:
+        hash(select)
+    except TypeError:
+        assert select is not None  # None has a hash
+        return functools.partial(select)
+    return select
 
 
-def _decide(
-    who: str, site: _Site, config: KernelConfig | None, select: Select | None
-) -> tuple[KernelConfig | None, str]:
-    """A kernel's config, or None; and the reason."""
-    if config is None:
-        return None, "not selected"
-    if is_packed(site.variable.get_value()):
-        _checks.raise_already_packed(who, "/".join(site.path))
-    name, why = type(site.module).__name__, _why_not(site, config)
-    return coverage.settle(who, site.path, name, config, why, select)
+def _graph(model: nnx.Module) -> Hashable:
+    """Equal for models of one class and equal fields."""
+    try:
+        return hash(nnx.graphdef(model))
+    except TypeError:  # a field that cannot be hashed: equal to no other
+        return uuid.uuid4().hex
 
 
-def _why_not(site: _Site, config: KernelConfig) -> str | None:
-    """Why a kernel has no ternary form; None if it has one."""
-    kind = type(site.module)
-    if site.inside is not None:
-        return f"{site.inside} changes the kernel before it is used"
-    if _KERNEL.get(kind) != site.path[-1]:
-        return f"{kind.__name__} has no ternary form"
-    if kind in (nnx.Embed, _bit_linear.Int8Embed):
-        return None if isinstance(config, Int8Config) else "Embed takes an Int8Config"
-    for name in _TERNARY[kind]._unused if kind in _TERNARY else ():
-        if getattr(site.module, name) is not _bit_linear.default_of(kind, name):
-            return f"its argument `{name}` is set"
-    return None
+def _takes_part(module: nnx.Module) -> bool:
+    """Whether a module gets a class of the model that is ternarised."""
+    other = isinstance(module, (TernaryLayer, nnx.bridge.ToNNX)) or is_container(module)
+    return not other and place_of(module) is None
 
 
-def _change(layer: nnx.Module, config: LayerConfig) -> None:
-    """Gives a float layer the class of its ternary form, and that class's fields."""
-    module: Any = layer
-    kind = type(module)
-    if kind in (nnx.Embed, _bit_linear.Int8Embed):
-        module.__class__ = _bit_linear.Int8Embed
-    else:
-        module.__class__ = _TERNARY.get(kind, kind)
-        module.norm = config.norm
-        module.backward_dtype = config.backward_dtype
-    module.weights = config.weights
-    module.activations = config.activations
+def _tables(sites: Sequence[Site]) -> frozenset[Path]:
+    """All paths of the tables of embeddings."""
+    tables = {id(s.variable) for s in sites if _sites.is_table(s)}
+    return frozenset(site.path for site in sites if id(site.variable) in tables)
 
 
-def pack(model: Model) -> tuple[Model, PackReport | Any]:
+def _require_one_choice(who: str, sites: Sequence[Site], plan: Plan) -> None:
+    """Raises where a selector takes a parameter by one of its paths and not by another."""
+    chosen: dict[int, tuple[Path, Any]] = {}
+    for site in sites:
+        choice: Any = _sites.named(plan.select, site.path)
+        if plan.select is not None and not isinstance(plan.select, Patterns):
+            choice = decide(who, site.path, site.value, plan.layer.weights, plan.select)
+        first, other = chosen.setdefault(id(site.variable), (site.path, choice))
+        if other != choice:
+            raise ValueError(
+                f"{who}: {'/'.join(first)} and {'/'.join(site.path)} are one parameter, and "
+                "`select` takes one of them. Select both, or neither."
+            )
+
+
+def _check_selection(who: str, name: str, decided: Sequence[Any], plan: Plan) -> None:
+    """Raises for a selection that chose nothing, a packed model, and a ternarised one."""
+    chosen = [site for site, config, why in decided if config or why == coverage.BY_CALL]
+    reasons = {"/".join(s.path): why for s, c, why in decided if not c and why != "not selected"}
+    paths = [site.path for site, _, _ in decided]
+    matched(who, paths, bool(chosen or reasons), plan.select)
+    for site in chosen:
+        if is_packed(site.value) and not site.is_layer:
+            _checks.raise_already_packed(who, "/".join(site.path))
+    if not chosen:
+        coverage.raise_none_ternary(who, reasons)
+    if all(place_of(site.owner) or site.is_layer for site in chosen) and any(
+        place_of(site.owner) for site in chosen
+    ):
+        raise ValueError(
+            f"{who}: `model` ({name}) is ternarised already. Ternarise the float model; a "
+            "`select` that returns configs does in one call what two would."
+        )
+
+
+def pack(
+    model: Model,
+    *args: PyTree,
+    method: str | None = None,
+    calls: Sequence[tuple[Any, ...]] = (),
+    **kwargs: PyTree,
+) -> tuple[Model, PackReport | Any]:
     """A model that runs from packed kernels, and the report of what packing did.
 
     Args:
       model: an NNX module with ternary layers; it is not changed.
+      *args: an example of a call, needed where other modules than layers hold kernels: the
+        axes are those of the products that it runs. ``jax.ShapeDtypeStruct`` will do.
+      method: which method the example calls; None: ``__call__``.
+      calls: more examples, each ``(method, *args)``, for kernels that the first does not reach.
+      **kwargs: keyword arguments of the example.
 
     Returns:
-      A copy of the model in which every kernel used as ternary is packed, by the
-      axes of its layer, and the report of :func:`bitnet_jax.pack_params`. The copy
-      answers with the same bits; all that is not packed it shares with the model
-      until one of them is updated. ``nnx.state(packed, nnx.Param)`` is the tree for
-      ``bj.io.save``. Stacked layers (``nnx.vmap``, ``nnx.scan`` over axis 0) are
-      packed slice by slice.
+      A copy of the model in which every kernel used as ternary is packed, and the report of
+      :func:`bitnet_jax.pack_params`. The copy answers with the same bits; all that is
+      not packed it shares with the model until one of them is updated.
+      ``nnx.state(packed, nnx.Param)`` is the tree for ``bj.io.save``. Stacked layers
+      (``nnx.vmap``, ``nnx.scan`` over axis 0) are packed slice by slice.
 
     Raises:
       ValueError: a model without ternary layers; a kernel of another shape than
-        its layer's; one that two layers share and use in two ways.
+        its layer's; one that is used in two ways; one of which a call alone can tell the axes,
+        without an example.
 
     Example:
       >>> import jax, bitnet_jax as bj
       >>> from flax import nnx
-          >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+      >>> model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
       >>> table = bj.nnx.ternarize(model)
       >>> packed, report = bj.nnx.pack(model)
       >>> packed.out.kernel.get_value()
@@ -200,17 +217,28 @@ def pack(model: Model) -> tuple[Model, PackReport | Any]:
       >>> bool((packed(x) == model(x)).all())
       True
     """
-    state, report = pack_params(nnx.state(model, nnx.Param), select=_kernels("pack", model))
+    uses = _kernels("pack", model, _examples(method, calls, args, kwargs))
+    state, report = pack_params(nnx.state(model, nnx.Param), select=uses)
     packed = nnx.clone(model)
     nnx.update(packed, state)
     return packed, report
 
 
-def kernels(model: nnx.Module) -> Kernels:
+def kernels(
+    model: nnx.Module,
+    *args: PyTree,
+    method: str | None = None,
+    calls: Sequence[tuple[Any, ...]] = (),
+    **kwargs: PyTree,
+) -> Kernels:
     """The kernels that a model uses as quantised: a selector that brings their axes.
 
     Args:
       model: an NNX module with ternary layers.
+      *args: an example of a call, as for :func:`pack`.
+      method: as for :func:`pack`.
+      calls: as for :func:`pack`.
+      **kwargs: keyword arguments of the example.
 
     Returns:
       What every ``select=`` takes, without ``axes=``, for trees of the model's
@@ -224,111 +252,135 @@ def kernels(model: nnx.Module) -> Kernels:
     Example:
       >>> import bitnet_jax as bj
       >>> from flax import nnx
-          >>> model = bj.nnx.BitConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
+      >>> model = bj.nnx.BitConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
       >>> stats = bj.analysis.trit_stats(nnx.state(model, nnx.Param), select=bj.nnx.kernels(model))
       >>> [row.path for row in stats.rows]
       ['kernel']
     """
-    return _kernels("kernels", model)
+    return _kernels("kernels", model, _examples(method, calls, args, kwargs))
 
 
-def explain(model: nnx.Module) -> coverage.Coverage:
+def explain(
+    model: nnx.Module, *args: PyTree, method: str | None = None, **kwargs: PyTree
+) -> coverage.Coverage | ProgramCoverage:
     """Which kernels of a model are ternary, and why the others are not.
 
     Args:
       model: an NNX module with ternary layers, or after :func:`ternarize`.
+      *args: an example of a call; ``jax.ShapeDtypeStruct`` will do.
+      method: which method the example calls; None: ``__call__``.
+      **kwargs: keyword arguments of the example.
 
     Returns:
-      A table, one row for each parameter of rank 2 or more that is no bias or
-      scale, as ``bj.linen.explain`` returns it.
+      With an example, what the call does with every parameter: its product, over which axes, its
+      share, as ``bj.ternarize(fn).explain``. Without, a table of what is known of each parameter
+      of rank 2 or more that is no bias or scale, as ``bj.linen.explain`` returns it.
 
     Raises:
       TypeError: ``model`` is not an NNX module.
+      ValueError: an example for a model that is not ternarised, or a method that it lacks.
 
     Example:
       >>> import bitnet_jax as bj
       >>> from flax import nnx
-          >>> rngs = nnx.Rngs(0)
+      >>> rngs = nnx.Rngs(0)
       >>> body, head = bj.nnx.BitLinear(64, 32, rngs=rngs), nnx.Linear(32, 10, rngs=rngs)
       >>> print(bj.nnx.explain(nnx.Sequential(body, head)))
       path             layer      shape  kernel   why
       layers/0/kernel  BitLinear  64x32  ternary  selected
       layers/1/kernel  Linear     32x10  float    not selected
     """
-    _checks.require_instance("explain", "model", model, nnx.Module, "Pass an NNX module.")
-    return coverage.Coverage(tuple(_row(site) for site in _sorted_sites(model)))
+    who = "explain"
+    _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
+    for example in _examples(method, (), args, kwargs):
+        with _split(who, model, example) as split:
+            return split.function.explain(*split.operands)
+    rows = (site.row(*_sites.settled(who, site)) for site in _sites.sites(model))
+    return coverage.Coverage(tuple(rows))
 
 
-def _row(site: _Site) -> coverage.Covered:
-    """What a kernel is at present."""
-    if _is_quantised(site):
-        config, why = site.module.weights, "selected"
-    else:
-        config, why = None, _why_not(site, B158) or "not selected"
-    return _covered(site, config, why)
+# A method's name, and the arguments of an example of a call.
+_Example = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
-def _covered(site: _Site, config: KernelConfig | None, why: str) -> coverage.Covered:
-    shape = tuple(site.variable.get_value().shape)
-    return coverage.Covered("/".join(site.path), type(site.module).__name__, shape, config, why)
+def _examples(
+    method: str | None,
+    calls: Sequence[tuple[Any, ...]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> list[_Example]:
+    first = [(method or "__call__", args, kwargs)] if method or args or kwargs else []
+    return [*first, *((name, tuple(rest), {}) for name, *rest in calls)]
 
 
-def _sorted_sites(model: nnx.Module) -> list[_Site]:
-    return sorted(_sites(model), key=lambda site: site.path)
+def _split(who: str, model: nnx.Module, example: _Example) -> AbstractContextManager[Split]:
+    """A call of an example, split for the transformation."""
+    name, args, kwargs = example
+    place = place_of(model)
+    run = inspect.getattr_static(type(model), name, None)
+    if place is None or not hasattr(run, "__wrapped__"):
+        raise ValueError(
+            f"{who}: {type(model).__name__}.{name} is no method of a ternarised model. Call "
+            "bj.nnx.ternarize(model) first, or leave the example out."
+        )
+    return splitting(place.plan, model, run.__wrapped__, args, kwargs)
 
 
-def _is_quantised(site: _Site) -> bool:
-    return isinstance(site.module, (*_TERNARY.values(), _bit_linear.Int8Embed))
-
-
-def _kernels(who: str, model: nnx.Module) -> Kernels:
+def _kernels(who: str, model: nnx.Module, examples: Sequence[_Example]) -> Kernels:
     _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
     uses: dict[Path, KernelUse] = {}
     shared: dict[int, KernelUse | None] = {}  # by variable: one may stand in several layers
-    for site in _sites(model):
+    own = place_of(model) if examples else None
+    for site in _sites.sites(model):
+        place = place_of(site.owner)
+        if own is not None and place is not None and place.plan == own.plan:
+            continue  # the examples say it
         where, use = "/".join(site.path), None
-        if _is_quantised(site):
-            shape = tuple(site.variable.get_value().shape)
-            use = KernelUse(shape, site.module.weights, _axes(who, where, site))
-            uses[site.path] = use
+        config, why = _sites.settled(who, site)
+        if why == coverage.BY_CALL:
+            _raise_needs_example(who, where, site.kind.__name__)
+        if config is not None:
+            use = uses[site.path] = _sites.use_of(who, site, config)
         first = shared.setdefault(id(site.variable), use)
         if first != use:
             one_float = first is None or use is None
             how = "as ternary and as float" if one_float else "in another way"
             _checks.raise_used_two_ways(who, where, f"{how} where it is shared")
+    uses.update(_traced(who, model, examples))
     if not uses:
         _checks.raise_no_ternary_layer(who, type(model).__name__)
     return Kernels(uses)
 
 
-def _axes(who: str, where: str, site: _Site) -> dict[str, tuple[int, ...]]:
-    """The keywords of ``pack`` for a layer's kernel, stacked axes counted."""
-    module, got = site.module, tuple(site.variable.get_value().shape)
-    shape, contracting, batch = _own_axes(module)
-    n = len(got) - len(shape)
-    if n < 0 or got[n:] != shape:
-        _checks.require_param_shape(who, where, got, shape)
-    return coverage.stacked_axes(n, contracting, batch)
+def _traced(who: str, model: nnx.Module, examples: Sequence[_Example]) -> dict[Path, KernelUse]:
+    """The kernels that examples of calls quantise."""
+    paths = {id(v): path for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    found: dict[Path, KernelUse | None] = {}
+    for example in examples:
+        with _split(who, model, example) as split:
+            if not split.has_kernels:
+                continue
+            read = split.function.packable if who == "pack" else split.function.kernels
+            uses = read(*split.operands).uses
+            rows = split.function.explain(*split.operands).rows
+        met = {row.path for row in rows if row.primitive != "-"}
+        for path, variable in split.params.items():
+            where = tuple(map(str, paths[id(variable)])) if id(variable) in paths else None
+            if where is None or "/".join(path) not in met:
+                continue
+            use = uses.get(path)
+            if found.setdefault(where, use) != use:
+                how = "in one way here and in another, or in float, in another of the calls"
+                _checks.raise_used_two_ways(who, "/".join(where), how)
+    return {path: use for path, use in found.items() if use is not None}
 
 
-def _own_axes(module: nnx.Module) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """A kernel's shape, contracting and batch axes, from the layer's own fields."""
-    if isinstance(module, _bit_linear.Int8Embed):
-        call: dimensions.Call = dimensions.table((module.num_embeddings, module.features), 1)
-    elif isinstance(module, nnx.LinearGeneral):
-        lead, length = tuple(module.batch_axis.values()), len(module.in_features)
-        x_shape = (*lead, *module.in_features)
-        axis, batch = range(len(lead), len(lead) + length), range(len(lead))
-        call = dimensions.general(x_shape, axis, batch, module.out_features)
-    elif isinstance(module, nnx.Einsum):
-        operand = module.einsum_str.replace(" ", "").split(",")[0].replace("...", "")
-        call = _bit_linear.einsum_call(module, (1,) * len(operand))
-    elif isinstance(module, nnx.Conv):
-        call = _bit_linear.conv_call(module, (1,) * (len(module.kernel_size) + 2))
-    else:
-        assert isinstance(module, nnx.Linear)  # the last of _TERNARY
-        call = _bit_linear.linear_call(module, (1,))
-    return call.kernel_shape, call.contracting_axes, call.batch_axes
+def _raise_needs_example(who: str, path: str, owner: str) -> NoReturn:
+    """Asks for an example of a call, which alone tells the axes of a kernel."""
+    raise ValueError(
+        f"{who}: how {owner} uses {path} is decided where it is multiplied. Pass an example of a "
+        f"call, {who}(model, *args), or leave it out (select=)."
+    )
 
 
 def _require_sites(who: str, name: str, count: int) -> None:

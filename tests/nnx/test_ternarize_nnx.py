@@ -51,10 +51,14 @@ def test_a_small_net_in_place():
     assert model.layers[0].kernel is kept
     configs = {row.path: row.config for row in table.rows}
     assert configs["layers/0/kernel"] == bj.B158
-    assert configs["layers/2/kernel"] is None
+    kinds = {row.path: row.kind for row in table.rows}
+    assert kinds["layers/2/kernel"] == kinds["layers/2/lora/lora_a"] == "by call"
     trained = nnx.jit(lambda m: m(x))(model)
     assert np.abs(trained - plain).max() > 1e-3
-    packed, _ = bj.nnx.pack(model)
+    with pytest.raises(ValueError, match=r"how LoRALinear uses layers/2/kernel .*pack\(model, \*"):
+        bj.nnx.pack(model)
+    packed, report = bj.nnx.pack(model, x)
+    assert len(report.rows) == 4
     assert_same_bits(nnx.jit(lambda m: m(x))(packed), trained)
 
 
@@ -71,7 +75,7 @@ def test_nnx_in_place():
         model, select=lambda path, _: INT8 if path[-1] == "embedding" else path[-1] == "kernel"
     )
     why = {row.path: row.why for row in table.rows if row.config is None}
-    assert "LoRALinear has no ternary form" in why["odd/kernel"]
+    assert "decided where it is multiplied" in why["odd/kernel"]
     assert "WeightNorm changes the kernel" in why["norm/layer_instance/kernel"]
     assert model.attention.query.kernel is kept
     trained = answer(model)
@@ -82,7 +86,7 @@ def test_nnx_in_place():
     assert_same_bits(answer(nnx.merge(graphdef, state)), trained)
     grads = nnx.jit(nnx.grad(lambda m: jnp.square(m(ids)).sum()))(nnx.clone(model))
     assert bj.analysis.gradient_flow(grads).paths("nan") == ()
-    packed, report = bj.nnx.pack(model)
+    packed, report = bj.nnx.pack(model, ids)
     assert_same_bits(answer(packed), trained)
     assert_same_bits(answer(model), trained)
     assert model.attention.query.kernel is kept
@@ -96,10 +100,13 @@ def test_nnx_in_place():
         for row in table.rows:
             now = explained[row.path]
             assert (now.shape, now.config) == (row.shape, row.config)
-            assert now.why == row.why or "no ternary form" in now.why  # and was not selected
+            assert now.why == row.why
+    calls = {row.path: row.why for row in bj.nnx.explain(model, ids).rows}
+    assert calls["odd/kernel"] == "selected"
+    assert "`mul` changes it" in calls["norm/layer_instance/kernel"]
     kinds = {layer.path: layer.kind for layer in report.rows}
     assert kinds["embed/embedding"] == "int8"
-    assert kinds["layers/kernel"] == kinds["conv/kernel"] == "ternary"
+    assert kinds["layers/kernel"] == kinds["conv/kernel"] == kinds["odd/kernel"] == "ternary"
     with pytest.raises(TypeError, match="is packed already"):
         bj.nnx.ternarize(packed)
 
@@ -108,7 +115,7 @@ def test_nnx_changes_nothing_when_it_raises():
     model = NnxNet(nnx.Rngs(0))
     for select, error in (
         (bj.only("nope"), ValueError),
-        (bj.only("odd", "conv"), NotImplementedError),
+        (bj.only("norm", "conv"), NotImplementedError),
         (lambda path, leaf: bj.B158 if path[-1] == "embedding" else "yes", TypeError),
     ):
         with pytest.raises(error, match="ternarize"):

@@ -182,6 +182,81 @@ def test_branches(index):
     assert_same_bits(ternarize(platform)(W, X), dot(X, W))
 
 
+def once(w, x):
+    return w, x @ w
+
+
+HANDED_ON = {
+    "step by step": (
+        lambda w, x: lax.scan(lambda x, w: jax.checkpoint(once)(w, x)[::-1], x, w),
+        lambda y, w: (y, w),
+        lambda ws, x: functools.reduce(dot, ws, x),
+    ),
+    "every step of a step": (
+        lambda w, x: lax.scan(
+            lambda x, w: lax.scan(lambda x, w: jax.checkpoint(once)(w, x)[::-1], x, w), x, w[None]
+        ),
+        lambda y, w: (y, w[0]),
+        lambda ws, x: functools.reduce(dot, ws, x),
+    ),
+    "carried": (
+        lambda w, x: lax.scan(lambda c, _: (jax.checkpoint(once)(*c), None), (w[0], x), length=2)[
+            0
+        ],
+        lambda w, y: (y, w),
+        lambda ws, x: lax.scan(lambda x, _: (dot(x, ws[0]), None), x, length=2)[0],
+    ),
+    "by branches": (
+        lambda w, x: lax.cond(x[0, 0] > 9, once, lambda w, x: (w, 2 * x @ w), w[0], x),
+        lambda w, y: (y, w),
+        lambda ws, x: dot(2 * x, ws[0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HANDED_ON)
+def test_kernels_that_are_handed_on(name):
+    """Behind a loop or a branch that hands it on unchanged, a kernel is what it was."""
+    run, ends, wanted = HANDED_ON[name]
+
+    def fn(w, x):
+        y, w = ends(*run(w, x))
+        return y @ (w[0] if w.ndim == 3 else w)
+
+    def by_hand(w, x):
+        return dot(wanted(w, x), w[0])
+
+    check(fn, by_hand, STACK, X)
+
+
+def test_what_a_loop_changes_is_no_kernel():
+    def fn(w, x):
+        (x, ws) = lax.scan(lambda x, w: (x @ w, jnp.tanh(w)), x, w)
+        first = lax.scan(lambda c, w: (w, w), w[0], w[1:])[0]
+        return x @ ws[0], x @ first
+
+    (row,) = ternarize(fn).explain(STACK, X).rows
+    assert "`tanh` changes it" in row.why
+
+
+def test_a_packed_kernel_that_a_call_leaves_alone():
+    def fn(params, x, name):
+        return x @ params[name]
+
+    params = {"a": W, "b": STACK[0]}
+    ternary = ternarize(fn)
+    packed = {name: ternary.pack(params, X, name)[0][name] for name in params}
+    for name, w in params.items():
+        assert_same_bits(jax.jit(ternary, static_argnums=2)(packed, X, name), dot(X, w))
+
+
+def test_gradients_of_rows_that_are_taken_twice_add_up_in_their_own_dtype():
+    index = jnp.zeros(1000, jnp.int32)
+    fn = ternarize(lambda w, i: w.astype(jnp.bfloat16)[i], select=lambda *_: INT8)
+    grads = jax.grad(lambda w: fn(w, index).astype(jnp.float32).sum())(W)
+    assert_same_bits(grads[0], jnp.full(16, 1000.0))
+
+
 def test_custom_derivatives():
     @jax.custom_vjp
     def clipped(w):
