@@ -148,7 +148,8 @@ OPERANDS = {
 
 @pytest.mark.parametrize("name", OPERANDS)
 def test_abstract_operands_are_refused_by_name(name):
-    with pytest.raises(TypeError, match=r"is a jax\.ShapeDtypeStruct.* Pass arrays"):
+    words = r"is a jax\.ShapeDtypeStruct.* Pass arrays|hold jax\.ShapeDtypeStruct.* needs arrays"
+    with pytest.raises(TypeError, match=words):
         OPERANDS[name]()
 
 

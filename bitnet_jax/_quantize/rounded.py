@@ -3,7 +3,8 @@
 IEEE 754 asks for the float nearest to the true quotient, and CPUs give it. GPUs and TPUs
 divide by an approximate reciprocal, one or two units in the last place (ulp) off, and one
 last bit of a scale changes every output of a layer. Here the backend's result is a guess:
-its distance from the true one is measured in integers, and the nearest float is taken.
+its distance from the true one is measured in integers, and the nearest float is taken. A program
+that is lowered for CPUs divides as it is.
 
 With significands ``A`` and ``B`` of 24 bits, the quotient's significand is the integer
 nearest to ``A 2**s / B``. The remainder ``R = A 2**s - Q B`` of a guess ``Q`` that is at
@@ -13,6 +14,8 @@ happen. A root is alike, with ``R = M - Q**2``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +34,17 @@ def quotient(a: Float32[Array, "..."] | float, b: Float32[Array, "..."]) -> Floa
     A quotient that is zero, subnormal or not finite is the backend's own.
     """
     a, b = jnp.broadcast_arrays(jnp.asarray(a, jnp.float32), b)
+    return by_platform(lax.div, _quotient, a, b)
+
+
+def by_platform(
+    exact: Callable[..., jax.Array], corrected: Callable[..., jax.Array], *operands: jax.Array
+) -> jax.Array:
+    """``exact`` where the processor rounds correctly, else ``corrected``."""
+    return lax.platform_dependent(*operands, cpu=exact, default=corrected)
+
+
+def _quotient(a: Float32[Array, "..."], b: Float32[Array, "..."]) -> Float32[Array, "..."]:
     (top, at), (bottom, of) = _significand(a), _significand(b)
     # The quotient lies in [1, 2) once the smaller significand on top is doubled.
     short = (top < bottom).astype(jnp.int32)
@@ -50,6 +64,10 @@ def quotient(a: Float32[Array, "..."] | float, b: Float32[Array, "..."]) -> Floa
 @jax.jit
 def root(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """``sqrt(x)``, the nearest float32; the backend's own where x is 0, subnormal, not finite."""
+    return by_platform(lax.sqrt, _root, x)
+
+
+def _root(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
     significand, exponent = _significand(x)
     odd = exponent & 1  # x is significand * 2**odd, in [1, 4), times a power of four
     guess = _integer(lax.sqrt(_in_binade(significand, 127 + odd)))

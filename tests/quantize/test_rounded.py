@@ -22,6 +22,15 @@ LIMITS = np.finfo(np.float32)
 OFF = [-2, -1, 0, 1, 2]  # ulp
 
 
+@pytest.fixture(autouse=True)
+def corrected(monkeypatch):
+    """What other processors run, here."""
+    monkeypatch.setattr(rounded, "by_platform", lambda exact, corrected, *x: corrected(*x))
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 def positive(count):
     """Floats of all exponents, and those next to powers of two, where an ulp changes."""
     random = RNG.integers(0x00800000, 0x7F800000, count).astype(np.uint32).view(np.float32)
@@ -116,3 +125,12 @@ def test_a_merged_adapter_does_not_either(ulp):
     merge = functools.partial(lora._on_grid, base)
     whole = base.dequantize() + update
     jax.tree.map(oracles.assert_same_bits, off_by(ulp, merge)(whole), jax.jit(merge)(whole))
+
+
+def test_only_what_is_lowered_for_other_processors_is_corrected(monkeypatch):
+    monkeypatch.undo()
+    jax.clear_caches()
+    traced = jax.jit(lambda w: bj.quantize(w).codes).trace(W)
+    for platform, corrected in (("cpu", False), ("cuda", True), ("tpu", True)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("shift_left" in text) == corrected, platform
