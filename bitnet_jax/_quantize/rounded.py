@@ -23,6 +23,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
+from bitnet_jax._quantize.pinned import pinned
+
 _ONE = 1 << 23  # the significand of 1.0: 24 bits, the first of them set
 _STEPS = 3  # of a guess that is 2 ulp off, one of them beyond a power of two
 
@@ -64,7 +66,8 @@ def _quotient(a: Float32[Array, "..."], b: Float32[Array, "..."]) -> Float32[Arr
 @jax.jit
 def root(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """``sqrt(x)``, the nearest float32; the backend's own where x is 0, subnormal, not finite."""
-    return by_platform(lax.sqrt, _root, x)
+    # Pinned, or a compiler makes an approximate rsqrt of it where a quotient follows.
+    return by_platform(lambda x: pinned(lax.sqrt(x)), _root, x)
 
 
 def _root(x: Float32[Array, "..."]) -> Float32[Array, "..."]:

@@ -134,3 +134,9 @@ def test_only_what_is_lowered_for_other_processors_is_corrected(monkeypatch):
     for platform, corrected in (("cpu", False), ("cuda", True), ("tpu", True)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("shift_left" in text) == corrected, platform
+
+
+def test_a_norm_has_one_root_under_jit_and_in_eager(monkeypatch):
+    monkeypatch.undo()
+    jax.clear_caches()
+    oracles.assert_same_bits(jax.jit(rms_normalize)(X), rms_normalize(X))
