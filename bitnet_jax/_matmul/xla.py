@@ -83,8 +83,11 @@ def contract(
 
 
 def preferred(packed: Packed, preparing: bool) -> bool:
-    """Whether it is the fastest for a kernel: not for a stored one, of which it makes one block."""
-    return preparing or isinstance(packed, Prepared)
+    """Whether it is the fastest for a kernel: not for a stored one, of which it makes one block.
+
+    GPUs unpack the stored layout faster than its own.
+    """
+    return (preparing and jax.default_backend() != "gpu") or isinstance(packed, Prepared)
 
 
 def unsupported_reason(packed: Packed) -> str | None:

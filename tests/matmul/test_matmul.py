@@ -222,6 +222,13 @@ def test_prepare_takes_a_tree_and_leaves_the_rest_alone():
     jax.tree.map(oracles.assert_same_bits, jitted, done["a"]["kernel"])
 
 
+def test_gpus_keep_kernels_as_they_are_stored(monkeypatch):
+    packed = suite.CASES["dense"].pack()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert bj.prepare(packed) is packed
+    assert bj.prepare(packed, "xla").implementation == "xla"
+
+
 # Errors -----------------------------------------------------------------------------------
 
 DENSE = suite.CASES["dense"]
