@@ -36,7 +36,9 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     text = "what is installed, which kernels run, whether results are right, and how fast it is"
     doctor = commands.add_parser("doctor", help=text, description=f"Prints {text}.")
     doctor.add_argument(
-        "--quick", action="store_true", help="skip the speed measurement, which takes ten seconds"
+        "--quick",
+        action="store_true",
+        help="skip the speed measurement: twenty seconds",
     )
     doctor.set_defaults(run=lambda parsed: _doctor.examine(speed=not parsed.quick))
 

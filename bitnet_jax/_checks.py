@@ -58,7 +58,8 @@ def require_instance(
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(k.__name__ for k in kinds)
-        raise TypeError(f"{who}: `{name}` must be a {wanted}, got {describe(value)}. {remedy}")
+        wanted = f"{'an' if wanted[0] in 'AEIOU' else 'a'} {wanted}"
+        raise TypeError(f"{who}: `{name}` must be {wanted}, got {describe(value)}. {remedy}")
 
 
 def require_float_array(who: str, name: str, value: object) -> None:
@@ -87,7 +88,8 @@ def describe(value: object) -> str:
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is not None and shape is not None:
         return f"{dtype} of shape {tuple(shape)}"
-    return f"{type(value).__name__} {value!r}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 160 else f'{text[:157]}...'}"
 
 
 def require_leaves(who: str, name: str, count: int) -> None:
@@ -100,7 +102,7 @@ def require_leaves(who: str, name: str, count: int) -> None:
 
 
 def raise_selector_matches_nothing(
-    who: str, what: str, paths: Sequence[str], near_to: Sequence[str]
+    who: str, what: str, paths: Sequence[str], near_to: Sequence[str], remedy: str = ""
 ) -> NoReturn:
     """Reports a selector, or one pattern of it, that matched nothing."""
     near: list[str] = []
@@ -110,7 +112,8 @@ def raise_selector_matches_nothing(
         near += [parts[p] for p in difflib.get_close_matches(pattern, list(parts), n=3)]
     listed = list(dict.fromkeys(near)) or list(paths)
     shown = ", ".join(listed[:8]) + (", ..." if len(listed) > 8 else "")
-    raise ValueError(f"{who}: {what} matches nothing. Near paths: {shown}.")
+    end = "" if shown.endswith("...") else "."
+    raise ValueError(f"{who}: {what} matches nothing. Near paths: {shown}{end}{remedy}")
 
 
 def require_selector(who: str, value: object) -> None:

@@ -52,7 +52,7 @@ __all__ = ["Adapters", "MergeReport", "MergedKernel", "attach", "init", "merge"]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Adapters:
     """The adapters of a model: a pytree to differentiate, optimise and checkpoint.
 
@@ -64,6 +64,10 @@ class Adapters:
 
     kernels: dict[str, dict[str, Any]]  # a tree.map may put anything in the place of arrays
     alpha: float = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        """How many kernels, and alpha: not every weight."""
+        return f"Adapters({len(self.kernels)} kernels, alpha={self.alpha:g})"
 
     def to_dict(self) -> dict[str, Any]:
         """A tree for :func:`bitnet_jax.io.save`: the kernels, and alpha as a float64 scalar."""
@@ -211,7 +215,10 @@ def _adapted_leaves(
     who: str, packed: PyTree, adapters: Adapters
 ) -> tuple[list[tuple[Leaf, Adapted | None]], Any]:
     """Every leaf with its Adapted or None, and the structure; raises if they do not fit."""
-    remedy = "Make them with bj.lora.init(packed, rank, key=...)."
+    remedy = (
+        "Make them with bj.lora.init(packed, rank, key=...); of a loaded tree, with "
+        "bj.lora.Adapters.from_dict(tree)."
+    )
     _checks.require_instance(who, "adapters", adapters, Adapters, remedy)
     leaves, treedef = _leaves(who, packed)
     found = {leaf.where: leaf for leaf in leaves if is_packed(leaf.value)}

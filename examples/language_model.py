@@ -117,11 +117,11 @@ def speeds(models: dict[str, bj.models.Decoder], tokens: int) -> dict[str, float
 
 
 def plot(curves: dict[str, list[float]], file: pathlib.Path) -> None:
-    """The loss of training, smoothed over 20 steps."""
+    """The loss of training, smoothed over 20 steps, or a quarter of fewer."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for kind, losses in curves.items():
-        width = min(20, len(losses))
+        width = min(20, max(1, len(losses) // 4))
         axes.plot(np.convolve(losses, np.ones(width) / width, "valid"), label=kind)
     axes.set(xlabel="step", ylabel="nats a byte", title="Training on Python's manual")
     axes.legend()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from flax import linen, nnx
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import PyTree
 
@@ -98,10 +99,11 @@ def ternarize(
       >>> bool((ternary(packed, x) == ternary(params, x)).all())
       True
     """
-    if not callable(fn):
+    if not callable(fn) or isinstance(fn, (linen.Module, nnx.Module)):
         raise TypeError(
             f"{decide.WHO}: `fn` must be a function of parameters, got {describe(fn)}. Pass for "
-            "example model.apply, or lambda params, x: ..."
+            "example lambda params, x: ..., or a Flax model to bj.linen.ternarize or "
+            "bj.nnx.ternarize."
         )
     layer = layer_config(decide.WHO, weights, activations, norm, backward_dtype)
     _checks.require_selector(decide.WHO, select)

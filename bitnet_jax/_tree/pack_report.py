@@ -297,10 +297,10 @@ def _draw(report: PackReport) -> Any:
     error.barh(names, [layer.error for layer in layers], color="#6b6b6b")
     error.set(title="relative squared error", xlim=(0, None))
 
-    size.barh(names, [layer.bytes_before for layer in layers], color="#d9d9d9", label="float")
+    size.barh(names, [layer.bytes_before for layer in layers], color="#8a8a8a", label="float")
     size.barh(names, [layer.bytes_after for layer in layers], color="#2a9d6f", label="packed")
     largest = max(layer.bytes_before for layer in layers)
-    size.set(title="bytes", xscale="log", xlim=(None, 5 * largest))
+    size.set(title="bytes", xlim=(0, 1.2 * largest))
     for y, layer in enumerate(layers):
         size.annotate(f" {layer.ratio:.1f}x", (layer.bytes_before, y), va="center")
     handles = [*codes.containers, *size.containers]

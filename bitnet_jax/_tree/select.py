@@ -222,8 +222,14 @@ def matched(who: str, paths: Sequence[Path], some: bool, select: Select | None) 
                 who, f"the pattern {pattern!r}", names, [pattern]
             )
     if not some:
+        by_name = select is None or bool(patterns)
         what = "the default selection (2-D leaves named 'kernel')" if select is None else "`select`"
-        _checks.raise_selector_matches_nothing(who, what, names, patterns or ("kernel",))
+        remedy = (
+            " Patterns select 2-D leaves named 'kernel'; for others pass select=kernels, of "
+            "bj.linen.kernels(model, params, x), bj.nnx.kernels(model), ternary.kernels(params, x)."
+        )
+        near_to = patterns or ("kernel",)
+        _checks.raise_selector_matches_nothing(who, what, names, near_to, remedy if by_name else "")
 
 
 def _nonempty(who: str, patterns: tuple[str, ...]) -> tuple[str, ...]:

@@ -227,7 +227,8 @@ def _require_function(who: str, model: object) -> None:
         raise TypeError(
             f"{who}: `model` must have linen's apply(variables, x), or be a function of params and "
             f"x, got {type(model).__name__}. Pass apply=; for nnx: graphdef, params = "
-            "nnx.split(model) and apply=lambda p, x: nnx.merge(graphdef, p)(x)."
+            "nnx.split(model) and apply=lambda p, x: nnx.merge(graphdef, p)(x); the packed params "
+            "are nnx.split(packed_model)[1]."
         )
 
 
@@ -293,7 +294,8 @@ def _require_class_indices(who: str, value: Shaped[Array, "..."], shape: Sequenc
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(
             f"{who}: `batches` must yield integer labels, got {describe(value)}. Pass class "
-            "indices; of one-hot labels take argmax(-1)."
+            "indices; of one-hot labels take argmax(-1). Of a regression leave the labels out, and "
+            "read the largest difference."
         )
     if tuple(value.shape) != tuple(shape[:-1]):
         raise ValueError(

@@ -185,8 +185,10 @@ def _loss(who: str, loss_fn: Callable[[PyTree], Any], params: PyTree) -> float:
 
 
 def _like(w: jax.Array | np.ndarray, hat: jax.Array) -> jax.Array:
-    """``hat`` where ``w`` is, so that the loss compiles once on a mesh too."""
-    return jax.device_put(hat, w.sharding) if isinstance(w, jax.Array) else hat
+    """``hat`` where ``w`` was put, if it was, so that the loss compiles once, on a mesh too."""
+    if isinstance(w, jax.Array) and w.committed:
+        return jax.device_put(hat, w.sharding)
+    return hat
 
 
 def _signed(change: float) -> str:

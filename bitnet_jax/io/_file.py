@@ -79,7 +79,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, dense: bool = False) -> 
         "adapters adapters.to_dict()."
     )
     if not isinstance(tree, Mapping):
-        raise TypeError(f"save: `tree` must be a Mapping, got a {type(tree).__name__}. {remedy}")
+        raise TypeError(f"save: `tree` must be a Mapping, got {type(tree).__name__}. {remedy}")
     _checks.require_instance(
         "save", "dense", dense, bool, "True packs five codes to a byte in the file."
     )

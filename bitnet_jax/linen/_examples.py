@@ -320,10 +320,14 @@ def _is_ours(who: str, error: Exception) -> bool:
 
 def _example_refused(who: str, error: Exception) -> ValueError:
     """The error for a model that does not run on the example."""
+    given = "what model.apply takes (method=, rngs= and variables= where it needs them)"
+    if who == "explain":
+        given = "what model.init takes after the keys, and no params (method= and rngs= if needed)"
+    text = str(error).rstrip(".")
     return ValueError(
-        f"{who}: the model does not run on `example_args` with these params: "
-        f"{type(error).__name__}: {error} Pass what model.apply takes (method=, rngs= and "
-        "variables= where it needs them)."
+        f"{who}: the model does not run on `example_args`"
+        f"{'' if who == 'explain' else ' with these params'}: {type(error).__name__}: {text}. Pass "
+        f"{given}."
     )
 
 

@@ -287,3 +287,10 @@ def test_plot_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'bitnet_jax\[plot\]'"):
         survive.Sensitivity((row("a", 1.0),), 1.0, 2.0).plot(tmp_path / "no.png")
+
+
+def test_all_kernels_share_one_compilation():
+    fresh = jax.jit(lambda: {f"layer_{i}": {"kernel": jnp.ones((8, 8))} for i in range(4)})()
+    loss = jax.jit(lambda params: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)))
+    bj.analysis.sensitivity(loss, fresh, jit=False)
+    assert loss._cache_size() == 1
