@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 from bitnet_jax import _checks
 from bitnet_jax._quantize.config import Int8Config, KernelConfig
 from bitnet_jax._quantize.kernel_spec import contraction_spec
+from bitnet_jax._transform.lookups import raise_not_rows
 from bitnet_jax._transform.marks import Found, Use
 from bitnet_jax._tree.select import Patterns, Select, decide, is_kernel, match, matched
 
@@ -201,6 +202,9 @@ class _Reach(NamedTuple):
 
     def beside(self, why: str) -> str:
         """What else is done with a leaf."""
+        if self.number in self.found.custom:
+            name = self.found.custom[self.number].removesuffix("_call")
+            why = f"{why}; the derivative that its `{name}` gives is not used"
         names = self.found.read.get(self.number)
         return f"{why}; `{names[0]}` reads it as float" if names else why
 
@@ -278,7 +282,11 @@ def require_packable(
     _checks.require_leaves("pack", "params", len(candidates))
     for i, (one, decision) in enumerate(zip(candidates, decisions, strict=True)):
         names = found.read.get(i)
-        if one is not None and decision is not None and decision.config is not None and names:
+        if one is None or decision is None or decision.config is None:
+            continue
+        if i in found.not_rows:
+            raise_not_rows(one.where)
+        if names:
             raise ValueError(
                 f"pack: `{names[0]}` also reads the kernel at {one.where} as float, and packed it "
                 "has none. Take that computation out of the function, or leave the kernel in "

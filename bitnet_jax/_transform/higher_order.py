@@ -212,6 +212,9 @@ def _stored_spec(spec: PartitionSpec, view: View) -> PartitionSpec:
     return PartitionSpec(*(entries.get(a) for a in view.kept))
 
 
+# What has a derivative of its own, which is not used where it multiplies a quantised kernel.
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+
 _CALL = Rule(_analyse_call, _inline)
 
 RULES: dict[str, Rule] = {
@@ -219,8 +222,7 @@ RULES: dict[str, Rule] = {
     "pjit": Rule(_analyse_call, _jit),
     "remat2": Rule(_analyse_call, _remat),
     "checkpoint": Rule(_analyse_call, _remat),
-    "custom_jvp_call": Rule(_analyse_custom, _custom),
-    "custom_vjp_call": Rule(_analyse_custom, _custom),
+    **dict.fromkeys(CUSTOM, Rule(_analyse_custom, _custom)),
     "custom_vmap_call": _CALL,
     "core_call": _CALL,
     "call": _CALL,

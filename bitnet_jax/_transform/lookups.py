@@ -5,7 +5,6 @@ A row has one scale, so the features are what a table contracts over, as where i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 import jax
@@ -34,6 +33,11 @@ class LookupPlan(NamedTuple):
     contracting: tuple[int, ...]
     batch: tuple[int, ...]
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether it is a table (vocabulary, features), whose rows can be read packed."""
+        return not self.batch and len(self.view.shape) == 2 and self.view.is_plain
+
     def run(self, site: Site, x: jax.Array, value: Value) -> jax.Array:
         """The rows, from an int8 table."""
         if not is_float(value):
@@ -58,9 +62,10 @@ class LookupPlan(NamedTuple):
     def _stored_rows(self, site: Site, index: jax.Array, value: Value) -> jax.Array:
         eqn, chosen = site.eqn, site.chosen
         numbers, dtype = eqn.params["dimension_numbers"], dtype_of(eqn.outvars[0])
-        if self.batch or len(value.shape) != 2 or not self.view.is_plain:
-            _raise_not_rows(chosen.where, value.shape)
-        rows = value.shape[0]
+        if not self.has_rows:
+            raise_not_rows(chosen.where)
+        # As the program has the table: a prepared one has its axes in another order.
+        rows = self.view.shape[0]
         at = index[..., 0].astype(jnp.int32)
         if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
             # Here a negative index is as far out as one too large: it is not counted from the end.
@@ -94,9 +99,10 @@ def plan_lookup(eqn: Eqn, side: int, view: View) -> LookupPlan | str:
     return LookupPlan(view, tuple(sorted(features)), batch)  # pyright: ignore[reportArgumentType]
 
 
-def _raise_not_rows(path: str, shape: Sequence[int]) -> NoReturn:
+def raise_not_rows(path: str) -> NoReturn:
     """Refuses a look-up in a packed table that is not (vocabulary, features)."""
     raise NotImplementedError(
-        f"ternarize: the packed table at {path} has shape {tuple(shape)}, and rows are looked up "
-        "in tables (vocabulary, features) as they are stored. Leave it in float (select=)."
+        f"ternarize: the table at {path} cannot be packed: rows are looked up in packed tables "
+        "(vocabulary, features) as they are stored, and not in stacks or views of them. Leave it "
+        "in float (select=)."
     )

@@ -80,6 +80,8 @@ class Found:
       uses: products and look-ups.
       changed: leaf to the primitive that changes it before it is multiplied.
       read: leaf to the other primitives that compute with it.
+      custom: leaf to the primitive around its product whose own derivative is not used.
+      not_rows: the tables in which no packed rows can be looked up.
       missing: leaf to a higher-order primitive that has no rule, and where it is.
       multiplications: of the whole program. A loop of unknown length counts once, and a
         conditional as the mean of its branches.
@@ -88,6 +90,8 @@ class Found:
     uses: list[Use] = dataclasses.field(default_factory=list)
     changed: dict[int, str] = dataclasses.field(default_factory=dict)
     read: dict[int, list[str]] = dataclasses.field(default_factory=dict)
+    custom: dict[int, str] = dataclasses.field(default_factory=dict)
+    not_rows: set[int] = dataclasses.field(default_factory=set)
     missing: dict[int, tuple[str, str]] = dataclasses.field(default_factory=dict)
     multiplications: float = 0.0
 

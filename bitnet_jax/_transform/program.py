@@ -21,7 +21,7 @@ from bitnet_jax._packed.adapted import Adapted
 from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
 from bitnet_jax._quantize.arrays import AnyArray
 from bitnet_jax._quantize.strength import phased
-from bitnet_jax._transform import decide, mapped
+from bitnet_jax._transform import decide, mapped, results
 from bitnet_jax._transform.interpret import Interpreter
 from bitnet_jax._transform.jaxprs import Jaxpr
 from bitnet_jax._transform.layout import Value
@@ -111,7 +111,8 @@ class Program:
         flat = [self.static[i] if i in self.static else next(others) for i in places]
         args, kwargs = jax.tree.unflatten(self._structure, flat)
         at = self._spec.argnums
-        return self._spec.fn(*args[:at], params, *args[at:], **kwargs)
+        result = self._spec.fn(*args[:at], params, *args[at:], **kwargs)
+        return results.kept(result, self.static.values())
 
     def plan(self, values: list[Any], rest: list[Any]) -> Plan:
         """The traced function, and what becomes of its leaves."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from bitnet_jax._layers.stated import STATED
 from bitnet_jax._transform import layout
-from bitnet_jax._transform.higher_order import RULES
+from bitnet_jax._transform.higher_order import CUSTOM, RULES
 from bitnet_jax._transform.jaxprs import (
     Atom,
     Eqn,
@@ -27,6 +27,7 @@ from bitnet_jax._transform.jaxprs import (
     scope,
     shape_of,
 )
+from bitnet_jax._transform.lookups import LookupPlan
 from bitnet_jax._transform.marks import KNOWN, LIVE, Changed, Found, Mark, Use
 from bitnet_jax._transform.products import MEETS, multiplications, plan_of
 from bitnet_jax._transform.view import View
@@ -68,7 +69,12 @@ class Survey:
     def _equation(self, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
         rule = RULES.get(eqn.primitive.name)
         if rule is not None:
-            return rule.analyse(self, eqn, marks, times)
+            before = len(self.found.uses)
+            outs = rule.analyse(self, eqn, marks, times)
+            if eqn.primitive.name in CUSTOM:
+                met = (use.leaf for use in self.found.uses[before:])
+                self.found.custom.update(dict.fromkeys(met, eqn.primitive.name))
+            return outs
         if not any(mark.view or mark.changed for mark in marks):
             if has_jaxpr(eqn):
                 self._unknown(eqn, marks)
@@ -138,6 +144,8 @@ class Survey:
                 continue
             plan = plan_of(eqn, side, mark.view)
             other = None if lookup else marks[1 - side].view
+            if isinstance(plan, LookupPlan) and not plan.has_rows:
+                self.found.not_rows.add(mark.view.leaf)
             problem = plan if isinstance(plan, str) else None
             axes = ((), ()) if isinstance(plan, str) else (plan.contracting, plan.batch)
             self.found.uses.append(

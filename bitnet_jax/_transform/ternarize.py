@@ -28,6 +28,7 @@ from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConf
 from bitnet_jax._transform import decide
 from bitnet_jax._transform.explain import ProgramCoverage, coverage
 from bitnet_jax._transform.program import Bound, Plan, Program, Spec, is_adapted, static_leaves
+from bitnet_jax._transform.results import given_back
 from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
@@ -141,7 +142,7 @@ class Ternarized:
             bound.values, bound.rest
         )
         outs = jaxpr_as_fun(traced)(*jax.tree.leaves((bound.values, bound.rest)))
-        return jax.tree.unflatten(jax.tree.structure(result), outs)
+        return given_back(jax.tree.unflatten(jax.tree.structure(result), outs))
 
     def explain(self, *args: PyTree, **kwargs: PyTree) -> ProgramCoverage:
         """Which leaves are quantised, over which axes, and why others are not.

@@ -14,6 +14,7 @@ import contextvars
 import copyreg
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,10 +26,12 @@ from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._layers.forward import LayerConfig, layer_config
+from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
 from bitnet_jax._transform.decide import Extent
-from bitnet_jax._transform.program import Spec
+from bitnet_jax._transform.program import Spec, is_adapted
 from bitnet_jax._transform.ternarize import Ternarized
+from bitnet_jax._tree.leaves import unbox
 from bitnet_jax._tree.select import Path, Select
 
 Args = tuple[PyTree, ...]
@@ -184,6 +187,12 @@ def ternarized_class(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
             _claim_children(self, plan)
 
     @nn.nowrap
+    def _register_submodules(self: nn.Module, name: str, val: Any) -> None:
+        super(made, self)._register_submodules(name, val)
+        if not is_inside(plan):  # bound: the modules in a field can be called from outside
+            _claim_children(self, plan)
+
+    @nn.nowrap
     def _validate_setup(self: nn.Module) -> None:
         with inside(plan):  # Flax calls a method of a clone, of which nothing comes
             super(made, self)._validate_setup()
@@ -197,13 +206,22 @@ def ternarized_class(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
         **kwargs: PyTree,
     ) -> Any:
         run = super(made, self).apply
-        if not callable(method) or hasattr(method, "__self__") or is_inside(plan):
+        past = _past_the_hook(type(self), method)
+        if past is None or is_inside(plan):
             return run(variables, *args, method=method, **kwargs)
 
         def function(module: nn.Module, *args: PyTree, **kwargs: PyTree) -> Any:
-            return _run(module, plan._replace(whole=False), method, args, kwargs)
+            return _run(module, plan._replace(whole=False), past, args, kwargs)
 
         return run(variables, *args, method=function, **kwargs)
+
+    @nn.nowrap
+    def param(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+        if self.scope is not None and not is_inside(plan) and self.has_variable("params", name):
+            leaf = unbox(self.get_variable("params", name))
+            if is_packed(leaf) or is_adapted(leaf):
+                return leaf  # of a setup: what multiplies it runs its own
+        return super(made, self).param(name, *args, **kwargs)
 
     @nn.nowrap
     def clone(self: nn.Module, *, parent: Any = None, **updates: Any) -> nn.Module:
@@ -219,10 +237,13 @@ def ternarized_class(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
         return _rebuild, (kind, plan, _state(self))
 
     body = {
+        **{name: _transformed_method(fun, plan) for name, fun in _lifted_methods(kind).items()},
         "_call_wrapped_method": _call_wrapped_method,
         "_try_setup": _try_setup,
+        "_register_submodules": _register_submodules,
         "_validate_setup": _validate_setup,
         "apply": apply,
+        "param": param,
         "clone": clone,
         "__reduce__": __reduce__,
         "_bitnet_plan": plan,
@@ -236,12 +257,51 @@ def ternarized_class(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
     return made
 
 
+def _past_the_hook(
+    kind: type[nn.Module], method: str | Callable[..., Any] | None
+) -> Callable[..., Any] | None:
+    """The function of a module that ``method=`` has Flax call as it is; None: it calls a method."""
+    fun: Any = inspect.getattr_static(kind, method, None) if isinstance(method, str) else method
+    if hasattr(fun, "__self__"):
+        fun = fun.__func__
+    elif callable(method) and not hasattr(method, "__name__"):  # a partial, or another object
+        return lambda module, *args, **kwargs: method(module, *args, **kwargs)
+    elif callable(method):
+        return method
+    is_past = inspect.isfunction(fun) and not hasattr(fun, "method_handler_wrapped")
+    return fun if is_past else None
+
+
+def _goes_past(fun: object) -> bool:
+    """Whether a method is one that ``nn.remat``, ``nn.scan``, ... made of another.
+
+    Flax calls such a one as it is, and in it the method of the class that was transformed.
+    """
+    return hasattr(getattr(fun, "__wrapped__", None), "method_handler_wrapped")
+
+
+def _lifted_methods(kind: type[nn.Module]) -> dict[str, Any]:
+    found = {name: inspect.getattr_static(kind, name, None) for name in dir(kind)}
+    return {name: fun for name, fun in found.items() if _goes_past(fun)}
+
+
+def _transformed_method(fun: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+    @functools.wraps(fun)
+    def run(self: nn.Module, *args: PyTree, **kwargs: PyTree) -> Any:
+        if self.scope is None or is_inside(plan):
+            return fun(self, *args, **kwargs)
+        return _run(self, plan, fun, args, kwargs)
+
+    return run
+
+
 def _claim_children(module: nn.Module, plan: Plan) -> None:
-    """Makes the submodules of ``setup`` ternary, for who calls them from outside."""
+    """Makes the submodules of fields and ``setup`` ternary, for who calls them from outside."""
     for child in module._state.children.values():
         if isinstance(child, nn.Module) and plan_of(type(child)) is None:
             kind = ternarized_class(type(child), plan._replace(whole=False))
             object.__setattr__(child, "__class__", kind)
+            _claim_children(child, plan)
 
 
 _plans: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("plans", default=None)
@@ -274,7 +334,10 @@ def _run(module: nn.Module, plan: Plan, fun: Callable[..., Any], args: Args, kwa
     before = {k: v for k, v in unfreeze(scope.variables()).items() if k != "params"}
     counters = dict(scope.rng_counters)
     with inside(plan):
-        y = module._call_wrapped_method(fun, args, kwargs)
+        if _goes_past(fun):
+            y = fun(module, *args, **kwargs)
+        else:
+            y = module._call_wrapped_method(fun, args, kwargs)
     after = dict(scope.rng_counters)
     scope.rng_counters.update(counters)
     over = functools.partial(_checked, plan, before)

@@ -89,6 +89,108 @@ def test_every_way_in_is_ternary(way):
         assert_same_bits(run(ternary, {"params": tree}), right, way)
 
 
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return nn.relu(nn.Dense(16, name="d")(x)), None
+
+    def again(self, x):
+        return self(self(x)[0])
+
+
+class Decorated(nn.Module):
+    @nn.remat
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(nn.Dense(16, name="d")(x)), None
+
+
+class Derived(nn.remat(Step)):
+    def __call__(self, x, _=None):
+        return super().__call__(x)
+
+
+STACKED = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+
+LIFTED = {
+    "remat": nn.remat(Step),
+    "jit": nn.jit(Step),
+    "remat of jit": nn.remat(nn.jit(Step)),
+    "scan": nn.scan(Step, length=1, **STACKED),
+    "vmap": nn.vmap(Step, in_axes=None, axis_size=1, **STACKED),
+    "decorator": Decorated,
+    "derived": Derived,
+}
+
+
+@cases("name", list(LIFTED), core=["remat", "scan"])
+def test_models_that_are_lifted_classes(name):
+    """Flax calls their methods as they are: no method of the ternarised class stands between."""
+
+    class Holder(nn.Module):
+        def setup(self):
+            self.part = LIFTED[name]()
+
+        def __call__(self, x):
+            return self.part(x)
+
+    model, args = LIFTED[name](), (X, None) if name == "scan" else (X,)
+    ternary = bj.linen.ternarize(model)
+    params = ternary.init(jax.random.key(1), *args)["params"]
+    jax.tree.map(assert_same_bits, params, model.init(jax.random.key(1), *args)["params"])
+    stacked = name in ("scan", "vmap")
+    flat = jax.tree.map(lambda a: a[0], params) if stacked else params
+    right = nn.relu(bj.linen.BitDense(16).apply({"params": flat["d"]}, X))
+    packed, _ = bj.linen.pack(ternary, params, *args)
+    for tree in (params, packed):
+        y, _ = ternary.apply({"params": tree}, *args)
+        assert_same_bits(y.reshape(right.shape), right)
+        holder = bj.linen.ternarize(Holder()).bind({"params": {"part": tree}})
+        assert_same_bits(holder.part(*args)[0].reshape(right.shape), right)
+    with bj.phase_in(0.0):
+        assert_same_bits(
+            ternary.apply({"params": params}, *args)[0], model.apply({"params": params}, *args)[0]
+        )
+
+
+def test_lifted_methods_of_a_model():
+    kind = nn.remat(Step, methods=["__call__", "again"])
+    ternary = bj.linen.ternarize(kind())
+    params = ternary.init(jax.random.key(1), X, method="again")
+    y = bj.linen.ternarize(Step()).apply(params, X, method="again")[0]
+    for method in ("again", kind.again, lambda m, x: m.again(x)):
+        assert_same_bits(ternary.apply(params, X, method=method)[0], y)
+    with pytest.raises(ValueError, match="pattern 'e' matches nothing"):
+        bj.linen.ternarize(kind(), select=bj.exclude("e")).init(jax.random.key(1), X)
+
+
+def test_modules_in_fields_are_ternary():
+    """Of the model, of a module in its fields, and of a ternary model that is a field itself."""
+
+    class Outer(nn.Module):
+        inner: nn.Module
+
+        def __call__(self, x):
+            return self.inner(x)
+
+        def part(self, x):
+            return self.inner.layers[2](x)
+
+    model = nn.Sequential([nn.Dense(16), nn.relu, nn.Sequential([nn.Dense(8)])])
+    ternary = bj.linen.ternarize(model)
+    params = ternary.init(jax.random.key(1), X)["params"]
+    packed, _ = bj.linen.pack(ternary, params, X)
+    layer = bj.linen.ternarize(nn.Dense(8))
+    right = layer.apply({"params": params["layers_2"]["layers_0"]}, X)
+    for tree in (params, packed):
+        bound, outer = ternary.bind({"params": tree}), Outer(ternary)
+        assert_same_bits(bound.layers[2](X), right)
+        assert_same_bits(bound.layers[2].layers[0](X), right)
+        variables = {"params": {"inner": tree}}
+        assert_same_bits(outer.apply(variables, X, method="part"), right)
+        assert_same_bits(outer.bind(variables).inner.layers[2].layers[0](X), right)
+
+
 def test_kernels_that_a_function_of_the_module_multiplies_itself():
     class Tied(nn.Module):
         def setup(self):
@@ -102,6 +204,41 @@ def test_kernels_that_a_function_of_the_module_multiplies_itself():
     y = ternary.apply(params, X)
     assert_same_bits(ternary.apply(params, X, method=lambda m, x: x @ m.weight), y)
     assert np.abs(y - Tied().apply(params, X)).max() > 1e-3
+
+
+class Raw(nn.Module):
+    def setup(self):
+        self.weight = self.param("weight", nn.initializers.lecun_normal(), (16, 8))
+        self.layer = nn.Dense(8)
+
+    def __call__(self, x):
+        return self.encode(x) + self.layer(x)
+
+    def encode(self, x):
+        return x @ self.weight
+
+    @nn.nowrap
+    def plain(self, x):
+        return x @ self.weight
+
+
+class Caller:
+    def __call__(self, module, x):
+        return module.encode(x)
+
+
+def test_methods_that_flax_does_not_wrap_and_other_callables():
+    ternary = bj.linen.ternarize(Raw())
+    params = ternary.init(jax.random.key(0), X)["params"]
+    packed, _ = bj.linen.pack(ternary, params, X)
+    y = ternary.apply({"params": params}, X, method="encode")
+    for tree in (params, packed):
+        variables = {"params": tree}
+        for method in ("plain", Raw.plain, ternary.plain, functools.partial(Raw.encode), Caller()):
+            assert_same_bits(ternary.apply(variables, X, method=method), y)
+        # A submodule, past a parameter of setup that is packed.
+        layer = ternary.apply(variables, X, method=lambda m, x: m.layer(x))
+        assert_same_bits(ternary.bind(variables).layer(X), layer)
 
 
 class StdConv(nn.Conv):

@@ -278,6 +278,11 @@ def test_custom_derivatives():
     check(lambda w, x: x @ clipped(w), lambda w, x: dot(x, clipped(w)), W, X)
     check(lambda w, x: product(x, w), lambda w, x: dot(x, w), W, X)
     check(lambda w, x: scaled(x, w), lambda w, x: dot(x, w), W, X)
+    for fn, name in ((product, "custom_vjp"), (scaled, "custom_jvp"), (None, None)):
+        fn = fn or (lambda x, w: x @ clipped(w))
+        (row,) = ternarize(lambda w, x, fn=fn: fn(x, w)).explain(W, X).rows
+        said = f"; the derivative that its `{name}` gives is not used" if name else ""
+        assert row.why == "selected" + said
 
 
 ORDERS = {
@@ -426,6 +431,28 @@ def test_effects_and_aux_and_static_arguments():
         .as_text(debug_info=True)
     )
     assert "layer/" in scopes
+
+
+def test_results_that_are_no_arrays():
+    def fn(params, x, act):
+        return x @ params["w"], {"mode": "train", "act": act, "params": params}
+
+    params = {"w": W, "act": jnp.tanh}  # as the modules of equinox hold theirs
+    ternary = ternarize(fn)
+    packed, _ = ternary.pack(params, X, jnp.sin)
+
+    def loss(w):
+        y, aux = ternary({"w": w, "act": jnp.tanh}, X, jnp.sin)
+        return y.sum(), aux
+
+    for aux in (
+        ternary(params, X, jnp.sin)[1],
+        ternary(packed, X, jnp.sin)[1],
+        jax.grad(loss, has_aux=True)(W)[1],
+    ):
+        assert (aux["mode"], aux["act"], aux["params"]["act"]) == ("train", jnp.sin, jnp.tanh)
+    with pytest.raises(TypeError, match=r"returns generator .* at \[1\], which is no pytree"):
+        ternarize(lambda w, x: (x @ w, (x for _ in range(2))))(W, X)
 
 
 def test_traced_once():

@@ -250,6 +250,32 @@ def test_tied_embeddings():
         np.testing.assert_allclose(ternary(params, ids), layers(params, ids), rtol=1e-5, atol=1e-6)
 
 
+def test_rows_past_the_features():
+    """A prepared table has its features first; its rows are counted all the same."""
+    table = {"embed": jax.random.normal(jax.random.key(1), (40, 8))}
+    ids = jnp.array([0, 7, 8, 39, -1, -40, 40])
+    for mode in ("fill", "clip"):
+        ternary = bj.ternarize(
+            lambda p, i, mode=mode: p["embed"].at[i].get(mode=mode), select=lambda path, leaf: INT8
+        )
+        trained = ternary(table, ids)
+        packed, _ = ternary.pack(table, ids)
+        assert_same_bits(ternary(bj.prepare(packed), ids), trained)
+        assert_same_bits(jax.jit(ternary)(bj.prepare(packed), ids), trained)
+
+
+def test_tables_whose_rows_cannot_be_looked_up_packed():
+    """Experts chosen by their number: they train, and pack refuses, not the packed call."""
+    experts = {"w": jax.random.normal(jax.random.key(1), (3, 16, 8))}
+    chosen = jnp.array([0, 2])
+    ternary = bj.ternarize(
+        lambda p, x: jnp.einsum("bd,bdo->bo", x, p["w"][chosen]), select=lambda path, leaf: INT8
+    )
+    assert ternary(experts, X[:, 0]).shape == (2, 8)
+    with pytest.raises(NotImplementedError, match="the table at w cannot be packed"):
+        ternary.pack(experts, X[:, 0])
+
+
 @pytest.mark.full
 def test_adapters():
     model = Model("scan")
