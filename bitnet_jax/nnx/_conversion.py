@@ -57,6 +57,11 @@ def ternarize(
     object that is no pytree, or yields) runs as it was written, and the modules that it calls are
     ternary; one that cannot and holds kernels itself is refused.
 
+    Call methods on the model: ``nnx.jit(type(model).loss)(model, x)``, not
+    ``nnx.jit(Model.loss)(model, x)``. The functions of the class as it was written, and private
+    methods and operators called from outside, multiply their module's own parameters in float;
+    the modules that they call are ternary.
+
     Args:
       model: any NNX module; it is changed.
       select: which kernels; see ``bj.exclude`` and ``bj.only``. A function of path
