@@ -58,8 +58,13 @@ def require_instance(
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(k.__name__ for k in kinds)
-        wanted = f"{'an' if wanted[0] in 'AEIOU' else 'a'} {wanted}"
-        raise TypeError(f"{who}: `{name}` must be {wanted}, got {describe(value)}. {remedy}")
+        raise TypeError(f"{who}: `{name}` must be a {wanted}, got {describe(value)}. {remedy}")
+
+
+def is_flax_module(value: object) -> bool:
+    """Whether a value is a module of linen or NNX; by name, for NNX is slow to import."""
+    bases = type(value).__mro__
+    return any(b.__name__ == "Module" and b.__module__.startswith("flax.") for b in bases)
 
 
 def require_float_array(who: str, name: str, value: object) -> None:
@@ -88,7 +93,7 @@ def describe(value: object) -> str:
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is not None and shape is not None:
         return f"{dtype} of shape {tuple(shape)}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 160 else f'{text[:157]}...'}"
 
 

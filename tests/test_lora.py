@@ -253,7 +253,7 @@ def test_trees_and_adapters_that_are_refused():
         bj.lora.init(bj.prepare(packed), 2, key=key)
     with pytest.raises(ValueError, match="`alpha` must be a finite number > 0, got -1"):
         bj.lora.init(packed, 2, key=key, alpha=-1)
-    with pytest.raises(TypeError, match=r"lora.attach: `adapters` must be an Adapters"):
+    with pytest.raises(TypeError, match=r"lora.attach: `adapters` must be a Adapters"):
         bj.lora.attach(packed, adapters.kernels)
     with pytest.raises(ValueError, match=r"`adapters` has kernel, .* those are other"):
         bj.lora.attach({"other": packed["kernel"]}, adapters)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from flax import linen, nnx
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import PyTree
 
@@ -100,7 +99,7 @@ def ternarize(
       >>> bool((ternary(packed, x) == ternary(params, x)).all())
       True
     """
-    if not callable(fn) or isinstance(fn, (linen.Module, nnx.Module)):
+    if not callable(fn) or _checks.is_flax_module(fn):
         raise TypeError(
             f"{decide.WHO}: `fn` must be a function of parameters, got {describe(fn)}. Pass for "
             "example lambda params, x: ..., or a Flax model to bj.linen.ternarize or "

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import nn
 from jaxtyping import Array, PyTree, Shaped
 
@@ -223,7 +222,7 @@ def _step(
 
 def _require_function(who: str, model: object) -> None:
     """Raises unless a model is a function; an NNX module is one of x alone."""
-    if not callable(model) or isinstance(model, nnx.Module):
+    if not callable(model) or _checks.is_flax_module(model):
         raise TypeError(
             f"{who}: `model` must have linen's apply(variables, x), or be a function of params and "
             f"x, got {type(model).__name__}. Pass apply=; for nnx: graphdef, params = "

@@ -74,7 +74,7 @@ def test_adapters_keep_their_alpha_in_files(alpha, path):
 def test_adapters_are_named_where_they_are_not_a_tree(path):
     adapters = bj.lora.init(params(), 2, key=jax.random.key(2))
     for tree in (adapters, {"lora": adapters}):
-        with pytest.raises(TypeError, match=r"got a Adapters\..*to_dict\(\)"):
+        with pytest.raises(TypeError, match=r"got (a )?Adapters\..*to_dict\(\)"):
             bj.io.save(path, tree)
     for tree, said in (
         ({"kernels": {}}, "must have the keys kernels and alpha, got"),

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
 from jax.experimental import pallas as pl
 from oracles import assert_same_bits
 
@@ -216,3 +218,9 @@ def test_partial_and_callable_objects():
     for fn in (functools.partial(lambda w, x: x @ w), Layer(), jax.jit(lambda w, x: x @ w)):
         assert_same_bits(ternarize(fn)(W, X), bj.ternary_dot(X, W))
     assert "<lambda>" in repr(ternarize(lambda w, x: x @ w))
+
+
+def test_a_flax_model_is_none_of_its_functions():
+    for model in (nn.Dense(4), nnx.Linear(4, 4, rngs=nnx.Rngs(0))):
+        with pytest.raises(TypeError, match=r"`fn` must be a function.*bj\.nnx\.ternarize"):
+            ternarize(model)
