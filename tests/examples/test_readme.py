@@ -45,7 +45,7 @@ def test_code_runs(file, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_pages_are_short_and_start_with_code(file):
     lines = file.read_text().splitlines()
-    assert len(lines) <= (140 if file.stem == "README" else 160)
+    assert len(lines) <= {"README": 140, "results": 190}.get(file.stem, 160)
     if file.stem not in ("architecture", "results"):
         assert lines.index("```python") < 24  # counted from 0
 
