@@ -12,6 +12,12 @@ import bitnet_jax as bj
 pytestmark = [pytest.mark.slow, pytest.mark.standard_promotion]
 
 
+@pytest.fixture(autouse=True)
+def as_users_run():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_published_model_is_ternary_trains_and_packs(name):
     case = CASES[name][1]()
