@@ -122,7 +122,7 @@ def _lay_out(
     spec: _Spec, stored: UInt8[Array, "b r n"] | Int8[Array, "b k n"]
 ) -> UInt8[Array, "b bytes"]:
     """Panels of this device's outputs, by the native library."""
-    layout = spec.layout._replace(outputs=_outputs_of(spec, stored))
+    layout = spec.layout._replace(outputs=_outputs_of(spec, stored.shape))
     return _call(
         native.LAY_OUT,
         jax.ShapeDtypeStruct((len(stored), layout.nbytes), jnp.uint8),
@@ -145,9 +145,9 @@ def _int8_codes(
     return codes.swapaxes(-1, -2) if spec.table else codes
 
 
-def _outputs_of(spec: _Spec, codes: jax.Array) -> int:
-    """The outputs of codes (B, ...): of a stored kernel, its shard has them."""
-    return spec.layout.outputs if spec.prepared else codes.shape[1 if spec.table else 2]
+def _outputs_of(spec: _Spec, codes: tuple[int, ...]) -> int:
+    """The outputs of codes of shape (B, ...): of a stored kernel, its shard has them."""
+    return spec.layout.outputs if spec.prepared else codes[1 if spec.table else 2]
 
 
 def _call(target: str, shape: Any, *operands: jax.Array, **attributes: Any) -> Any:
@@ -231,7 +231,7 @@ def _product(spec: _Spec, anywhere: bool) -> by_platform.Operation:
     return by_platform.Operation(
         native=_native_product(spec),
         plain=functools.partial(_plain_product, spec) if anywhere else None,
-        shape=lambda x, codes, _: (*x.shape[:2], _outputs_of(spec, codes)),
+        shape=lambda x, codes, _: (*x.shape[:2], _outputs_of(spec, codes.shape)),
         dtype=spec.dtype,
         merges_rows=True,
     )
@@ -259,7 +259,7 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
         return codes if spec.prepared else _lay_out(spec, codes)
 
     def whole(x: Activations, codes: jax.Array, scale: CanonicalScale) -> jax.Array:
-        n = _outputs_of(spec, codes)
+        n = _outputs_of(spec, codes.shape)
         x_codes, gamma = _quantize(x, spec.layout.depth, activations)
         return _call(
             native.MULTIPLY,

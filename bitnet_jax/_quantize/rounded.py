@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, Num
 
 from bitnet_jax._quantize.pinned import pinned
 
@@ -30,7 +30,7 @@ _STEPS = 3  # of a guess that is 2 ulp off, one of them beyond a power of two
 
 
 @jax.jit
-def quotient(a: Float32[Array, "..."] | float, b: Float32[Array, "..."]) -> Float32[Array, "..."]:
+def quotient(a: Num[Array, "..."] | float, b: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """``a / b``, the nearest float32; for b > 0.
 
     A quotient that is zero, subnormal or not finite is the backend's own.

@@ -30,7 +30,7 @@ def derived(kind: type[nnx.Module], place: Place) -> type[nnx.Module]:
 
 
 @functools.cache
-def _meta(base: type) -> type[type[nnx.Module]]:
+def _meta(base: type) -> type:
     """A metaclass, by which derived classes pickle, for models of the metaclass ``base``."""
     made: Any = type(base.__name__, (base,), {})
     copyreg.pickle(made, _reduce_class)
