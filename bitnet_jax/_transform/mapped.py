@@ -3,43 +3,27 @@
 Each slice of a mapped kernel has a scale of its own. Where the input is mapped along with it,
 the product says so: the axis is a batch axis. Where the input is not (an ensemble that sees the
 same x), JAX's rule makes the axis an output of the kernel, and nothing in the product tells it
-from the heads of an attention kernel. So while a function is traced for ``ternarize``, the rule
+from the heads of an attention kernel. So while a program is read, the rule
 of a product leaves its mapped axes in the name scope, where :func:`mapped_axes` reads them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.extend.core import primitives
 from jax.interpreters import batching
 
+from bitnet_jax._layers.stated import reading
+
 # Where each operand is mapped; None: it is not.
 Axes = Sequence[int | None]
 
-_noting: contextvars.ContextVar[bool] = contextvars.ContextVar("noting", default=False)
-
-# What was traced without notes is not taken from JAX's caches for a trace with them.
-_cache_key = jax.make_user_context(False)
-
 _NOTE = re.compile(r"bitnet_mapped\((-|\d+),(-|\d+)\)")
-
-
-@contextlib.contextmanager
-def noted() -> Iterator[None]:
-    """Has products note their mapped axes while a function is traced."""
-    token = _noting.set(True)
-    try:
-        with _cache_key(True):
-            yield
-    finally:
-        _noting.reset(token)
 
 
 def mapped_axes(scope: str, ranks: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -69,7 +53,7 @@ def counted(scope: str) -> int:
 def _noting_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(rule)
     def noting(axis_data: object, operands: Sequence[Any], axes: Axes, **params: object) -> Any:
-        if not _noting.get() or all(a is None for a in axes):
+        if not reading.get() or all(a is None for a in axes):
             return rule(axis_data, operands, axes, **params)
         left, right = ("-" if a is None else str(a) for a in axes)
         with jax.named_scope(f"bitnet_mapped({left},{right})"):

@@ -17,11 +17,11 @@ from jaxtyping import PyTree
 from bitnet_jax import _mesh
 from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._layers.stated import reading
-from bitnet_jax._packed.adapted import Adapted
+from bitnet_jax._packed.adapted import Adapted, is_adapted
 from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
 from bitnet_jax._quantize.arrays import AnyArray
 from bitnet_jax._quantize.strength import phased
-from bitnet_jax._transform import decide, mapped, results
+from bitnet_jax._transform import decide, results
 from bitnet_jax._transform.interpret import Interpreter
 from bitnet_jax._transform.jaxprs import Jaxpr
 from bitnet_jax._transform.layout import Value
@@ -117,7 +117,7 @@ class Program:
     def plan(self, values: list[Any], rest: list[Any]) -> Plan:
         """The traced function, and what becomes of its leaves."""
         floats = [_placeholder(v) for v in values]
-        with mapped.noted(), reading.set(True, True), phased() as inside:
+        with reading.set(True, True), phased() as inside:
             jaxpr, result = jax.make_jaxpr(self.float_fn, return_shape=True)(floats, rest)
         self._phased |= bool(inside)  # not seen again where JAX has the trace in its cache
         paths = [path for i, path in enumerate(self._paths) if i not in self.static]
@@ -193,11 +193,6 @@ def static_leaves(leaves: Sequence[Any]) -> tuple[tuple[int, type, Any], ...]:
 def _is_array(leaf: object) -> bool:
     own = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     return own and not isinstance(leaf, type) and not is_packed(leaf) and not is_adapted(leaf)
-
-
-def is_adapted(leaf: object) -> bool:
-    """Whether a leaf is a packed kernel with an adapter."""
-    return isinstance(leaf, Adapted)
 
 
 def _is_kernel(leaf: Like) -> bool:

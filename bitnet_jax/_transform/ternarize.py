@@ -21,12 +21,13 @@ from bitnet_jax import _checks
 from bitnet_jax._checks import describe
 from bitnet_jax._layers.forward import layer_config
 from bitnet_jax._matmul import require_usable
+from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.arrays import DTypeLike
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
 from bitnet_jax._transform import decide
 from bitnet_jax._transform.explain import ProgramCoverage, coverage
-from bitnet_jax._transform.program import Bound, Plan, Program, Spec, is_adapted, static_leaves
+from bitnet_jax._transform.program import Bound, Plan, Program, Spec, static_leaves
 from bitnet_jax._transform.results import given_back
 from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.pack_report import PackReport

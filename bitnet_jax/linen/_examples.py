@@ -23,7 +23,7 @@ from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import combine, pack_params
 from bitnet_jax._tree.select import Kernels, Path
-from bitnet_jax.linen._lifted import Args, Kwargs, Plan, inside, plan_of
+from bitnet_jax.linen._lifted import Args, Kwargs, Plan, inside, is_refusal, plan_of
 
 # As of model.apply: a name, a function of the module, or None for __call__.
 Method = str | Callable[..., Any] | None
@@ -258,7 +258,7 @@ class _Asked:
         try:
             return ask(*self._arguments(params, variables))
         except Exception as error:
-            if _is_ours(self._who, error):
+            if is_refusal(error, self._who):
                 raise
             self._check_shapes(params)
             raise _example_refused(self._who, error) from error
@@ -299,7 +299,7 @@ class _Asked:
         try:
             return jax.eval_shape(call, only(arrays=True))
         except Exception as error:
-            if _is_ours(self._who, error):
+            if is_refusal(error, self._who):
                 raise
             raise _example_refused(self._who, error) from error
 
@@ -310,12 +310,6 @@ def _is_small(path: str) -> bool:
 
 def _only_array(leaf: PyTree) -> PyTree:
     return leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else None
-
-
-def _is_ours(who: str, error: Exception) -> bool:
-    """Whether an error is a refusal of this package."""
-    kinds = (NotImplementedError, ValueError, TypeError)
-    return isinstance(error, kinds) and str(error).startswith((f"{who}:", "ternarize:"))
 
 
 def _example_refused(who: str, error: Exception) -> ValueError:

@@ -26,10 +26,11 @@ from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._layers.forward import LayerConfig, layer_config
+from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
 from bitnet_jax._transform.decide import Extent
-from bitnet_jax._transform.program import Spec, is_adapted
+from bitnet_jax._transform.program import Spec
 from bitnet_jax._transform.ternarize import Ternarized
 from bitnet_jax._tree.leaves import unbox
 from bitnet_jax._tree.select import Path, Select
@@ -328,7 +329,7 @@ def _run(module: nn.Module, plan: Plan, fun: Callable[..., Any], args: Args, kwa
     if not module.is_initializing():
         whole = plan.whole and fun.__name__ == "__call__"
         over = functools.partial(_transformed, plan, "call" if whole else "part")
-        return lift_direct_transform(over, (fun,), module, *args, **kwargs)
+        return _run_lifted(plan, over, fun, module, args, kwargs)
     # Parameters are made by the float model; then all of them are there, to check the selection.
     scope: Any = module.scope
     before = {k: v for k, v in unfreeze(scope.variables()).items() if k != "params"}
@@ -340,57 +341,36 @@ def _run(module: nn.Module, plan: Plan, fun: Callable[..., Any], args: Args, kwa
             y = module._call_wrapped_method(fun, args, kwargs)
     after = dict(scope.rng_counters)
     scope.rng_counters.update(counters)
-    over = functools.partial(_checked, plan, before)
-    lift_direct_transform(over, (fun,), module, *args, **kwargs)
+    _run_lifted(plan, functools.partial(_checked, plan, before), fun, module, args, kwargs)
     scope.rng_counters.update(after)
     return y
 
 
-def _is_refusal(error: Exception) -> bool:
-    return str(error).startswith("ternarize:")
+def is_refusal(error: Exception, who: str = "ternarize") -> bool:
+    """Whether an error is a refusal of this package."""
+    kinds = (NotImplementedError, ValueError, TypeError)
+    return isinstance(error, kinds) and str(error).startswith((f"{who}:", "ternarize:"))
 
 
-def _transformed(
-    plan: Plan,
-    extent: Extent,
-    core: Callable[..., Any],
-    scopes: Sequence[Any],
-    *args: PyTree,
-    **kwargs: PyTree,
-) -> Any:
+def _transformed(plan: Plan, extent: Extent, call: _Lifted, args: Args, kwargs: Kwargs) -> Any:
     """``bj.ternarize`` of a function of scopes."""
-
-    def over(lifted: _Lifted, args: Args, kwargs: Kwargs) -> Any:
-        ternary = Ternarized(plan.spec(lifted.run, extent))
-        return ternary(lifted.params, lifted.others, lifted.rngs, args, kwargs)
-
-    return _lift(plan, core, over, scopes, args, kwargs)
+    ternary = Ternarized(plan.spec(call.run, extent))
+    return ternary(call.params, call.others, call.rngs, args, kwargs)
 
 
-def _checked(
-    plan: Plan,
-    others: Collections,
-    core: Callable[..., Any],
-    scopes: Sequence[Any],
-    *args: PyTree,
-    **kwargs: PyTree,
-) -> Any:
+def _checked(plan: Plan, others: Collections, call: _Lifted, args: Args, kwargs: Kwargs) -> Any:
     """Raises if a selection chose nothing; runs nothing, and changes no variable."""
-
-    def over(lifted: _Lifted, args: Args, kwargs: Kwargs) -> Any:
-        ternary = Ternarized(plan.spec(lifted.run, "whole"))
-        before = (*lifted.others[:-1], others)  # a module's own scope comes last
-        # A cache that is there may take other inputs than those that made it.
-        for others_ in (lifted.others, before):
-            try:
-                ternary.check(lifted.params, others_, lifted.rngs, args, kwargs)
-                break
-            except Exception as error:
-                if _is_refusal(error):
-                    raise
-        return None, lifted.unchanged
-
-    return _lift(plan, core, over, scopes, args, kwargs)
+    ternary = Ternarized(plan.spec(call.run, "whole"))
+    before = (*call.others[:-1], others)  # a module's own scope comes last
+    # A cache that is there may take other inputs than those that made it.
+    for collections in (call.others, before):
+        try:
+            ternary.check(call.params, collections, call.rngs, args, kwargs)
+            break
+        except Exception as error:
+            if is_refusal(error):
+                raise
+    return None, call.unchanged
 
 
 class _Lifted(NamedTuple):
@@ -411,15 +391,29 @@ class _Lifted(NamedTuple):
     unchanged: PyTree
 
 
-def _lift(
+def _run_lifted(
     plan: Plan,
-    core: Callable[..., Any],
     over: Callable[[_Lifted, Args, Kwargs], Any],
-    scopes: Sequence[Any],
+    fun: Callable[..., Any],
+    module: nn.Module,
     args: Args,
     kwargs: Kwargs,
 ) -> Any:
-    """Runs a function of scopes by way of ``over``, which sees it as a function of variables."""
+    """Runs a method by way of ``over``, which sees it as a function of variables."""
+    return lift_direct_transform(
+        functools.partial(_lift, plan, over), (fun,), module, *args, **kwargs
+    )
+
+
+def _lift(
+    plan: Plan,
+    over: Callable[[_Lifted, Args, Kwargs], Any],
+    core: Callable[..., Any],
+    scopes: Sequence[Any],
+    *args: PyTree,
+    **kwargs: PyTree,
+) -> Any:
+    """Runs a function of scopes by way of ``over``."""
     paths = [scope.path for scope in _outermost(scopes)]
 
     def inner(
