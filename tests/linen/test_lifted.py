@@ -1,7 +1,6 @@
 """Where a ternarised linen model is entered, what stands between a parameter and its product,
 and the state that a call carries along."""
 
-import abc
 import functools
 import pickle
 
@@ -14,6 +13,7 @@ from cases import cases
 from draws import normal
 from flax import linen as nn
 from flax.training import train_state
+from linen_models import Concrete, Doubled, WrappedInit
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
@@ -322,57 +322,6 @@ def test_mapped_variables_that_only_move_stay_kernels():
     np.testing.assert_allclose(y, layer.apply(turned, X), rtol=1e-5, atol=1e-6)
 
 
-class Configured(nn.Module):
-    """As diffusers' models: a decorator that wraps ``__init__`` and notes its arguments."""
-
-    width: int = 8
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(self.config["width"])(x)
-
-
-def register(cls):
-    init = cls.__init__
-
-    @functools.wraps(init)
-    def noting(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        object.__setattr__(self, "config", dict(kwargs))
-
-    cls.__init__ = noting
-    return cls
-
-
-Configured = register(Configured)
-
-
-class Abstract(nn.Module, abc.ABC):
-    @abc.abstractmethod
-    def width(self): ...
-
-
-class Concrete(Abstract):
-    def width(self):
-        return 8
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(self.width())(x)
-
-
-class Doubled(nn.Module):
-    width: int = 4
-
-    def __post_init__(self):
-        self.width = self.width * 2
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(self.width)(x)
-
-
 class Keyed(nn.Module, kw_only=True):
     width: int
 
@@ -382,7 +331,7 @@ class Keyed(nn.Module, kw_only=True):
 
 
 CLASSES = {
-    "wrapped __init__": lambda: Configured(width=12),
+    "wrapped __init__": lambda: WrappedInit(width=12),
     "abstract base": Concrete,
     "own __post_init__": lambda: Doubled(4),
     "keywords only": lambda: Keyed(width=7),

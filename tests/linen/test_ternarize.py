@@ -11,6 +11,7 @@ from cases import cases
 from draws import normal, params_of
 from flax import linen as nn
 from flax.core import freeze
+from linen_models import Model
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
@@ -20,39 +21,6 @@ IMAGES = normal(2, 8, 8, 4)
 INT8 = bj.Int8Config()
 
 
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, _=None):
-        x = x + nn.MultiHeadDotProductAttention(num_heads=4)(x)
-        return x + nn.Dense(x.shape[-1])(nn.relu(nn.Dense(24)(x))), None
-
-
-class Model(nn.Module):
-    kind: str = "plain"
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(16, name="stem")(x)
-        layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-        if self.kind == "scan":
-            x, _ = nn.scan(nn.remat(Block), length=3, **layers)(name="blocks")(x, None)
-        elif self.kind == "vmap":
-            x, _ = nn.vmap(Block, **layers)(name="blocks")(jnp.stack([x, 2 * x]))
-            x = x.mean(0)
-        elif self.kind == "shared":
-            block = Block(name="block")
-            x, _ = block(block(x)[0])
-        else:
-            made = {"plain": Block, "remat": nn.remat(Block), "jit": JitBlock}[self.kind]
-            for i in range(2):
-                x, _ = made(name=f"block_{i}")(x)
-        return nn.Dense(10, name="head")(x)
-
-    def encode(self, x):
-        return self(x)
-
-
-JitBlock = nn.jit(Block)
 KINDS = ["plain", "remat", "jit", "scan", "vmap", "shared"]
 
 

@@ -1,6 +1,5 @@
 """Patterns of other people's models that must come out right, or be refused by name."""
 
-import abc
 import functools
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from cases import cases
 from flax import linen as nn
+from linen_models import Concrete, Doubled, WrappedInit
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
@@ -167,52 +167,6 @@ def test_head_tied_in_a_scope_of_its_own():
     serves_what_it_trains(both, params, IDS)
 
 
-def register(cls):
-    init = cls.__init__
-
-    def __init__(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        object.__setattr__(self, "config", dict(kwargs))
-
-    cls.__init__ = __init__
-    return cls
-
-
-@register
-class WrappedInit(nn.Module):
-    width: int = 8
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(self.config.get("width", 8))(x)
-
-
-class Abstract(nn.Module, abc.ABC):
-    @abc.abstractmethod
-    def width(self): ...
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(self.width())(x)
-
-
-class Concrete(Abstract):
-    def width(self):
-        return 8
-
-
-class Twice(nn.Module):
-    width: int = 4
-
-    def __post_init__(self):
-        self.width = self.width * 2
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(self.width)(x)
-
-
 class Intercepted(nn.Module):
     model: nn.Module
 
@@ -229,7 +183,7 @@ class Intercepted(nn.Module):
 
 @pytest.mark.parametrize(
     "model",
-    [WrappedInit(width=16), Concrete(), Twice(8), Intercepted(nn.Dense(4))],
+    [WrappedInit(width=16), Concrete(), Doubled(8), Intercepted(nn.Dense(4))],
     ids=["wrapped init", "abstract", "post init", "intercepted"],
 )
 def test_classes_that_are_not_plain(model):
