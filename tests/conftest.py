@@ -6,6 +6,7 @@ that are not marked ``optimised`` compile without LLVM's optimisations.
 """
 
 import gc
+import importlib.metadata
 import os
 import resource
 
@@ -23,6 +24,14 @@ if os.environ.get("BITNET_JAX_BEARTYPE") == "1":
     import jaxtyping
 
     jaxtyping.install_import_hook("bitnet_jax", "beartype.beartype")
+    # The hook imports from the checkout, past an editable install: its compiled kernels are
+    # in another folder.
+    import bitnet_jax._matmul.native
+
+    for distribution in importlib.metadata.distributions(name="bitnet_jax"):
+        for file in distribution.files or ():
+            if file.name == "product.native":
+                bitnet_jax._matmul.native.__path__.append(str(file.locate().parent))
     expect = pytest.raises
 
     class Refused:
