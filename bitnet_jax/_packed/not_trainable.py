@@ -35,6 +35,9 @@ _DERIVATIVES = {
     "jacfun": "the Jacobian",
 }
 
+MAY_TRAIN = frozenset({"jax", "opt", "fla"})
+"""How the names of modules begin that :func:`refuse_training` looks at; no others need it."""
+
 _STEPS = ("init", "init_fn", "update", "update_fn")
 
 _ADDITIONS = ("apply_updates", "incremental_update")
@@ -43,18 +46,17 @@ _MASKS = ("optax.transforms._masking", "optax.transforms._combining")
 
 
 @no_type_check  # a checker's frames would come between
-def refuse_training(codes: object) -> None:
+def refuse_training(codes: object, asker: FrameType | None) -> None:
     """Raises where a derivative or an optimizer flattens a packed leaf.
 
-    Every call of a jitted function flattens its arguments: this comes first in all
-    of them, and mostly looks at one name.
+    Called by ``flatten`` itself, where a module of :data:`MAY_TRAIN` called that.
 
     Args:
       codes: the leaf's codes; a placeholder (``optax.MaskedNode``) passes, and so
         does ``jax.grad(..., allow_int=True)``.
+      asker: the frame that called ``flatten``.
     """
-    # Two frames up: past flatten, to whoever flattens; then out of JAX's tree modules.
-    asker = sys._getframe(2)
+    # Out of JAX's tree modules, to whoever flattens.
     module = asker.f_globals
     while module is _TREE_UTIL or module is _TREE or module is _FLATTREE:
         asker = asker.f_back
