@@ -21,7 +21,7 @@ from bitnet_jax._ops.gather import gathering
 from bitnet_jax._ops.product import Product
 from bitnet_jax._ops.ternary_dot import ternary_conv, ternary_dot
 from bitnet_jax._packed.adapted import Adapted
-from bitnet_jax._packed.kernel import Packed, PackedInt8, Prepared, PreparedInt8
+from bitnet_jax._packed.kernel import Packed, PackedInt8, PreparedInt8
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Activations, AnyArray, DTypeLike, Kernel
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
@@ -210,14 +210,7 @@ def check_packed(
             _require_one_feature_group(who, where, call.convolution.feature_groups)
         kernel = kernel.base
     _require_same_config(who, where, config.weights, kernel.config)
-    shape = call.kernel_shape
-    if isinstance(kernel, Prepared):
-        # A prepared kernel's shape has batch, contraction and outputs in this order.
-        outputs = [a for a in range(len(shape)) if a not in call.contracting_axes + call.batch_axes]
-        order = (*call.batch_axes, *call.contracting_axes, *outputs)
-        _require_same_shape(who, where, [shape[a] for a in order], kernel.shape)
-        return
-    _require_same_shape(who, where, shape, kernel.shape)
+    _require_same_shape(who, where, call.kernel_shape, kernel.shape)
     _require_same_axes(who, where, call.contracting_axes, kernel.axes.contracting)
 
 

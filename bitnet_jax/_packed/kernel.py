@@ -35,7 +35,47 @@ _INT8_CONFIG = Int8Config()
 
 
 class _Node:
-    """What a node is made of besides codes and scale."""
+    """What stored and prepared kernels have in common."""
+
+    codes: Array
+    scale: Array
+    contracting_axes: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float kernel this leaf stands for."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """The kernel's rank, batch axes included."""
+        raise NotImplementedError
+
+    def _batch_ndim(self) -> int:
+        """How many batch axes it has."""
+        raise NotImplementedError
+
+    @property
+    def axes(self) -> kernel_axes.KernelAxes:
+        """The kernel's axes, non-negative, as they are in this slice or stack."""
+        # Counted from the end, and batch axes first: valid for a slice and for a stack.
+        contracting = tuple(a + self.ndim for a in self.contracting_axes)
+        batch = tuple(range(self._batch_ndim()))
+        taken = {*contracting, *batch}
+        return kernel_axes.KernelAxes(
+            contracting, batch, tuple(a for a in range(self.ndim) if a not in taken)
+        )
+
+    @property
+    def size(self) -> int:
+        """How many weights it stands for."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scale."""
+        return _nbytes(self.codes) + _nbytes(self.scale)
 
     @functools.cached_property
     def _static(self) -> tuple[Any, ...]:
@@ -64,19 +104,10 @@ class _Node:
 
 
 class _Stored(_Node):
-    """Shape, axes and size shared by ``PackedTernary`` and ``PackedInt8``."""
+    """What ``PackedTernary`` and ``PackedInt8`` have in common."""
 
-    codes: Array
-    scale: Array
-    contracting_axes: tuple[int, ...]
     kernel_ndim: int
-    dtype: np.dtype
     _codes_dtype: ClassVar[str]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the float kernel this leaf stands for."""
-        raise NotImplementedError
 
     def int8_codes(self) -> Int8[Array, "..."]:
         """The codes as int8, in the kernel's shape."""
@@ -87,26 +118,8 @@ class _Stored(_Node):
         """The kernel's rank, batch axes included."""
         return self.codes.ndim
 
-    @property
-    def size(self) -> int:
-        """How many weights it holds."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scale."""
-        return _nbytes(self.codes) + _nbytes(self.scale)
-
-    @property
-    def axes(self) -> kernel_axes.KernelAxes:
-        """The kernel's axes, non-negative, as they are in this slice or stack."""
-        # Counted from the end, and batch axes first: valid for a slice and for a stack.
-        contracting = tuple(a + self.ndim for a in self.contracting_axes)
-        batch = tuple(range(self.ndim - self.kernel_ndim))
-        taken = {*contracting, *batch}
-        return kernel_axes.KernelAxes(
-            contracting, batch, tuple(a for a in range(self.ndim) if a not in taken)
-        )
+    def _batch_ndim(self) -> int:
+        return self.ndim - self.kernel_ndim
 
     def _codes_shape(self) -> tuple[int, ...]:
         """The shape that codes of this shape and length have."""
@@ -287,26 +300,16 @@ class PackedInt8(_Stored):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Prepared(_Node):
-    """Shape and size shared by ``PreparedTernary`` and ``PreparedInt8``."""
+    """What ``PreparedTernary`` and ``PreparedInt8`` have in common."""
 
     codes: PackedCodes
     scale: Scale
     contraction: tuple[int, ...]
     outputs: tuple[int, ...]
+    contracting_axes: tuple[int, ...]
     implementation: str
     config: TernaryConfig | Int8Config
     dtype: np.dtype = _FLOAT32
-    contracting_axes: tuple[int, ...] | None = None
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        """The shape of the float kernel this leaf stands for, its axes as they are stored."""
-        if self.contracting_axes is None:
-            return self.shape
-        ndim = len(self.contraction) + len(self.outputs)
-        contracted, outputs = iter(self.contraction), iter(self.outputs)
-        own = (a - ndim in self.contracting_axes for a in range(ndim))
-        return (*self.batch, *(next(contracted if met else outputs) for met in own))
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -314,19 +317,24 @@ class Prepared(_Node):
         return self.scale.shape[:-2]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(*batch, *contraction, *outputs)."""
-        return (*self.batch, *self.contraction, *self.outputs)
-
-    @property
     def ndim(self) -> int:
-        """The rank of :attr:`shape`."""
-        return len(self.shape)
+        """The kernel's rank, batch axes included."""
+        return len(self.batch) + len(self.contraction) + len(self.outputs)
+
+    def _batch_ndim(self) -> int:
+        return len(self.batch)
 
     @property
-    def size(self) -> int:
-        """How many weights it stands for."""
-        return math.prod(self.shape)
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float kernel this leaf stands for."""
+        return (*self.batch, *self._one_shape())
+
+    def _one_shape(self) -> tuple[int, ...]:
+        """The shape of one kernel, without batch axes."""
+        contracted, outputs = iter(self.contraction), iter(self.outputs)
+        ndim = len(self.contraction) + len(self.outputs)
+        met = (a in self.contracting_axes for a in range(-ndim, 0))
+        return tuple(next(contracted if one else outputs) for one in met)
 
     def fault(self) -> str | None:
         """What is wrong with the dtypes or the shapes of codes and scale; None if nothing."""
@@ -343,14 +351,8 @@ class Prepared(_Node):
         """What is wrong with the codes, where their values can be read; None if nothing."""
         return None  # int8: a byte may hold any code, and the padding of a layout is one
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scale."""
-        return _nbytes(self.codes) + _nbytes(self.scale)
-
     def __repr__(self) -> str:
-        kernel = (*self.contraction, *self.outputs)
-        return f"{type(self).__name__}(shape={kernel}, for {self.implementation!r})"
+        return f"{type(self).__name__}(shape={self._one_shape()}, for {self.implementation!r})"
 
 
 class PreparedTernary(Prepared):
@@ -366,10 +368,10 @@ class PreparedTernary(Prepared):
       scale: float32 array.
       contraction: lengths of the contracting axes.
       outputs: lengths of the output axes.
+      contracting_axes: the axes that meet x, counted from the kernel's end.
       implementation: the name of the only implementation that reads it.
       config: the quantiser that made it.
       dtype: the float dtype of the kernel it stands for.
-      contracting_axes: of the stored kernel, counted from the end; None: its first.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -437,8 +439,6 @@ def _nbytes(array: Array | jax.ShapeDtypeStruct) -> int:
 
 def split(packed: Packed) -> tuple[tuple[int, ...], ...]:
     """The lengths of the batch, contracting and output axes of a packed kernel."""
-    if isinstance(packed, Prepared):
-        return packed.batch, packed.contraction, packed.outputs
     return packed.axes.split(packed.shape)
 
 

@@ -18,7 +18,7 @@ from bitnet_jax import _mesh
 from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._layers.stated import reading
 from bitnet_jax._packed.adapted import Adapted, is_adapted
-from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
+from bitnet_jax._packed.kernel import is_packed, is_stored
 from bitnet_jax._quantize.arrays import AnyArray
 from bitnet_jax._quantize.strength import phased
 from bitnet_jax._transform import decide, results
@@ -211,7 +211,7 @@ def _placeholder(value: Value | Like) -> Any:
     packed = value.base if isinstance(value, Adapted) else value
     if not is_packed(packed):
         return value
-    shape = packed.kernel_shape if isinstance(packed, Prepared) else packed.shape
+    shape = packed.shape
     if isinstance(packed.codes, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, packed.dtype)
     kind, sharding = jax.typeof(packed.codes), None

@@ -136,3 +136,22 @@ def test_statistics_are_read_from_every_form_of_an_optimizer_state():
     plain = tx.init({"kernel": W})
     stored = flax.serialization.to_state_dict(plain)
     assert bj.optim.read_trits(stored) == bj.optim.read_trits(plain)
+
+
+def test_a_prepared_kernel_has_the_shape_of_the_float_one():
+    w = jax.random.normal(jax.random.key(0), (3, 8, 4, 16))
+    cases = [
+        bj.pack(w, contracting_axes=(-3, -2)),  # attention's output, stacked
+        bj.pack(w, contracting_axes=(0, 1, 2)),  # a convolution
+        bj.pack(w[0], contracting_axes=(0,)),  # attention's query
+        bj.pack(w[0], contracting_axes=-1),
+        bj.pack(w, contracting_axes=-1, batch_axes=(0, 1)),
+        bj.pack(w[0, :, 0], bj.Int8Config(), contracting_axes=-1),  # an embedding
+    ]
+    for packed, implementation in [
+        *((case, "xla") for case in cases[:-1]),
+        *((case, "cpu") for case in cases),
+    ]:
+        prepared = bj.prepare(packed, implementation)
+        assert (prepared.shape, prepared.axes) == (packed.shape, packed.axes)
+        assert (prepared.ndim, prepared.size) == (packed.ndim, packed.size)
