@@ -218,7 +218,10 @@ class _Asked:
         made = self._abstract(self._init, *self._arguments({}, {}))
         table = self._traced(self._ternary.explain, made.get("params", {}), {})
         # A stacked bias has two axes, and is no kernel that was missed.
-        rows = (row for row in table.rows if row.primitive != "-" or not _is_small(row.path))
+        rows = [row for row in table.rows if row.primitive != "-" or not _is_small(row.path)]
+        if self._plan is None:  # nothing was selected, because nobody was asked
+            told = {"not selected": "a float layer; bj.linen.ternarize(model) makes it ternary"}
+            rows = [dataclasses.replace(row, why=told.get(row.why, row.why)) for row in rows]
         return dataclasses.replace(table, rows=tuple(rows))
 
     def kernels(self, params: PyTree, variables: Mapping[str, PyTree] | None) -> Kernels:

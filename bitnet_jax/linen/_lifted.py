@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import copyreg
 import dataclasses
 import functools
 import inspect
@@ -30,6 +29,7 @@ from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
 from bitnet_jax._transform.decide import Extent
+from bitnet_jax._transform.derived_class import metaclass
 from bitnet_jax._transform.program import Spec
 from bitnet_jax._transform.ternarize import Ternarized
 from bitnet_jax._tree.leaves import unbox
@@ -119,7 +119,11 @@ def ternarize(
     """
     who = "ternarize"
     _checks.require_instance(
-        who, "model", model, nn.Module, "Pass an instance, for example Model()."
+        who,
+        "model",
+        model,
+        nn.Module,
+        "Pass an instance, for example Model(); NNX models have bj.nnx.",
     )
     kind = type(model)
     _require_not_ternarized(who, plan_of(kind) is not None, kind.__name__)
@@ -153,20 +157,6 @@ def _of_class(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
 
 def _rebuild(kind: type[nn.Module], plan: Plan, state: dict[str, Any]) -> nn.Module:
     return _of_class(ternarized_class(kind, plan), state)
-
-
-@functools.cache
-def _metaclass(kind: type) -> type:
-    """The metaclass of classes that are derived from one of metaclass ``kind``: they pickle."""
-    made = type(f"Ternarized{kind.__name__}", (kind,), {})
-    copyreg.pickle(made, _reduce_class)  # pyright: ignore[reportArgumentType]
-    return made
-
-
-def _reduce_class(kind: type[nn.Module]) -> str | tuple[Any, ...]:
-    if "_bitnet_plan" in vars(kind):
-        return ternarized_class, (kind.__base__, vars(kind)["_bitnet_plan"])
-    return kind.__qualname__  # a class that a user derived: by its name
 
 
 @functools.cache
@@ -253,7 +243,8 @@ def ternarized_class(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
         "__doc__": kind.__doc__,
     }
     # The name: Flax names submodules by it.
-    made: Any = _metaclass(type(kind))(kind.__name__, (kind,), body)
+    meta = metaclass(type(kind), ternarized_class, "_bitnet_plan")
+    made: Any = meta(kind.__name__, (kind,), body)
     del made.__init__  # Flax made one of the fields alone; the model's may be a decorator's
     return made
 

@@ -97,7 +97,9 @@ def ternarize(
       value/kernel  LinearGeneral  32x4x8  ternary  selected
     """
     who = "ternarize"
-    _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
+    _checks.require_instance(
+        who, "model", model, nnx.Module, "Pass an NNX module; linen models have bj.linen."
+    )
     _checks.require_selector(who, select)
     layer = layer_config(who, weights, activations, norm, backward_dtype)
     sites = _sites.sites(model)
@@ -296,7 +298,9 @@ def explain(
       layers/1/kernel  Linear     32x10  float    not selected
     """
     who = "explain"
-    _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
+    _checks.require_instance(
+        who, "model", model, nnx.Module, "Pass an NNX module; linen models have bj.linen."
+    )
     for example in _examples(method, (), args, kwargs):
         with _split(who, model, example) as split:
             return split.function.explain(*split.operands)
@@ -332,7 +336,9 @@ def _split(who: str, model: nnx.Module, example: _Example) -> AbstractContextMan
 
 
 def _kernels(who: str, model: nnx.Module, examples: Sequence[_Example]) -> Kernels:
-    _checks.require_instance(who, "model", model, nnx.Module, "Pass an NNX module.")
+    _checks.require_instance(
+        who, "model", model, nnx.Module, "Pass an NNX module; linen models have bj.linen."
+    )
     uses: dict[Path, KernelUse] = {}
     shared: dict[int, KernelUse | None] = {}  # by variable: one may stand in several layers
     own = place_of(model) if examples else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import inspect
 from typing import Any
 
 from flax import nnx
 
+from bitnet_jax._transform.derived_class import metaclass
 from bitnet_jax.nnx._call import Place, call
 
 
@@ -25,22 +25,8 @@ def derived(kind: type[nnx.Module], place: Place) -> type[nnx.Module]:
         "__annotations__": {},
     }
     pytree = {} if kind._pytree__is_pytree else {"pytree": False}
-    made: Any = _meta(type(kind))
+    made: Any = metaclass(type(kind), derived, "_bitnet_place")
     return made(kind.__name__, (kind,), body, **pytree)
-
-
-@functools.cache
-def _meta(base: type) -> type:
-    """A metaclass, by which derived classes pickle, for models of the metaclass ``base``."""
-    made: Any = type(base.__name__, (base,), {})
-    copyreg.pickle(made, _reduce_class)
-    return made
-
-
-def _reduce_class(kind: type[nnx.Module]) -> str | tuple[Any, ...]:
-    if "_bitnet_place" in vars(kind):
-        return derived, (kind.__base__, vars(kind)["_bitnet_place"])
-    return kind.__qualname__  # a class that a user derived: by its name
 
 
 def _methods(kind: type[nnx.Module]) -> dict[str, Any]:

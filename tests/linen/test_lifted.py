@@ -12,6 +12,7 @@ import pytest
 from cases import cases
 from draws import normal
 from flax import linen as nn
+from flax import nnx
 from flax.training import train_state
 from linen_models import Concrete, Doubled, WrappedInit
 from oracles import assert_same_bits
@@ -513,6 +514,13 @@ def test_words():
         model.init(jax.random.key(0), X)
     with pytest.raises(ValueError, match=misspelt):
         bj.linen.explain(model, X)
+    table = bj.linen.explain(Net(), X)  # of the float model
+    assert not table.ternary
+    assert all("bj.linen.ternarize(model)" in row.why for row in table.rows)
+    with pytest.raises(TypeError, match=r"linen models have bj\.linen"):
+        bj.nnx.ternarize(Net())
+    with pytest.raises(TypeError, match=r"NNX models have bj\.nnx"):
+        bj.linen.ternarize(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
     class Phased(nn.Module):
         @nn.compact
