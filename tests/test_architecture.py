@@ -295,7 +295,7 @@ REPORTS = {
     "bitnet_jax": ["PackReport"],
     "bitnet_jax.analysis": ["Comparison", "GradientFlow", "Sensitivity", "TritStats"],
     "bitnet_jax.sharding": ["Collectives", "TrainingMemory"],
-    "bitnet_jax._layers.coverage": ["Coverage"],
+    "bitnet_jax.nnx._coverage": ["Coverage"],
     "bitnet_jax._transform.explain": ["ProgramCoverage"],
 }
 

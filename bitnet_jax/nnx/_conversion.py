@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from bitnet_jax import _checks
-from bitnet_jax._layers import coverage
 from bitnet_jax._layers.forward import layer_config
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig
@@ -29,7 +28,7 @@ from bitnet_jax._transform import ProgramCoverage
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
 from bitnet_jax._tree.select import Kernels, KernelUse, Path, Patterns, Select, decide, matched
-from bitnet_jax.nnx import _sites
+from bitnet_jax.nnx import _coverage, _sites
 from bitnet_jax.nnx._bit_linear import TernaryLayer
 from bitnet_jax.nnx._call import Place, Plan, Split, is_container, place_of, splitting
 from bitnet_jax.nnx._derived import derived
@@ -46,7 +45,7 @@ def ternarize(
     activations: ActivationConfig | None = INT8,
     norm: bool = False,
     backward_dtype: DTypeLike | None = None,
-) -> coverage.Coverage:
+) -> _coverage.Coverage:
     """Makes a model ternary, in place, and says what is known of its kernels.
 
     Every module of the model gets a class derived from its own, of the same name; parameters
@@ -108,14 +107,14 @@ def ternarize(
     _require_one_choice(who, sites, plan)
     decided = [(site, *_sites.settled(who, site, plan)) for site in sites]
     _check_selection(who, type(model).__name__, decided, plan)
-    if any(_takes_part(site.owner) and (c or why == coverage.BY_CALL) for site, c, why in decided):
+    if any(_takes_part(site.owner) and (c or why == _coverage.BY_CALL) for site, c, why in decided):
         plan = dataclasses.replace(plan, extent="call")
     rows = tuple(site.row(config, why) for site, config, why in decided)
     for path, module in list(nnx.iter_modules(model)):
         place = Place(plan, tuple(map(str, path)))
         if _takes_part(module) and any(s.path[: len(path)] == place.path for s in sites):
             object.__setattr__(module, "__class__", derived(type(module), place))
-    return coverage.Coverage(rows)
+    return _coverage.Coverage(rows)
 
 
 def _hashable(select: Select | None) -> Select | None:
@@ -165,7 +164,7 @@ def _require_one_choice(who: str, sites: Sequence[Site], plan: Plan) -> None:
 
 def _check_selection(who: str, name: str, decided: Sequence[Any], plan: Plan) -> None:
     """Raises for a selection that chose nothing, a packed model, and a ternarised one."""
-    chosen = [site for site, config, why in decided if config or why == coverage.BY_CALL]
+    chosen = [site for site, config, why in decided if config or why == _coverage.BY_CALL]
     reasons = {"/".join(s.path): why for s, c, why in decided if not c and why != "not selected"}
     paths = [site.path for site, _, _ in decided]
     matched(who, paths, bool(chosen or reasons), plan.select)
@@ -173,7 +172,7 @@ def _check_selection(who: str, name: str, decided: Sequence[Any], plan: Plan) ->
         if is_packed(site.value) and not site.is_layer:
             _checks.raise_already_packed(who, "/".join(site.path))
     if not chosen:
-        coverage.raise_none_ternary(who, reasons)
+        _coverage.raise_none_ternary(who, reasons)
     if all(place_of(site.owner) or site.is_layer for site in chosen) and any(
         place_of(site.owner) for site in chosen
     ):
@@ -269,7 +268,7 @@ def kernels(
 
 def explain(
     model: nnx.Module, *args: PyTree, method: str | None = None, **kwargs: PyTree
-) -> coverage.Coverage | ProgramCoverage:
+) -> _coverage.Coverage | ProgramCoverage:
     """Which kernels of a model are ternary, and why the others are not.
 
     Args:
@@ -305,7 +304,7 @@ def explain(
         with _split(who, model, example) as split:
             return split.function.explain(*split.operands)
     rows = (site.row(*_sites.settled(who, site)) for site in _sites.sites(model))
-    return coverage.Coverage(tuple(rows))
+    return _coverage.Coverage(tuple(rows))
 
 
 # A method's name, and the arguments of an example of a call.
@@ -348,7 +347,7 @@ def _kernels(who: str, model: nnx.Module, examples: Sequence[_Example]) -> Kerne
             continue  # the examples say it
         where, use = "/".join(site.path), None
         config, why = _sites.settled(who, site)
-        if why == coverage.BY_CALL:
+        if why == _coverage.BY_CALL:
             _raise_needs_example(who, where, site.kind.__name__)
         if config is not None:
             use = uses[site.path] = _sites.use_of(who, site, config)

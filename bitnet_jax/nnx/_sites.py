@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from bitnet_jax import _checks
-from bitnet_jax._layers import coverage, dimensions
+from bitnet_jax._layers import dimensions
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.int8 import Int8Config
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._transform import EMBEDDING
 from bitnet_jax._tree.select import KernelUse, Path, Patterns, Select, decide, match
-from bitnet_jax.nnx import _bit_linear
+from bitnet_jax.nnx import _bit_linear, _coverage
 from bitnet_jax.nnx._bit_linear import (
     BitConv,
     BitEinsum,
@@ -76,10 +76,10 @@ class Site(NamedTuple):
         """Whether the owner is a layer of this package, which has a config of its own."""
         return isinstance(self.owner, TernaryLayer)
 
-    def row(self, config: KernelConfig | None, why: str) -> coverage.Covered:
+    def row(self, config: KernelConfig | None, why: str) -> _coverage.Covered:
         """The row of a table."""
         shape = tuple(self.value.shape)
-        return coverage.Covered("/".join(self.path), self.kind.__name__, shape, config, why)
+        return _coverage.Covered("/".join(self.path), self.kind.__name__, shape, config, why)
 
 
 def sites(model: nnx.Module) -> list[Site]:
@@ -118,15 +118,15 @@ def decided(who: str, site: Site, place: Place) -> tuple[KernelConfig | None, st
     else:
         config = decide(who, path, site.value, layer.weights, select)
         if config is None and meant and not site.is_known:
-            return None, coverage.BY_CALL
+            return None, _coverage.BY_CALL
     if config is None:
         return None, "not selected"
     if by_default and path in plan.tables:
         return None, EMBEDDING
     why = why_not(site, config)
     if why is None and not site.is_known:
-        return None, coverage.BY_CALL
-    return coverage.settle(who, site.path, site.kind.__name__, config, why, select)
+        return None, _coverage.BY_CALL
+    return _coverage.settle(who, site.path, site.kind.__name__, config, why, select)
 
 
 def is_table(site: Site) -> bool:
@@ -168,7 +168,7 @@ def use_of(who: str, site: Site, config: KernelConfig) -> KernelUse:
     n = len(got) - len(call.kernel_shape)
     if n < 0 or got[n:] != call.kernel_shape:
         _checks.require_param_shape(who, "/".join(site.path), got, call.kernel_shape)
-    axes = coverage.stacked_axes(n, call.contracting_axes, call.batch_axes)
+    axes = _coverage.stacked_axes(n, call.contracting_axes, call.batch_axes)
     return KernelUse(got, config, axes)
 
 
