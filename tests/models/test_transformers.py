@@ -1,6 +1,6 @@
 """What is exported, run by transformers: the same logits, up to counted int8 flips.
 
-Collected where transformers and torch are installed.
+Collected where transformers, torch and accelerate are installed.
 """
 
 import os
