@@ -16,7 +16,9 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -132,8 +134,12 @@ def quantize_hugging_face(w):
 
 
 def activations32(x, config, axes=(-1,)):
-    """Int8 codes and gamma, in float32."""
+    """Int8 codes and gamma, in float32; with groups, gamma is (..., groups)."""
     x = np.asarray(x).astype(F32)
+    if config.group is not None:
+        parts = [x[..., i : i + config.group] for i in range(0, x.shape[-1], config.group)]
+        done = [activations32(p, dataclasses.replace(config, group=None)) for p in parts]
+        return tuple(np.concatenate(each, -1) for each in zip(*done, strict=True))
     gamma = np.maximum(np.abs(x).max(axis=tuple(axes), keepdims=True), F32(config.eps))
     return np.rint(x * (F32(config.qmax) / gamma)).astype(np.int8), gamma
 
@@ -146,7 +152,7 @@ def activations64(x, config, axes=(-1,)):
 
 
 class Canonical(NamedTuple):
-    """Operands of one product: x (*b, m, K), codes and scale (*b, K, N)."""
+    """Operands of one product: x (*b, m, K), gamma (*b, m, groups), codes and scale (*b, K, N)."""
 
     x: np.ndarray
     gamma: np.ndarray
@@ -181,12 +187,14 @@ def dot32(x, w, config, activations, contracting=None, batch=()):
     c = canonical(x, w, config, activations, contracting, batch)
     k = c.w.shape[-2]
     group = config.granularity if isinstance(config.granularity, int) else k
+    group = math.gcd(group, activations.group or k)
+    gamma = np.repeat(c.gamma, k // c.gamma.shape[-1], -1)
     total = None
     for start in range(0, k, group):
         part = slice(start, start + group)
         sums = c.x[..., part].astype(np.int64) @ c.w[..., part, :].astype(np.int64)
         step = c.scale[..., start : start + 1, :] * F32(1 / activations.qmax)
-        y = (sums.astype(F32) * c.gamma) * step
+        y = (sums.astype(F32) * gamma[..., start : start + 1]) * step
         total = y if total is None else total + y
     return _shape(total, np.asarray(x), np.asarray(w), contracting, batch)
 
@@ -194,7 +202,8 @@ def dot32(x, w, config, activations, contracting=None, batch=()):
 def operands64(x, w, config, activations, contracting=None, batch=()):
     """x_q and w_q of the equations: dequantised operands in float64, canonical."""
     c = canonical(x, w, config, activations, contracting, batch)
-    x_q = c.x.astype(np.float64) * c.gamma.astype(np.float64) / activations.qmax
+    gamma = np.repeat(c.gamma.astype(np.float64), c.x.shape[-1] // c.gamma.shape[-1], -1)
+    x_q = c.x.astype(np.float64) * gamma / activations.qmax
     return x_q, c.w.astype(np.float64) * c.scale.astype(np.float64)
 
 

@@ -46,7 +46,12 @@ from bitnet_jax._quantize.arrays import (
     Gradient,
 )
 from bitnet_jax._quantize.config import INT8, ActivationConfig
-from bitnet_jax._quantize.int8 import activation_codes, check_activations
+from bitnet_jax._quantize.int8 import (
+    activation_codes,
+    check_activations,
+    require_activation_groups,
+    require_no_activation_groups,
+)
 
 
 def matmul(
@@ -80,7 +85,7 @@ def matmul(
 
     Raises:
       TypeError: x is not floating point, or ``packed`` is not packed.
-      ValueError: shapes that do not meet, an unknown implementation, or one
+      ValueError: shapes or groups that do not meet, an unknown implementation, or one
         that a prepared kernel was not prepared for.
       NotImplementedError: the implementation asked for cannot do this, or cannot on
         the platform that the program is lowered for.
@@ -98,10 +103,11 @@ def matmul(
     _require_known_implementation("matmul", implementation)
     batch, contraction, outputs = split(packed)
     _checks.require_contraction("matmul", x.shape, contraction, batch)
-    name = choose(packed, implementation)
+    require_activation_groups("matmul", activations, contraction)
+    name = choose(packed, implementation, activations=activations)
     if activations is not None:  # a float product is XLA's, whatever the implementation
         _require_same_implementation("matmul", implementation, name)
-        _require_able("matmul", packed, name)
+        _require_able("matmul", packed, name, activations)
     dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
     lead = x.shape[: x.ndim - len(contraction)]
 
@@ -131,6 +137,7 @@ def convolve(
     The bits of :func:`bitnet_jax._ops.ternary_dot.ternary_conv`; differentiable in x.
     """
     _require_operands("convolve", x, packed, activations)
+    require_no_activation_groups("convolve", activations)
     dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
 
     def run(x: Activations, packed: Packed) -> Float[Array, "..."]:
@@ -372,9 +379,11 @@ def _require_same_implementation(who: str, asked: Name | None, runs: Name) -> No
         )
 
 
-def _require_able(who: str, packed: Packed, name: Name) -> None:
+def _require_able(
+    who: str, packed: Packed, name: Name, activations: ActivationConfig | None = None
+) -> None:
     """Raises where an implementation cannot run a kernel, with its reason."""
-    reason = IMPLEMENTATIONS[name].unsupported_reason(packed)
+    reason = IMPLEMENTATIONS[name].unsupported_reason(packed, activations)
     if reason is not None:
         raise NotImplementedError(f"{who}: {reason}")
 

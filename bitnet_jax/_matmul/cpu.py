@@ -51,8 +51,13 @@ _PADDING = 64  # rows of x are padded to a multiple of it, see native/layout.h
 _FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
-def unsupported_reason(packed: Packed) -> str | None:
+def unsupported_reason(packed: Packed, activations: ActivationConfig | None = None) -> str | None:
     """Why this implementation cannot run a kernel; None if it can."""
+    if activations is not None and activations.group is not None:
+        return (
+            "implementation 'cpu' has one scale per token, got groups of "
+            f"{activations.group}. Use implementation='xla' and the stored kernel."
+        )
     int8 = isinstance(packed, (PackedInt8, PreparedInt8))
     remedy = f"Use implementation={'reference' if int8 else 'xla'!r}."
     reason = native.load().reason

@@ -15,6 +15,7 @@ import jax
 
 from bitnet_jax._matmul import cpu, panels, reference, xla
 from bitnet_jax._packed.kernel import Packed, Prepared, PreparedInt8
+from bitnet_jax._quantize.config import ActivationConfig
 
 Name = Literal["cpu", "xla", "reference"]
 
@@ -24,7 +25,7 @@ class Implementation(NamedTuple):
 
     Attributes:
       contract: (x, packed, activations, dtype) -> the product, from float to float.
-      unsupported_reason: packed -> the reason why not, or None.
+      unsupported_reason: (packed, activations or None) -> the reason why not, or None.
       prepare: stored -> the layout it runs best from; None: the stored one.
       layout: prepared -> the shape that its codes have.
       codes_of: prepared -> canonical int8 codes, for the gradient.
@@ -34,7 +35,7 @@ class Implementation(NamedTuple):
     """
 
     contract: Callable[..., jax.Array]
-    unsupported_reason: Callable[[Packed], str | None]
+    unsupported_reason: Callable[..., str | None]
     prepare: Callable[..., Prepared] | None = None
     layout: Callable[[Prepared], tuple[int, ...]] | None = None
     codes_of: Callable[[Prepared], jax.Array] | None = None
@@ -66,7 +67,13 @@ IMPLEMENTATIONS: dict[Name, Implementation] = {
 }
 
 
-def choose(packed: Packed, implementation: Name | None = None, *, preparing: bool = False) -> Name:
+def choose(
+    packed: Packed,
+    implementation: Name | None = None,
+    *,
+    activations: ActivationConfig | None = None,
+    preparing: bool = False,
+) -> Name:
     """A prepared kernel's own implementation, or the one asked for, or the first that can."""
     if isinstance(packed, Prepared):
         return cast(Name, packed.implementation)
@@ -76,5 +83,5 @@ def choose(packed: Packed, implementation: Name | None = None, *, preparing: boo
     return next(
         name
         for name, row in rows
-        if row.unsupported_reason(packed) is None and row.preferred(packed, preparing)
+        if row.unsupported_reason(packed, activations) is None and row.preferred(packed, preparing)
     )

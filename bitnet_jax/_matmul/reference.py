@@ -29,8 +29,9 @@ def contract(
     return contract_codes(Product(), x_codes, gamma, codes, scale, activations.qmax).astype(dtype)
 
 
-def unsupported_reason(packed: Packed) -> str | None:
+def unsupported_reason(packed: Packed, activations: ActivationConfig | None = None) -> str | None:
     """Why this implementation cannot run a kernel: every stored one it can."""
+    del activations
     if isinstance(packed, Prepared):
         return "implementation 'reference' reads the stored layout only."
     return None

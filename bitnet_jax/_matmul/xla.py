@@ -22,7 +22,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
-from bitnet_jax._ops.product import group_epilogue, int32_dot, merge_rows, rows_padded
+from bitnet_jax._ops.product import (
+    group_epilogue,
+    int32_dot,
+    joint_groups,
+    merge_rows,
+    rows_padded,
+)
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import (
     Packed,
@@ -31,6 +37,7 @@ from bitnet_jax._packed.kernel import (
     Prepared,
     canonical_bytes,
     lay_out,
+    split,
 )
 from bitnet_jax._quantize.arrays import Activations, DTypeLike
 from bitnet_jax._quantize.config import ActivationConfig
@@ -72,12 +79,11 @@ def contract(
     if isinstance(packed, PackedTernary):
         codes = canonical_bytes(packed)[..., None, :, :]  # one block of all columns
         scale = packed.canonical_scale()
-        _, contraction, outputs = packed.axes.split(packed.shape)
     else:
         codes, scale = packed.codes, packed.scale
-        contraction, outputs = packed.contraction, packed.outputs
+    _, contraction, outputs = split(packed)
     x_codes, gamma = activation_codes(x, activations, (-1,))
-    rows = _byte_rows(x_codes, contraction, scale.shape[-2])
+    rows = _byte_rows(x_codes, contraction, joint_groups(gamma, scale))
     sums = _sums(rows, codes)[..., : math.prod(outputs)]  # without the padding columns
     return group_epilogue(sums, gamma, scale, activations.qmax).astype(dtype)
 
@@ -90,23 +96,24 @@ def preferred(packed: Packed, preparing: bool) -> bool:
     return (preparing and jax.default_backend() != "gpu") or isinstance(packed, Prepared)
 
 
-def unsupported_reason(packed: Packed) -> str | None:
+def unsupported_reason(packed: Packed, activations: ActivationConfig | None = None) -> str | None:
     """Why this implementation cannot run a kernel; None if it can."""
     if isinstance(packed, PackedInt8):
         return "implementation 'xla' unpacks two-bit codes. Use implementation='reference'."
-    group = packed.config.granularity
-    if isinstance(packed, Prepared) or not isinstance(group, int):
-        return None
-    _, contraction, _ = packed.axes.split(packed.shape)
+    _, contraction, _ = split(packed)
+    sizes = (packed.config.granularity, activations and activations.group)
     # A byte that two groups share could not be summed for each.
-    on_bytes = group % trits.PER_BYTE == 0 and contraction[-1] % trits.PER_BYTE == 0
-    if on_bytes or group == math.prod(contraction):
-        return None
-    return (
-        f"implementation 'xla' needs groups, and a last contracting axis, of a multiple of "
-        f"{trits.PER_BYTE}; got groups of {group} along {contraction}. Use "
-        "implementation='reference'."
-    )
+    for group in sizes:
+        if not isinstance(group, int) or group == math.prod(contraction):
+            continue
+        if group % trits.PER_BYTE or contraction[-1] % trits.PER_BYTE:
+            kept = " and the stored kernel" if isinstance(packed, Prepared) else ""
+            return (
+                f"implementation 'xla' needs groups, and a last contracting axis, of a multiple "
+                f"of {trits.PER_BYTE}; got groups of {group} along {contraction}. Use "
+                f"implementation='reference'{kept}."
+            )
+    return None
 
 
 def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:

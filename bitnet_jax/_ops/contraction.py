@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int8
 from bitnet_jax import _mesh
 from bitnet_jax._ops.convolution import Convolution
 from bitnet_jax._ops.gather import Gather
-from bitnet_jax._ops.product import Product, align_scale, group_epilogue
+from bitnet_jax._ops.product import Product, align_scale, group_epilogue, joint_groups
 from bitnet_jax._quantize.arrays import (
     Activations,
     AnyArray,
@@ -69,6 +69,16 @@ class Contraction(NamedTuple):
     def dequantized(self, x: Activations) -> Float32[Array, "..."]:
         """x rounded to its int8 grid."""
         return dequantize_activations(*self.quantized(x), self._int8())
+
+    def kernel_gradient(
+        self, codes: Int8[Array, "..."], gamma: Gamma, g: Gradient, w_shape: tuple[int, ...]
+    ) -> Float32[Array, "*b k n"]:
+        """``x_q^T g``; a step without groups is applied to g, one product fewer."""
+        to_kernel, dtype = self.operator.to_kernel, self.backward_dtype
+        if gamma.shape[-1] == 1:
+            return to_kernel(codes, g * (gamma * np.float32(1 / self.qmax)), w_shape, dtype)
+        x = dequantize_activations(codes, gamma, self._int8())
+        return to_kernel(x, g, w_shape, dtype)
 
     def on_mesh(self) -> contextlib.AbstractContextManager[object]:
         """The gather's mesh, on which its specs mean something.
@@ -148,11 +158,9 @@ def _int8_dot_backward(
     spec: Contraction, residuals: _Residuals, g: Gradient
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     codes, gamma, w_codes, scale, (x_like, w_like) = residuals
-    # dw = x_q^T g: x_q = codes * step, and the step is applied to g, one product fewer.
-    step = gamma * np.float32(1 / spec.qmax)
-    to_kernel, dtype = spec.operator.to_kernel, spec.backward_dtype
+    dtype = spec.backward_dtype
     with spec.on_mesh():
-        dw = to_kernel(codes, g * step, w_codes.shape, dtype)
+        dw = spec.kernel_gradient(codes, gamma, g, w_codes.shape)
         dx = input_gradient(spec.operator, g, *spec.whole(w_codes, scale), codes.shape, dtype)
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
 
@@ -169,7 +177,8 @@ def contract_codes(
     qmax: int,
 ) -> Float32[Array, "..."]:
     """The integer sums of codes, and the epilogue."""
-    sums = operator.sums(codes, w_codes, scale.shape[-2])  # (groups, ...), int32, exact
+    groups = joint_groups(gamma, scale)
+    sums = operator.sums(codes, w_codes, groups)  # (groups, ...), int32, exact
     return group_epilogue(sums, gamma, scale, qmax)
 
 

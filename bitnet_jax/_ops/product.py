@@ -138,20 +138,36 @@ def group_epilogue(
     scale: CanonicalScale,
     qmax: int,
 ) -> Float32[Array, "*rows n"]:
-    """The epilogue of each group, added in ascending order."""
-    if sums.shape[0] == 1:
+    """The epilogue of each group, added in ascending order.
+
+    Gamma is (..., 1) or (..., groups of x), and the scale has groups of its own: both
+    divide the groups of the sums.
+    """
+    groups = sums.shape[0]
+    if groups == 1:
         return epilogue(sums[0], gamma, scale, qmax)
 
     def add(
-        total: Float32[Array, "..."], group: tuple[Int32[Array, "..."], Float32[Array, "..."]]
+        total: Float32[Array, "..."], group: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[Float32[Array, "..."], None]:
-        sums, scale = group
-        return total + epilogue(sums, gamma, scale[..., None, :], qmax), None
+        sums, gamma, scale = group
+        return total + epilogue(sums, gamma[..., None], scale[..., None, :], qmax), None
 
     # A scan adds in this order whatever the fusion: floats do not add associatively.
     start = jnp.zeros(sums.shape[1:], jnp.float32)
     start, sums, gamma, scale = _mesh.varying_alike(start, sums, gamma, scale)
-    return lax.scan(add, start, (sums, jnp.moveaxis(scale, -2, 0)))[0]
+    gamma, scale = (_of_each(groups, a, axis) for a, axis in ((gamma, -1), (scale, -2)))
+    return lax.scan(add, start, (sums, gamma, scale))[0]
+
+
+def joint_groups(gamma: Float32[Array, "..."], scale: CanonicalScale) -> int:
+    """The fewest groups of a contraction that cut neither a group of x nor one of the kernel."""
+    return math.lcm(gamma.shape[-1], scale.shape[-2])
+
+
+def _of_each(groups: int, values: Float32[Array, "..."], axis: int) -> Float32[Array, "..."]:
+    """The value of each of so many groups, groups first, from those of larger ones on ``axis``."""
+    return jnp.moveaxis(jnp.repeat(values, groups // values.shape[axis], axis), axis, 0)
 
 
 class Product(NamedTuple):

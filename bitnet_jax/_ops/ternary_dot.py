@@ -23,7 +23,11 @@ from bitnet_jax._ops.product import Product
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Activations, DTypeLike, Kernel
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, Int8Config, KernelConfig
-from bitnet_jax._quantize.int8 import check_activations
+from bitnet_jax._quantize.int8 import (
+    check_activations,
+    require_activation_groups,
+    require_no_activation_groups,
+)
 from bitnet_jax._quantize.kernel_axes import AxesLike
 from bitnet_jax._quantize.kernel_spec import KernelSpec, contraction_spec, require_kernel_config
 from bitnet_jax._quantize.straight_through import traced_strength
@@ -49,7 +53,8 @@ def ternary_dot(
     """The training op: ``x @ w`` in int8 x int8 -> int32, with float gradients.
 
     Forward: the codes of x (per token) times the codes of w, summed in int32,
-    then scaled once. Backward, with g the output's gradient and x_q, w_q the
+    then scaled once; with groups of x or w, each group's sum is scaled, and they are
+    added in ascending order. Backward, with g the output's gradient and x_q, w_q the
     dequantised operands: ``dw = x_q^T g`` and ``dx = g w_q^T``; nothing flows
     through a scale. Only int8 codes and scales are saved for the backward pass.
 
@@ -97,6 +102,7 @@ def ternary_dot(
     spec = _checked(who, x, w, weights, activations, contracting_axes, batch_axes)
     batch, contraction, outputs = spec.axes.split(w.shape)
     _checks.require_contraction(who, x.shape, contraction, batch)
+    require_activation_groups(who, activations, contraction)
     # x is (*lead, *contraction); lead starts with the kernel's batch axes.
     lead = x.shape[: x.ndim - len(contraction)]
     rows = _mesh.spec_of(x)[: len(lead)]
@@ -129,11 +135,12 @@ def ternary_conv(
     kernel_spec: PartitionSpec | None = None,
     contracting_axes: AxesLike | None = None,
 ) -> Float[Array, "b *out n"]:
-    """:func:`ternary_dot` for a convolution: one gamma per example."""
+    """:func:`ternary_dot` for a convolution: one gamma per example, no groups of x."""
     who = "ternary_conv"
     # All axes but the outputs are contracted: the window, and the channels of a group.
     window = tuple(range(w.ndim - 1)) if contracting_axes is None else contracting_axes
     spec = _checked(who, x, w, weights, activations, window, ())
+    require_no_activation_groups(who, activations)
     parts, gather = _placement(who, _mesh.spec_of(x)[:1], w, spec, kernel_spec)
     backward = np.dtype(backward_dtype or jnp.float32)
     product = Contraction(convolution, weights, activations, backward, gather)

@@ -31,6 +31,17 @@ def _require_bits(value: object) -> None:
         raise ValueError(f"ActivationConfig: `bits` must be an integer from 2 to 8, got {value!r}.")
 
 
+def _require_group(value: object) -> None:
+    """Raises unless it is None or a group size."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            "ActivationConfig: `group` must be None (one scale per token) or a group size, an "
+            f"integer >= 1, got {value!r}."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class TernaryConfig:
     """How a kernel is quantised to {-1, 0, +1} times a scale.
@@ -101,27 +112,39 @@ class Int8Config:
 
 @dataclasses.dataclass(frozen=True)
 class ActivationConfig:
-    """How activations are quantised, one scale per token.
+    """How activations are quantised: one scale per token, or one for each of its groups.
+
+    Groups are for models that were not trained with int8 activations: there one large
+    feature coarsens the codes of its group alone, and not those of the whole token.
 
     Args:
       bits: 2 to 8; codes lie in [-qmax, qmax] with qmax = 2**(bits-1) - 1.
       eps: the smallest gamma, in units of the activations.
+      group: None: one gamma per token. An int: one for each run of so many features
+        along the contraction, which must be a multiple of it. A convolution takes none.
 
     Raises:
-      ValueError: bits or eps out of range.
+      ValueError: bits, eps or a group size out of range.
 
     Example:
-      >>> import bitnet_jax as bj
+      >>> import jax.numpy as jnp, bitnet_jax as bj
       >>> bj.ActivationConfig(bits=4).qmax
       7
+      >>> codes, gamma = bj.quantize_activations(
+      ...     jnp.array([0.5, -1.0, 100.0, 25.0]), bj.ActivationConfig(group=2)
+      ... )
+      >>> codes.tolist(), gamma.tolist()
+      ([64, -127, 127, 32], [1.0, 100.0])
     """
 
     bits: int = 8
     eps: float = 1e-5
+    group: int | None = None
 
     def __post_init__(self) -> None:
         _require_bits(self.bits)
         _checks.require_epsilon("ActivationConfig", self.eps, self.qmax)
+        _require_group(self.group)
 
     @property
     def qmax(self) -> int:

@@ -1,8 +1,10 @@
-"""Int8 codes: of activations, one scale per token, and of kernels, one per output channel.
+"""Int8 codes: of activations, one scale per token or group, and of kernels, one per output.
 
 A token ``x`` becomes codes in [-qmax, qmax] and its ``gamma``::
 
     gamma = max(max|x|, eps),   code = round(x * (qmax / gamma))
+
+and so does each run of ``group`` features of a token, where the config has groups.
 
 A kernel that two bits would hurt too much, a head or an embedding, keeps eight::
 
@@ -32,23 +34,25 @@ from bitnet_jax._quantize.rounded import quotient
 def quantize_activations(
     x: Activations, config: ActivationConfig = INT8, *, axes: kernel_axes.AxesLike = -1
 ) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
-    """Int8 codes of each token, and its scale gamma.
+    """Int8 codes of each token, and its scale gamma, or one for each of its groups.
 
     ``gamma = max(max|x|, eps)``, ``codes = round(x * (qmax / gamma))``, half to
     even; x is approximately ``codes * gamma / qmax``.
 
     Args:
       x: (..., features), floating point.
-      config: bits and eps.
+      config: bits, eps and group.
       axes: the axes that share one gamma: the last for tokens, every axis but
-        the first for a convolution's examples.
+        the first for a convolution's examples. With groups, the last.
 
     Returns:
-      Codes, int8, of x's shape, and gamma, float32, with length 1 on ``axes``.
-      A token with NaN or Inf has a gamma that is not finite.
+      Codes, int8, of x's shape, and gamma, float32, with length 1 on ``axes``, or
+      features / group on the last. A token, or group, with NaN or Inf has a gamma
+      that is not finite.
 
     Raises:
       TypeError: ``x`` is not floating point.
+      ValueError: groups that do not divide the features, or along other axes.
 
     Example:
       >>> import jax.numpy as jnp, bitnet_jax as bj
@@ -72,7 +76,11 @@ def token_axes(
     _checks.require_instance(who, "config", config, ActivationConfig, "Use bj.ActivationConfig().")
     _checks.require_float_array(who, "x", x)
     _checks.require_values(who, "`x`", x)
-    return _checks.normalize_axes(who, "axes", axes, x.ndim)
+    shared = _checks.normalize_axes(who, "axes", axes, x.ndim)
+    if config.group is not None:
+        _require_last_axis(who, config.group, shared, x.ndim)
+        kernel_axes.require_whole_groups(who, "config.group", config.group, x.shape[-1:])
+    return shared
 
 
 def check_activations(who: str, activations: object) -> None:
@@ -81,12 +89,31 @@ def check_activations(who: str, activations: object) -> None:
     _checks.require_instance(who, "activations", activations, kinds, "Use ActivationConfig().")
 
 
+def require_activation_groups(
+    who: str, activations: ActivationConfig | None, contraction: tuple[int, ...]
+) -> None:
+    """Raises where groups of activations do not tile a contraction."""
+    if activations is not None:
+        group = activations.group
+        kernel_axes.require_whole_groups(who, "activations.group", group, contraction)
+
+
+def require_no_activation_groups(who: str, activations: ActivationConfig | None) -> None:
+    """Raises where a convolution is to have groups of activations."""
+    if activations is not None and activations.group is not None:
+        raise ValueError(
+            f"{who}: `activations.group`={activations.group}, and a convolution has one scale per "
+            "example: its windows would mix the groups. Leave this kernel out (select=), or pass "
+            "an ActivationConfig without a group."
+        )
+
+
 # Traced once for all layers of a shape.
 @functools.partial(jax.jit, static_argnames=("config", "shared"))
 def activation_codes(
     x: Activations, config: ActivationConfig, shared: tuple[int, ...]
 ) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
-    """Codes of x, and gamma over the ``shared`` axes, kept."""
+    """Codes of x, and gamma over the ``shared`` axes, kept; or (..., groups) of the last."""
     # Gamma from float32, whatever x is: bfloat16 values are widened before the maximum.
     gamma = gamma_of(x, config, shared)
     return codes_at(x, gamma, config), gamma
@@ -95,8 +122,13 @@ def activation_codes(
 def gamma_of(
     x: Activations, config: ActivationConfig, shared: tuple[int, ...]
 ) -> Float32[Array, "..."]:
-    """``max(max|x|, eps)`` over some axes, kept."""
-    return jnp.maximum(_largest(widened(x), shared), np.float32(config.eps))
+    """``max(max|x|, eps)`` over some axes, kept, or over each group of the last."""
+    if config.group is None:
+        largest = _largest(widened(x), shared)
+    else:
+        groups = x.reshape(*x.shape[:-1], x.shape[-1] // config.group, config.group)
+        largest = _largest(widened(groups), (-1,))[..., 0]
+    return jnp.maximum(largest, np.float32(config.eps))
 
 
 def codes_at(
@@ -104,7 +136,8 @@ def codes_at(
 ) -> Int8[Array, "..."]:
     """``round(x * (qmax / gamma))``."""
     # One quotient for the token, then products: x / gamma * qmax would round otherwise.
-    return jnp.round(widened(x) * quotient(config.qmax, gamma)).astype(jnp.int8)
+    step = kernel_axes.broadcast_scale(quotient(config.qmax, gamma), x.shape)
+    return jnp.round(widened(x) * step).astype(jnp.int8)
 
 
 def dequantize_activations(
@@ -112,7 +145,8 @@ def dequantize_activations(
 ) -> Float32[Array, "..."]:
     """Codes times their step ``gamma * float32(1 / qmax)``."""
     # A reciprocal made here, in float32: XLA replaces divisions by constants in some programs.
-    return pinned(codes.astype(jnp.float32) * pinned(gamma * np.float32(1 / config.qmax)))
+    step = kernel_axes.broadcast_scale(gamma, codes.shape) * np.float32(1 / config.qmax)
+    return pinned(codes.astype(jnp.float32) * pinned(step))
 
 
 def quantize_channels(
@@ -125,6 +159,15 @@ def quantize_channels(
     codes = jnp.round(wide * quotient(LARGEST_INT8, floor)).astype(jnp.int8)
     # Pinned, or this constant would be put together with the epilogue's.
     return codes, pinned(floor * np.float32(1 / LARGEST_INT8))
+
+
+def _require_last_axis(who: str, group: int, shared: tuple[int, ...], ndim: int) -> None:
+    """Raises where groups are asked for along other axes than the last."""
+    if shared != (ndim - 1,):
+        raise ValueError(
+            f"{who}: `axes`={shared} share one gamma, and `config.group`={group} cuts the last "
+            "axis. Pass axes=-1, or an ActivationConfig without a group."
+        )
 
 
 def _largest(x: Float[AnyArray, "..."], axes: tuple[int, ...]) -> Float32[Array, "..."]:

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
 from bitnet_jax import _checks
-from bitnet_jax._quantize.arrays import AnyArray
+from bitnet_jax._quantize.arrays import AnyArray, Scale
 
 AxesLike = int | np.integer | Sequence[int | np.integer]
 
@@ -93,7 +94,7 @@ def group_grid(contraction: Sequence[int], group: int) -> tuple[int, ...] | None
     # From the last axis backwards: `left` is how much of a group is still to be covered.
     grid, left = [], group
     for length in reversed(contraction):
-        if left % length == 0:  # this axis lies inside one group
+        if length and left % length == 0:  # this axis lies inside one group
             grid.append(1)
             left //= length
         elif length % left == 0:  # groups start and end along this axis
@@ -102,6 +103,24 @@ def group_grid(contraction: Sequence[int], group: int) -> tuple[int, ...] | None
         else:
             return None
     return tuple(reversed(grid)) if left == 1 else None
+
+
+def broadcast_scale(scale: Scale, shape: tuple[int, ...]) -> Scale:
+    """Repeats each group's scale over the codes it belongs to; ones broadcast."""
+    for axis, (have, want) in enumerate(zip(scale.shape, shape, strict=True)):
+        if have not in (1, want):  # groups along this axis, want // have codes each
+            scale = jnp.repeat(scale, want // have, axis=axis)
+    return scale
+
+
+def require_whole_groups(who: str, name: str, group: object, contraction: tuple[int, ...]) -> None:
+    """Raises where a group size does not tile the contraction; no int: no groups."""
+    if isinstance(group, int) and group_grid(contraction, group) is None:
+        raise ValueError(
+            f"{who}: `{name}`={group} does not divide the contraction {contraction}. Pass a "
+            "group size that divides its last axis, or a multiple of that axis that divides the "
+            "whole."
+        )
 
 
 def _require_disjoint_axes(who: str, contracting: Sequence[int], batch: Sequence[int]) -> None:

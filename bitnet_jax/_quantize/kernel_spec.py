@@ -52,7 +52,8 @@ def kernel_spec(
     require_kernel_config(who, config)
     _checks.require_kernel(who, w)
     axes = kernel_axes.resolve(who, w, contracting_axes, batch_axes)
-    _require_whole_groups(who, config, axes.split(w.shape)[1])
+    contraction = axes.split(w.shape)[1]
+    kernel_axes.require_whole_groups(who, "granularity", config.granularity, contraction)
     return KernelSpec(config, axes)
 
 
@@ -75,17 +76,6 @@ def require_kernel_config(who: str, config: object, name: str = "config") -> Non
     """Raises unless it is a config of kernels."""
     kinds = (TernaryConfig, Int8Config)
     _checks.require_instance(who, name, config, kinds, "Use bj.B158 or your own.")
-
-
-def _require_whole_groups(who: str, config: KernelConfig, contraction: tuple[int, ...]) -> None:
-    """Raises where a group size does not tile the contraction."""
-    group = config.granularity
-    if isinstance(group, int) and kernel_axes.group_grid(contraction, group) is None:
-        raise ValueError(
-            f"{who}: `granularity`={group} does not divide the contraction {contraction}. Pass a "
-            "group size that divides its last axis, or a multiple of that axis that divides the "
-            "whole."
-        )
 
 
 def _require_int32_sums(who: str, length: int) -> None:

@@ -27,7 +27,6 @@ from bitnet_jax._quantize.arrays import CanonicalCodes, CanonicalScale, Codes, D
 from bitnet_jax._quantize.config import LARGEST_INT8, Int8Config, KernelConfig, TernaryConfig
 from bitnet_jax._quantize.latent_group import Group, Steps
 from bitnet_jax._quantize.latent_mean import magnitudes_of_mean
-from bitnet_jax._quantize.ternary import broadcast_scale
 
 _SEARCHED = ("float32", "bfloat16", "float16")
 
@@ -43,7 +42,9 @@ def latent_kernel(
     _, contraction, outputs = axes.split(codes.shape)
     flat, grid = kernel_axes.to_canonical(codes, axes), kernel_axes.to_canonical(scale, axes)
     if not _is_grid_of(config, grid.shape, flat.shape):
-        return (codes.astype(jnp.float32) * broadcast_scale(scale, codes.shape)).astype(dtype)
+        return (codes.astype(jnp.float32) * kernel_axes.broadcast_scale(scale, codes.shape)).astype(
+            dtype
+        )
     # Other floats hold float32, or hold too little for a scale.
     own = jnp.dtype(dtype) if jnp.dtype(dtype).name in _SEARCHED else jnp.dtype(jnp.float32)
     w = _latent(flat, grid, config, own).astype(dtype)

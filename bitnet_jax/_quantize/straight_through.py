@@ -107,8 +107,8 @@ def fake_quantize_activations(
 
     Args:
       x: (..., features), floating point.
-      config: bits and eps.
-      axes: the axes that share one gamma.
+      config: bits, eps and group.
+      axes: the axes that share one gamma; with groups, the last.
       strength: 0 (float) to 1 (quantised); static or traced float32.
 
     Returns:
@@ -116,7 +116,7 @@ def fake_quantize_activations(
 
     Raises:
       TypeError: ``x`` is not floating point.
-      ValueError: a static strength outside [0, 1].
+      ValueError: as :func:`quantize_activations`; a static strength outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp, bitnet_jax as bj

@@ -184,12 +184,6 @@ def over_statistic(
 
 def dequantize(codes: Codes, scale: Scale, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
     """Codes times scale, both of a kernel's rank, computed in float32 and cast once."""
-    return (codes.astype(jnp.float32) * broadcast_scale(scale, codes.shape)).astype(dtype)
-
-
-def broadcast_scale(scale: Scale, shape: tuple[int, ...]) -> Scale:
-    """Repeats each group's scale over the codes it belongs to; ones broadcast."""
-    for axis, (have, want) in enumerate(zip(scale.shape, shape, strict=True)):
-        if have not in (1, want):  # groups along this axis, want // have weights each
-            scale = jnp.repeat(scale, want // have, axis=axis)
-    return scale
+    return (codes.astype(jnp.float32) * kernel_axes.broadcast_scale(scale, codes.shape)).astype(
+        dtype
+    )

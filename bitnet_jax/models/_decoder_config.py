@@ -125,6 +125,7 @@ class DecoderConfig:
         for name in ("embedding_multiplier", "residual_multiplier", "logit_multiplier"):
             _checks.require_positive(who, name, getattr(self, name))
         check_activations(who, self.activations)
+        _require_one_scale(who, self.activation_rounding, self.activations)
         for name in ("weights", "embedding", "head"):
             _require_quantiser(who, name, getattr(self, name))
         for path, config in self.overrides:
@@ -149,6 +150,16 @@ class DecoderConfig:
         """The activations' quantiser at the head: int8 products always take int8."""
         config = self.kernel("embedding" if self.tied else "head")
         return (self.activations or INT8) if isinstance(config, Int8Config) else self.activations
+
+
+def _require_one_scale(who: str, rounding: str, activations: ActivationConfig | None) -> None:
+    """Raises where groups of activations are to be rounded in the input's dtype."""
+    if rounding == "input" and activations is not None and activations.group is not None:
+        raise ValueError(
+            f"{who}: `activation_rounding`='input' is transformers' BitLinear, with one scale per "
+            f"token, and `activations.group` is {activations.group}. Use "
+            "activation_rounding='float32', or activations without a group."
+        )
 
 
 def _require_count(who: str, name: str, value: Any) -> None:

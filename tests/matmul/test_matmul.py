@@ -182,7 +182,7 @@ def test_a_row_that_refuses_everything_is_passed_over_and_never_hidden(monkeypat
 
     reason = "implementation 'lame' is not for this machine."
     row = IMPLEMENTATIONS["reference"]
-    lame = row._replace(contract=refuse, unsupported_reason=lambda _: reason)
+    lame = row._replace(contract=refuse, unsupported_reason=lambda *_: reason)
     # The whole table, not its items: putting items back would change their order.
     lames = {"lame": lame, **IMPLEMENTATIONS}
     monkeypatch.setattr(api, "IMPLEMENTATIONS", lames)

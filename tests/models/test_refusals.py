@@ -242,6 +242,10 @@ def test_calls(model):
         ({"head_dim": 7}, "`head_dim` must be a multiple of 2"),
         ({"activation": "gelu"}, "`activation` must be one of"),
         ({"activation_rounding": "bfloat16"}, "`activation_rounding` must be one of"),
+        (
+            {"activation_rounding": "input", "activations": bj.ActivationConfig(group=64)},
+            r"`activation_rounding`='input' .*`activations.group` is 64. Use activation_rounding=",
+        ),
         ({"norm_eps": 0.0}, "`eps`"),
         ({"dtype": jnp.int8}, "`dtype` must be a floating-point"),
         ({"logit_multiplier": 0.0}, "`logit_multiplier`"),

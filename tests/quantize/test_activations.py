@@ -50,6 +50,49 @@ def test_activations_over_any_axes(shape, axes, dtype):
     oracles.assert_same_bits(gamma, want_gamma)
 
 
+@cases("dtype", DTYPES, core=["bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "group"), [((12,), 3), ((2, 3, 64), 16), ((5, 8), 8), ((5, 8), 1)]
+)
+def test_each_group_of_a_token_has_its_own_gamma(shape, group, dtype):
+    config = bj.ActivationConfig(group=group)
+    x = gaussian(shape, dtype=dtype)
+    codes, gamma = jax.jit(functools.partial(bj.quantize_activations, config=config))(x)
+    assert gamma.shape == (*shape[:-1], shape[-1] // group)
+    want_codes, want_gamma = oracles.activations32(x, config)
+    oracles.assert_same_bits(codes, want_codes)
+    oracles.assert_same_bits(gamma, want_gamma)
+    # Against float64, from the definition.
+    parts = np.asarray(x, np.float64).reshape(*shape[:-1], -1, group)
+    largest = np.maximum(np.abs(parts).max(-1, keepdims=True), config.eps)
+    exact = (parts * 127 / largest).reshape(shape)
+    assert np.abs(np.asarray(codes) - exact).max() <= 0.5 + 1e-5
+    step = np.repeat(np.asarray(gamma), group, -1) * np.float32(1 / 127)
+    hat = jax.jit(functools.partial(bj.fake_quantize_activations, config=config))(x)
+    oracles.assert_same_bits(hat, (np.asarray(codes, np.float32) * step).astype(dtype))
+
+
+def test_the_gradient_of_grouped_activations_is_straight_through():
+    config = bj.ActivationConfig(group=4)
+    x, g = gaussian((5, 24)), gaussian((5, 24), 1)
+    _, pull = jax.vjp(lambda x: bj.fake_quantize_activations(x, config), x)
+    oracles.assert_same_bits(pull(g)[0], g)
+
+
+def test_groups_of_tokens_without_features():
+    codes, gamma = bj.quantize_activations(
+        np.zeros((2, 0), np.float32), bj.ActivationConfig(group=4)
+    )
+    assert (codes.shape, gamma.shape) == ((2, 0), (2, 0))
+
+
+def test_a_bad_feature_spoils_its_group_alone():
+    x = gaussian((2, 8))
+    x[1, 5] = np.nan
+    _, gamma = bj.quantize_activations(x, bj.ActivationConfig(group=4))
+    assert np.isfinite(gamma).tolist() == [[True, True], [True, False]]
+
+
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e-6, 3e38])
 def test_activations_of_any_magnitude_are_finite(magnitude):
     x = np.array([[magnitude, -magnitude, 0.0]], np.float32)
@@ -103,6 +146,7 @@ def test_any_token_has_the_oracles_codes(x, bits):
 
 
 W = np.ones((4, 3), np.float32)
+GROUP = bj.ActivationConfig(group=2)
 
 
 @pytest.mark.parametrize("function", [bj.quantize_activations, bj.fake_quantize_activations])
@@ -114,6 +158,8 @@ W = np.ones((4, 3), np.float32)
         (TypeError, (W, 8), {}, r"`config` must be a ActivationConfig.*bj.ActivationConfig\(\)"),
         (ValueError, (W,), {"axes": 2}, r"`axes` must name axes of a rank-2"),
         (ValueError, (W,), {"axes": (0, -2)}, r"`axes` names an axis twice"),
+        (ValueError, (W, GROUP), {}, r"`config.group`=2 does not divide .*\(3,\). Pass a group"),
+        (ValueError, (W, GROUP), {"axes": 0}, r"`axes`=\(0,\) .*`config.group`=2 .*axes=-1, or"),
     ],
 )
 def test_bad_activations_are_refused_with_a_remedy(function, kind, args, kwargs, match):

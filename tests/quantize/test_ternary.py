@@ -295,6 +295,10 @@ def test_any_kernel_has_the_oracles_codes(w, name):
         (lambda: bj.ActivationConfig(bits=8.0), r"`bits` must be an integer"),
         (lambda: bj.ActivationConfig(bits=True), r"`bits` must be an integer"),
         (lambda: bj.ActivationConfig(eps=0), r"ActivationConfig: `eps` must be a finite number"),
+        (lambda: bj.ActivationConfig(group=0), r"ActivationConfig: `group` .* >= 1, got 0"),
+        (lambda: bj.ActivationConfig(group=True), r"`group` must be None .*, got True"),
+        (lambda: bj.ActivationConfig(group=64.0), r"`group` must be None .*, got 64.0"),
+        (lambda: bj.ActivationConfig(group="channel"), r"`group` must be None .*'channel'"),
     ],
 )
 def test_configs_are_validated_when_made(make, match):
