@@ -1,8 +1,8 @@
 """The command line, ``python -m bitnet_jax``.
 
-``doctor`` checks the installation on this machine, ``inspect`` lists the contents of a
-file, ``verify`` checks that a file is intact, and ``generate`` continues a prompt with a
-published model.
+``generate`` continues a prompt with a published model, ``convert`` writes a model in
+another form, ``inspect`` lists what a folder or a file holds, ``verify`` checks that a
+file is intact, and ``doctor`` checks the installation on this machine.
 """
 
 from __future__ import annotations
@@ -12,23 +12,37 @@ import sys
 from collections.abc import Callable, Sequence
 
 from bitnet_jax import _doctor
-from bitnet_jax.io._inspect import inspect, verify
+from bitnet_jax.io._inspect import verify
+
+_EXAMPLES = """\
+examples:
+  python -m bitnet_jax inspect bitnet-b1.58-2B-4T
+  python -m bitnet_jax generate bitnet-b1.58-2B-4T --chat --prompt "Who are you?"
+  python -m bitnet_jax convert bitnet-b1.58-2B-4T model.bitnet.safetensors
+  python -m bitnet_jax doctor --quick
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m bitnet_jax", description="1.58-bit networks for JAX."
+        prog="python -m bitnet_jax",
+        description="1.58-bit networks for JAX.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="command", required=True)
     _add_doctor(commands)
-    text = "what a file of bj.io.save contains, reading its header only"
-    _add_of_file(commands, "inspect", text, inspect)
-    text = "whether a file of bj.io.save is intact, reading all of it"
-    _add_of_file(commands, "verify", text, verify)
+    _add_inspect(commands)
+    _add_verify(commands)
     _add_generate(commands)
+    _add_convert(commands)
     parsed = parser.parse_args(arguments)
-    return parsed.run(parsed)
+    try:
+        return parsed.run(parsed)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -52,7 +66,10 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         description="Loads a published checkpoint and continues a prompt. The text comes as it is "
         "made; what is said about it goes to the standard error.",
     )
-    parser.add_argument("path", help="a folder with config.json and *.safetensors, or a .gguf file")
+    parser.add_argument(
+        "path",
+        help="a .gguf file, a folder with config.json and *.safetensors, or a file of convert",
+    )
     parser.add_argument("--prompt", help="what to continue; read from standard input if left out")
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt through the checkpoint's chat template"
@@ -79,20 +96,91 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_generate)
 
 
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    """Adds ``convert`` and what it runs."""
+    text = "a model in another form, with the same bits"
+    parser = commands.add_parser(
+        "convert",
+        help=text,
+        description="Reads a model and writes it in another form: a DST that ends in .safetensors "
+        "is one file of this library, which loads fastest; any other DST is a Hugging Face "
+        "folder, which transformers loads too. DST appears when it is whole, or not at all.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="a folder with config.json and *.safetensors, a .gguf file, or a file of this library",
+    )
+    parser.add_argument("target", metavar="DST", help="a .safetensors file, or a folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST where it is there")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of what stays float; by default as SRC has it",
+    )
+    parser.add_argument(
+        "--dense", action="store_true", help="to a file: 1.6 bits a weight and not 2"
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="to a file: int8 for the head, and for projections that SRC holds as floats",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("bitlinear", "autobitlinear"),
+        help="to a folder: whether 1/s is stored (bitlinear) or s; by default as SRC has it",
+    )
+    parser.set_defaults(run=_convert)
+
+
 def _generate(parsed: argparse.Namespace) -> int:
     """Runs ``generate``."""
     from bitnet_jax.models import _command
 
-    return _command.run(parsed)
+    return _saying_errors(_command.run, parsed)
 
 
-def _add_of_file(
-    commands: argparse._SubParsersAction, name: str, text: str, run: Callable[[str], int]
-) -> None:
-    """Adds a command that reads one file."""
-    command = commands.add_parser(name, help=text, description=f"Prints {text}.")
+def _convert(parsed: argparse.Namespace) -> int:
+    """Runs ``convert``."""
+    from bitnet_jax.models import _translate
+
+    return _saying_errors(_translate.run, parsed)
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    """Runs ``inspect``."""
+    from bitnet_jax.models import _summary
+
+    return _summary.inspect(parsed.path)
+
+
+def _saying_errors(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace) -> int:
+    """The exit code of a command; what it raises is said in a line."""
+    try:
+        return run(parsed)
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    """Adds ``inspect``."""
+    text = "what a folder or a file holds, reading headers only"
+    parser = commands.add_parser("inspect", help=text, description=f"Prints {text}.")
+    parser.add_argument(
+        "path",
+        help="a folder with config.json and *.safetensors, a .gguf file, or a file of bj.io.save",
+    )
+    parser.set_defaults(run=_inspect)
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    """Adds ``verify``."""
+    text = "whether a file of bj.io.save is intact, reading all of it"
+    command = commands.add_parser("verify", help=text, description=f"Prints {text}.")
     command.add_argument("file", help="the file to read")
-    command.set_defaults(run=lambda parsed: run(parsed.file))
+    command.set_defaults(run=lambda parsed: verify(parsed.file))
 
 
 if __name__ == "__main__":

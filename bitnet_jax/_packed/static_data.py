@@ -1,4 +1,4 @@
-"""Static data of packed kernels as JSON, for ``jax.export`` and ``flax.serialization``.
+"""Static data as JSON, of packed kernels for ``jax.export`` and ``flax.serialization``.
 
 An exported function stores the tree of its arguments: for each node a name and its
 static data as bytes. The arrays are arguments of the call and are not stored.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,12 @@ _CONFIGS = {kind.__name__: kind for kind in (TernaryConfig, Int8Config)}
 
 def to_bytes(static: tuple[Any, ...]) -> bytes:
     """Static data, a tuple of numbers, strings, tuples, dtypes and configs, as JSON."""
-    return json.dumps(_encoded(static), allow_nan=False).encode()
+    return json.dumps(encoded(static), allow_nan=False).encode()
 
 
 def from_bytes(data: bytes | bytearray) -> tuple[Any, ...]:
     """The static data that :func:`to_bytes` wrote; configs are validated again."""
-    return _decoded(json.loads(data))
+    return decoded(json.loads(data), _CONFIGS)
 
 
 def register_export(cls: type) -> None:
@@ -75,21 +75,25 @@ def register_state_dict(cls: type, static_of: Callable[[Any], tuple[Any, ...]]) 
     serialization.register_serialization_state(cls, to_state, from_state)
 
 
-def _encoded(value: Any) -> Any:
-    """A value that JSON has; anything else as an object with its kind as the only key."""
-    if isinstance(value, tuple):
-        return [_encoded(v) for v in value]
-    if isinstance(value, tuple(_CONFIGS.values())):
-        return {type(value).__name__: dataclasses.asdict(value)}
+def encoded(value: Any) -> Any:
+    """A value that JSON has; a config or a dtype as an object with its kind as the only key."""
+    if isinstance(value, (tuple, list)):
+        return [encoded(v) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: encoded(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {type(value).__name__: fields}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return {"dtype": np.dtype(value).name}
 
 
-def _decoded(value: Any) -> Any:
+def decoded(value: Any, kinds: Mapping[str, type]) -> Any:
+    """What :func:`encoded` was given; each config, one of ``kinds``, is validated again."""
     if isinstance(value, list):
-        return tuple(_decoded(v) for v in value)
+        return tuple(decoded(v, kinds) for v in value)
     if isinstance(value, dict):
         ((kind, content),) = value.items()
-        return np.dtype(content) if kind == "dtype" else _CONFIGS[kind](**content)
+        if kind == "dtype":
+            return np.dtype(content)
+        return kinds[kind](**{name: decoded(v, kinds) for name, v in content.items()})
     return value

@@ -12,6 +12,8 @@ The metadata describes the tree; every value in it is a string::
               kernel all of its static data, with "stored": "trits" if it is dense
     sha256    over everything else (_safetensors)
 
+A file of ``Decoder.save`` has one key more, ``decoder``: the config, as JSON.
+
 Nothing in a file is executed, unpickled or trusted: ``leaves`` and the tensors must
 agree, and a packed kernel must keep the invariants of ``PackedTernary`` or
 ``PackedInt8``. Left out: boxes. linen's ``Partitioned`` and ``nnx.Variable`` are removed
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -80,6 +83,17 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, dense: bool = False) -> 
     )
     if not isinstance(tree, Mapping):
         raise TypeError(f"save: `tree` must be a Mapping, got {type(tree).__name__}. {remedy}")
+    write(path, tree, dense=dense)
+
+
+def write(
+    path: str | os.PathLike[str],
+    tree: PyTree,
+    *,
+    dense: bool,
+    notes: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """As :func:`save`, with more metadata beside its own."""
     _checks.require_instance(
         "save", "dense", dense, bool, "True packs five codes to a byte in the file."
     )
@@ -92,7 +106,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, dense: bool = False) -> 
             )
     tensors = _safetensors.lay_out({name: part.stored for name, (part, _) in contents.items()})
     leaves = _safetensors.canonical_json(described)
-    metadata = {"format": FORMAT, "version": VERSIONS[-1], "leaves": leaves}
+    metadata = {**notes, "format": FORMAT, "version": VERSIONS[-1], "leaves": leaves}
     _chunks.write(os.fspath(path), tensors, metadata, lambda name: _content(*contents[name]))
 
 

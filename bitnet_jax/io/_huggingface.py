@@ -65,6 +65,17 @@ class Published(NamedTuple):
     files: dict[str, str | tuple[str, str]]
 
 
+def json_object(who: str, name: str, text: Callable[[], str]) -> dict[str, Any]:
+    """A text as a JSON object; ``name`` is the file that an error names."""
+    try:
+        content = json.loads(text())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{who}: {name!r} is no JSON ({error}). Download it again.") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{who}: {name!r} is no JSON object. Download it again.")
+    return content
+
+
 class Folder(Mapping[str, np.ndarray]):
     """The tensors of a checkpoint by name, each a read-only view of its file.
 
@@ -103,10 +114,19 @@ class Folder(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def has(self, name: str) -> bool:
+        """Whether the folder has a file."""
+        return os.path.exists(os.path.join(self.path, name))
+
+    def text(self, name: str) -> str:
+        """The content of a text file of the folder."""
+        with open(os.path.join(self.path, name), encoding="utf-8") as file:
+            return file.read()
+
     def json(self, name: str, *, needed: bool = True) -> dict[str, Any]:
         """A JSON file of the folder; empty where it is not there and not needed."""
         file = os.path.join(self.path, name)
-        if not os.path.exists(file):
+        if not self.has(name):
             if not needed:
                 return {}
             raise FileNotFoundError(
@@ -114,16 +134,7 @@ class Folder(Mapping[str, np.ndarray]):
             )
         if os.path.getsize(file) > _MAX_JSON:
             raise FormatError(f"{self.who}: {file!r} has more than {_MAX_JSON} bytes.")
-        try:
-            with open(file, encoding="utf-8") as opened:
-                content = json.load(opened)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(
-                f"{self.who}: {file!r} is no JSON ({error}). Download it again."
-            ) from None
-        if not isinstance(content, dict):
-            raise FormatError(f"{self.who}: {file!r} is no JSON object. Download it again.")
-        return content
+        return json_object(self.who, file, lambda: self.text(name))
 
     def _files(self) -> dict[str, set[str] | None]:
         """The files with tensors, and the names that an index gives to each."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,20 @@ _WIDEST = 120
 _KINDS = {"packed": "ternary", "int8": "int8", "array": "array", "empty": "empty"}
 
 
-def inspect(path: str) -> int:
-    """Prints what a file contains, from its header; returns the exit code."""
+def inspect(path: str, about: Callable[[Mapping[str, str]], dict[str, str]] = lambda _: {}) -> int:
+    """Prints what a file contains, from its header; returns the exit code.
 
-    def report() -> str:
+    ``about`` makes more lines, by name, of a file's metadata.
+    """
+
+    def text() -> str:
         with _chunks.open_source("inspect", path) as source:
             leaves = _file.declared(source.header)
             rows = [_row(leaf, source) for leaf in leaves]
-            return f"{table(_COLUMNS, rows)}\n\n{_totals(leaves, source)}"
+            lines = about(source.header.metadata) | _totals(leaves, source)
+            return f"{table(_COLUMNS, rows)}\n\n{aligned(lines)}"
 
-    return _run(report)
+    return report(text)
 
 
 def verify(path: str) -> int:
@@ -54,20 +58,26 @@ def verify(path: str) -> int:
                 f"version {source.header.metadata['version']}, sha256 {digest[:16]}..."
             )
 
-    return _run(check)
+    return report(check)
 
 
-def _run(text: Callable[[], str]) -> int:
+def report(text: Callable[[], str]) -> int:
     """Prints a text, or the error that making it raised; returns the exit code."""
     try:
         print("\n".join(map(printable, text().split("\n"))))
     except OSError as error:
-        print(printable(f"{error.strerror or error}: {error.filename}"), file=sys.stderr)
+        said = str(error) if error.strerror is None else f"{error.strerror}: {error.filename}"
+        print(printable(said), file=sys.stderr)
         return 1
-    except _safetensors.FormatError as error:
+    except ValueError as error:
         print(printable(str(error)), file=sys.stderr)
         return 1
     return 0
+
+
+def aligned(lines: Mapping[str, str]) -> str:
+    """Lines of a name and what is said of it."""
+    return "\n".join(f"{name:18}{value}" for name, value in lines.items())
 
 
 def printable(text: str) -> str:
@@ -121,13 +131,18 @@ def _loaded_bytes(leaf: Leaf) -> int:
     return sum(part.nbytes for part in leaf.parts)
 
 
-def _totals(leaves: list[Leaf], source: Source) -> str:
+def _totals(leaves: list[Leaf], source: Source) -> dict[str, str]:
     """The lines below the table: sizes of the whole file."""
     parameters = sum(map(_size, leaves))
     loaded = sum(map(_loaded_bytes, leaves))
     as_float = parameters * np.dtype(np.float32).itemsize
-    lines = {
-        "parameters": f"{parameters:,}",
+    ternary = [leaf for leaf in leaves if leaf.described["kind"] == "packed"]
+    lines = {"parameters": f"{parameters:,}"}
+    if ternary:
+        bits = 8 * sum(_stored_bytes(leaf, source) for leaf in ternary)
+        said = f"{len(ternary)}, at {bits / max(sum(map(_size, ternary)), 1):.2f} bits a weight"
+        lines["ternary kernels"] = said
+    return lines | {
         "bytes in file": f"{source.size:,}, {source.header.start:,} of them header",
         "bytes loaded": f"{loaded:,}",
         "bytes as float32": f"{as_float:,}",
@@ -135,4 +150,3 @@ def _totals(leaves: list[Leaf], source: Source) -> str:
         "format": f"version {source.header.metadata['version']}",
         "data": "not read; python -m bitnet_jax verify checks it",
     }
-    return "\n".join(f"{name:18}{value}" for name, value in lines.items())

@@ -17,17 +17,6 @@ from bitnet_jax.models._sampling import Sampling
 
 def run(parsed: argparse.Namespace) -> int:
     """Loads, generates and reports; returns the exit code."""
-    try:
-        return _run(parsed)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-def _run(parsed: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if parsed.prompt is None else parsed.prompt
     begin = time.perf_counter()
     narrow = Int8Config() if parsed.int8 else None
@@ -36,7 +25,7 @@ def _run(parsed: argparse.Namespace) -> int:
         dtype=jnp.dtype(parsed.dtype),
         weights=narrow,
         head=narrow,
-        progress=_Progress(begin),
+        progress=Progress(begin),
     ).prepare()
     loaded = time.perf_counter()
     print(f"loaded in {loaded - begin:.1f} s", file=sys.stderr)
@@ -77,7 +66,7 @@ def _report(model: Decoder, request: Request, loaded: float, times: list[float])
     print("\n".join(lines), file=sys.stderr)
 
 
-class _Progress:
+class Progress:
     """How much is loaded, on one line, where that takes more than a moment."""
 
     def __init__(self, begin: float):

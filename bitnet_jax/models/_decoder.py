@@ -16,10 +16,11 @@ from bitnet_jax._packed.kernel import PackedTernary, is_packed
 from bitnet_jax._quantize.int8 import ActivationConfig
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.io._huggingface import Published
-from bitnet_jax.models import _generation, _load_folder, _load_gguf
+from bitnet_jax.io._source import kind_of
+from bitnet_jax.models import _generation, _load_folder, _load_gguf, _saved
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._network import Network
-from bitnet_jax.models._pretrained import DECLARED, Options, Origin, fill
+from bitnet_jax.models._pretrained import DECLARED, Options, Origin, cast, fill
 from bitnet_jax.models._publish import published
 from bitnet_jax.models._report import LoadReport
 from bitnet_jax.models._request import checked
@@ -76,7 +77,8 @@ class Decoder(Network):
         """A decoder from a published checkpoint.
 
         Args:
-          path: a folder with config.json and safetensors files, or a ``.gguf`` file.
+          path: a folder with config.json and safetensors files; a GGUF file; or a file of
+            :meth:`save`.
           dtype: of the computation, and of what is held as floats.
           packed: whether quantised kernels are held packed; False: as floats, to train.
           weights: a quantiser for projections that the checkpoint holds as floats and runs
@@ -99,12 +101,42 @@ class Decoder(Network):
         options = Options(
             dtype, packed, weights, head, activations, quantization_config, scan, progress
         )
-        of_file = os.fspath(path).endswith(".gguf")
-        loaded = (_load_gguf if of_file else _load_folder).load(path, options)
+        kind = "gguf" if os.fspath(path).endswith(".gguf") else kind_of(path)
+        readers = {"gguf": _load_gguf.load, "saved": _saved.load}
+        loaded = readers.get(kind or "", _load_folder.load)(path, options)
         model = nnx.eval_shape(lambda: cls(loaded.config, rngs=nnx.Rngs(0)))
-        fill(model, loaded)
+        fill(model, loaded.config, cast(loaded.leaves, dtype))
         model.report, model.text, model.origin = loaded.report, loaded.text, loaded.origin
         return model
+
+    def save(self, path: str | os.PathLike[str], *, dense: bool = False) -> None:
+        """Writes the decoder to one file: parameters, config and tokenizer.
+
+        :meth:`from_pretrained` gives back the same bits where it is asked for the same
+        ``dtype``. The file is one of ``bj.io.save``: it appears whole or not at all, and a
+        changed bit is refused. Stacked layers are written one by one.
+
+        Args:
+          path: the file; by convention ``*.bitnet.safetensors``.
+          dense: whether two-bit kernels are stored at 1.6 bits a weight.
+
+        Raises:
+          TypeError: prepared kernels; another kind of path.
+          OSError: from the disk.
+
+        Example:
+          >>> import os, tempfile, bitnet_jax as bj
+          >>> from flax import nnx
+          >>> config = bj.models.DecoderConfig(vocabulary=64, width=32, hidden=64, depth=1)
+          >>> model = bj.models.Decoder(config, rngs=nnx.Rngs(0))
+          >>> with tempfile.TemporaryDirectory() as folder:
+          ...     file = os.path.join(folder, "model.bitnet.safetensors")
+          ...     model.save(file)
+          ...     again = bj.models.Decoder.from_pretrained(file)
+          >>> again.config == model.config
+          True
+        """
+        _saved.save(self, path, dense)
 
     def generate(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +33,7 @@ from bitnet_jax.models._published import (
     refuse,
 )
 from bitnet_jax.models._report import LoadedKernel, LoadReport
-from bitnet_jax.models._text import Text, tokenizer_from
+from bitnet_jax.models._text import TOKENIZER, Text, tokenizer_from
 
 
 def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
@@ -61,11 +61,32 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
     )
 
 
-def text_of(folder: Folder, content: Mapping[str, Any], vocabulary: int) -> Text:
+class Texts(Protocol):
+    """Text files by name, of a folder or of one file that holds them."""
+
+    @property
+    def path(self) -> str:
+        """Of the folder or the file."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        ...
+
+    def text(self, name: str) -> str:
+        """Its content."""
+        ...
+
+    def json(self, name: str, *, needed: bool = True) -> dict[str, Any]:
+        """Its content as a JSON object; empty where it is not there and not needed."""
+        ...
+
+
+def text_of(files: Texts, content: Mapping[str, Any], vocabulary: int) -> Text:
     """The tokenizer, chat template and stop tokens of a folder; none of them has to be there."""
-    says = folder.json("tokenizer_config.json", needed=False)
+    says = files.json("tokenizer_config.json", needed=False)
     stops: set[int] = set()
-    for given in (content, folder.json("generation_config.json", needed=False)):
+    for given in (content, files.json("generation_config.json", needed=False)):
         eos = given.get("eos_token_id")
         for one in eos if isinstance(eos, list) else [eos]:
             if isinstance(one, int) and not isinstance(one, bool):
@@ -75,24 +96,21 @@ def text_of(folder: Folder, content: Mapping[str, Any], vocabulary: int) -> Text
         value = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(value, str):
             tokens[key] = value
-    file = os.path.join(folder.path, "tokenizer.json")
-    there = os.path.exists(file)
+    file = os.path.join(files.path, TOKENIZER)
     return Text(
         vocabulary,
         frozenset(stops),
-        (lambda: tokenizer_from(file)) if there else None,
-        _template(folder, says),
+        (lambda: tokenizer_from(file, files.text(TOKENIZER))) if files.has(TOKENIZER) else None,
+        _template(files, says),
         tokens,
-        f"{folder.path!r} has no tokenizer.json",
+        f"{files.path!r} has no {TOKENIZER}",
     )
 
 
-def _template(folder: Folder, says: Mapping[str, Any]) -> str | None:
+def _template(files: Texts, says: Mapping[str, Any]) -> str | None:
     """The chat template: a file of its own, or in tokenizer_config.json, alone or by name."""
-    file = os.path.join(folder.path, "chat_template.jinja")
-    if os.path.exists(file):
-        with open(file, encoding="utf-8") as opened:
-            return opened.read()
+    if files.has("chat_template.jinja"):
+        return files.text("chat_template.jinja")
     given = says.get("chat_template")
     if isinstance(given, list):
         named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
@@ -105,7 +123,7 @@ class _Loader:
 
     def __init__(self, folder: Folder, config: DecoderConfig, says: Quantization, options: Options):
         self.config, self.says, self.options = config, says, options
-        self.tensors = _canonical_names(folder)
+        self.tensors = canonical_names(folder)
         self.used: set[str] = set()
         self.rows: list[LoadedKernel] = []
         self.kinds: dict[str, KernelConfig | None] = {}
@@ -278,7 +296,7 @@ class _Loader:
             )
 
 
-def _canonical_names(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+def canonical_names(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """The tensors by transformers' names, whatever the publisher calls them."""
     names: dict[str, str] = {}
     for name in tensors:

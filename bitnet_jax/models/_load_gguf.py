@@ -53,6 +53,13 @@ _NAMES = {
     "attention/key_norm": "attn_k_norm",
 }
 
+
+def name_of(path: str) -> str:
+    """What a file calls a projection or a norm of a layer."""
+    _, layer, inner = path.split("/", 2)
+    return f"blk.{layer}.{_NAMES[inner]}"
+
+
 _INT8_TYPES = ("TQ1_0", "TQ2_0")  # that llama.cpp runs with int8 activations
 
 
@@ -167,14 +174,10 @@ class _Loader:
     def leaves(self) -> Iterator[tuple[str, Any]]:
         """Every parameter of the decoder, by path."""
         for path, _, n_in, n_out, bias in projections(self.config):
-            _, layer, inner = path.split("/", 2)
-            yield from self._projection(path, f"blk.{layer}.{_NAMES[inner]}", n_in, n_out, bias)
+            yield from self._projection(path, name_of(path), n_in, n_out, bias)
             self.options.progress(len(self.used) / len(self.file))
         for path, _, length in norms(self.config):
-            name = "output_norm"
-            if path != "norm":
-                _, layer, inner = path.split("/", 2)
-                name = f"blk.{layer}.{_NAMES[inner]}"
+            name = "output_norm" if path == "norm" else name_of(path)
             yield f"{path}/scale", jnp.asarray(self._vector(f"{name}.weight", length))
         yield "embed/embedding", self._table()
         if not self.config.tied:

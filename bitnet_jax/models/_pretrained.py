@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from flax import nnx
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.models._decoder_config import DecoderConfig
+from bitnet_jax.models._published import WHO
 from bitnet_jax.models._report import LoadReport
-from bitnet_jax.models._text import Text
+from bitnet_jax.models._text import TOKENIZER, Text
 
 DECLARED = "declared"
 
@@ -34,8 +35,8 @@ class Options:
     progress: Callable[[float], None] = lambda _: None
 
 
-_PASSED = (
-    "tokenizer.json",
+PASSED = (
+    TOKENIZER,
     "tokenizer_config.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -54,15 +55,19 @@ class Origin:
     Attributes:
       config: the content of config.json; empty where there was none.
       folder: the folder; None: there was none.
+      texts: in its place, the content of its files by name.
     """
 
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     folder: str | None = None
+    texts: dict[str, str] | None = None
 
     def files(self, text: Any) -> dict[str, Any]:
         """Tokenizer files: by name, a path to copy or the text itself."""
         if self.folder is not None:
-            return {name: (self.folder, name) for name in _PASSED}
+            return {name: (self.folder, name) for name in PASSED}
+        if self.texts is not None:
+            return dict(self.texts)
         return {} if text is None else text.files()
 
 
@@ -85,26 +90,72 @@ class Pretrained:
     origin: Origin
 
 
-def fill(model: nnx.Module, loaded: Pretrained) -> None:
-    """Puts leaves into a decoder that ``nnx.eval_shape`` made, without arrays of its own."""
+def fill(model: nnx.Module, config: DecoderConfig, leaves: Mapping[str, Any]) -> None:
+    """Puts leaves into a decoder that ``nnx.eval_shape`` made, without arrays of its own.
+
+    Args:
+      model: of the config.
+      config: where it stacks layers, so are the leaves here.
+      leaves: by path, layer by layer.
+    """
     state = nnx.state(model, nnx.Param)
-    wanted = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-    leaves = _stacked(loaded) if loaded.config.scan else loaded.leaves
-    assert set(wanted) == set(leaves), sorted(set(wanted) ^ set(leaves))
+    wanted = flat(state)
+    leaves = _stacked(config, leaves) if config.scan else leaves
+    for path in sorted(set(wanted) ^ set(leaves)):
+        refuse_leaf(path, "is missing" if path in wanted else "has no place")
     for path, variable in wanted.items():
         value = leaves[path]
-        assert tuple(value.shape) == tuple(variable.shape), path
-        if not is_packed(value):
-            value = value.astype(variable.dtype)
+        if tuple(value.shape) != tuple(variable.shape):
+            refuse_leaf(path, f"has shape {tuple(value.shape)}, not {tuple(variable.shape)}")
         variable.set_value(value)
     nnx.update(model, state)
 
 
-def _stacked(loaded: Pretrained) -> dict[str, Any]:
+def cast(leaves: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Leaves with float kernels, biases and tables in a dtype; norms are float32."""
+
+    def one(path: str, leaf: Any) -> Any:
+        return leaf if is_packed(leaf) else leaf.astype(np.float32 if is_norm(path) else dtype)
+
+    return {path: one(path, leaf) for path, leaf in leaves.items()}
+
+
+def is_norm(path: str) -> bool:
+    """Whether a parameter is the scale of a norm."""
+    return path.endswith("/scale")
+
+
+def flat(state: Any) -> dict[str, Any]:
+    """The variables of a state by path, names joined by ``/``."""
+    return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def refuse_leaf(path: str, what: str) -> NoReturn:
+    """Reports a parameter that does not fit a decoder's config."""
+    raise ValueError(
+        f"{WHO}: {path!r} {what} in a decoder of the file's config. Write the file again with "
+        "Decoder.save."
+    )
+
+
+def _stacked(config: DecoderConfig, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of all layers as one, ``layers/3/mlp/...`` as ``layers/mlp/...``."""
-    single = {p: v for p, v in loaded.leaves.items() if not p.startswith("layers/")}
-    rest = sorted({p.split("/", 2)[2] for p in loaded.leaves if p.startswith("layers/")})
+    single = {p: v for p, v in leaves.items() if not p.startswith("layers/")}
+    rest = sorted({p.split("/", 2)[2] for p in leaves if p.startswith("layers/")})
     for path in rest:
-        parts = [loaded.leaves[f"layers/{i}/{path}"] for i in range(loaded.config.depth)]
+        parts = [leaves[f"layers/{i}/{path}"] for i in range(config.depth)]
         single[f"layers/{path}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    return single
+
+
+def unstacked(model: Any) -> dict[str, Any]:
+    """The parameters of a decoder by path, layer by layer; undoes what stacks them."""
+    values = {p: v.get_value() for p, v in flat(nnx.state(model, nnx.Param)).items()}
+    if not model.config.scan:
+        return values
+    single = {p: v for p, v in values.items() if not p.startswith("layers/")}
+    for path in set(values) - set(single):
+        rest = path.removeprefix("layers/")
+        for i in range(model.config.depth):
+            single[f"layers/{i}/{rest}"] = jax.tree.map(lambda a, i=i: a[i], values[path])
     return single

@@ -8,6 +8,8 @@ from typing import Any
 
 from bitnet_jax.models._template import render
 
+TOKENIZER = "tokenizer.json"
+
 _BROKEN = "\ufffd"  # what a decoder writes for bytes that are no UTF-8, or not yet
 
 
@@ -52,6 +54,11 @@ class Text:
             self._tokenizer = tokenizer
         return self._tokenizer
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint came with a chat template."""
+        return self._template is not None
+
     def files(self) -> dict[str, str]:
         """What a folder holds of this: tokenizer.json and its config, by name."""
         if self._make is None:
@@ -61,7 +68,7 @@ class Text:
         if self._template is not None:
             says["chat_template"] = self._template
         return {
-            "tokenizer.json": self.tokenizer.to_str(),
+            TOKENIZER: self.tokenizer.to_str(),
             "tokenizer_config.json": json.dumps(says, ensure_ascii=False, indent=2),
             "generation_config.json": json.dumps({"eos_token_id": stops} if stops else {}),
         }
@@ -96,11 +103,11 @@ def import_tokenizers() -> Any:
     return tokenizers
 
 
-def tokenizer_from(file: str) -> Any:
-    """The tokenizer of a ``tokenizer.json``."""
+def tokenizer_from(file: str, content: str) -> Any:
+    """The tokenizer of a ``tokenizer.json``; ``file`` is what an error names."""
     tokenizers = import_tokenizers()
     try:
-        return tokenizers.Tokenizer.from_file(file)
+        return tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare exceptions
         raise ValueError(
             f"generate: {file!r} is no tokenizer ({error}). Download it again, or pass token ids."

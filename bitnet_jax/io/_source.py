@@ -1,0 +1,21 @@
+"""What kind of checkpoint a path names, told by what is there and not by its name."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from bitnet_jax.io._gguf import MAGIC
+
+Kind = Literal["folder", "gguf", "saved"]
+
+
+def kind_of(path: str | os.PathLike[str]) -> Kind | None:
+    """A folder, a GGUF file, or another file, which ``save`` may have written; None: nothing."""
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        return "folder"
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return "gguf" if path.endswith(".gguf") or file.read(len(MAGIC)) == MAGIC else "saved"

@@ -1,0 +1,197 @@
+"""``python -m bitnet_jax convert SRC DST``: a checkpoint in another form, with the same bits.
+
+SRC is told by what is there: a folder, a GGUF file, or a file of this library. DST is told
+by its name: one that ends in ``.safetensors`` is a file of this library, any other a
+folder as Hugging Face has them. Either is written beside its place and renamed into it
+when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
+
+import jax.numpy as jnp
+
+import bitnet_jax.io as bitnet_io
+from bitnet_jax._display import size_text
+from bitnet_jax._quantize.int8 import Int8Config
+from bitnet_jax.io import _chunks, _file
+from bitnet_jax.io._gguf import Gguf
+from bitnet_jax.io._huggingface import CONFIG, INDEX, Folder
+from bitnet_jax.io._source import kind_of
+from bitnet_jax.models import _saved
+from bitnet_jax.models._command import Progress
+from bitnet_jax.models._decoder import Decoder
+from bitnet_jax.models._pretrained import PASSED
+
+WHO = "convert"
+
+_FILE = ".safetensors"
+
+_OTHERS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".msgpack", ".h5", ".onnx", ".json")
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Checks, reads, writes, and says what was written; returns the exit code."""
+    source, target = parsed.source, parsed.target
+    begin = time.perf_counter()
+    kind = kind_of(source)
+    if kind is None:
+        raise FileNotFoundError(
+            f"{WHO}: there is no {source!r}. Name a folder with config.json and *.safetensors, a "
+            ".gguf file, or a file of bj.io.save."
+        )
+    to_file = target.endswith(_FILE)
+    _require_options(parsed, to_file)
+    _require_target(source, target, to_file, parsed.overwrite)
+    decoder = kind != "saved" or _holds_decoder(source)
+    if not decoder and not to_file:
+        _refuse(
+            f"{source!r} holds parameters and no decoder's config, which a Hugging Face folder "
+            f"needs. Name a DST that ends in {_FILE}, or write SRC with Decoder.save."
+        )
+    if decoder:
+        _convert(parsed, to_file, begin)
+    else:
+        bitnet_io.save(target, bitnet_io.load(source), dense=parsed.dense)
+    taken = time.perf_counter() - begin
+    print(f"wrote {target}, {size_text(_size(target))}, in {taken:.1f} s", file=sys.stderr)
+    return 0
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ValueError(f"{WHO}: {what}")
+
+
+def _require_options(parsed: argparse.Namespace, to_file: bool) -> None:
+    """Refuses options of the other kind of DST."""
+    if parsed.target.lower().endswith(_OTHERS):
+        _refuse(
+            f"DST {parsed.target!r} is of a kind that is not written. Name a file that ends in "
+            f"{_FILE}, or a folder."
+        )
+    if to_file and parsed.layout is not None:
+        _refuse(f"--layout is of a folder, and DST {parsed.target!r} is a file. Leave it out.")
+    for name in ("dense", "int8"):
+        if not to_file and getattr(parsed, name):
+            _refuse(
+                f"--{name} is of a file, and DST {parsed.target!r} is a folder. Leave it out, or "
+                f"name a DST that ends in {_FILE}."
+            )
+
+
+def _require_target(source: str, target: str, to_file: bool, overwrite: bool) -> None:
+    """Refuses a DST that is SRC, that cannot be written, or that is there."""
+    a, b = os.path.realpath(source), os.path.realpath(target)
+    if os.path.commonpath([a, b]) in (a, b):
+        _refuse(f"DST {target!r} is SRC, or one is in the other. Name another place.")
+    above = os.path.dirname(b)
+    if not os.path.isdir(above):
+        raise FileNotFoundError(f"{WHO}: there is no folder {above!r} for DST. Make it first.")
+    if not os.path.exists(b):
+        return
+    if to_file == os.path.isdir(b):
+        what = "a folder" if to_file else "a file"
+        _refuse(f"DST {target!r} is {what} already. Name another, or remove it.")
+    if not to_file:
+        strange = [name for name in sorted(os.listdir(b)) if not _is_ours(name)]
+        if strange:
+            _refuse(
+                f"DST {target!r} holds {strange[0]!r}, which is no part of a checkpoint. Name "
+                "another folder."
+            )
+        if not os.listdir(b):
+            return
+    if not overwrite:
+        raise FileExistsError(f"{WHO}: DST {target!r} is there. Pass --overwrite to replace it.")
+
+
+def _is_ours(name: str) -> bool:
+    """Whether an export has a file of this name."""
+    return name.endswith(_FILE) or name in (CONFIG, INDEX, *PASSED)
+
+
+def _holds_decoder(path: str) -> bool:
+    with _chunks.open_source(WHO, path) as source:
+        _file.declared(source.header)
+        return _saved.described(source.header.metadata) is not None
+
+
+def _convert(parsed: argparse.Namespace, to_file: bool, begin: float) -> None:
+    """Loads a decoder and writes it."""
+    narrow = Int8Config() if parsed.int8 else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = Decoder.from_pretrained(
+            parsed.source,
+            dtype=jnp.dtype(parsed.dtype or own_dtype(parsed.source)),
+            weights=narrow,
+            head=narrow,
+            progress=Progress(begin),
+        )
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    if to_file:
+        model.save(parsed.target, dense=parsed.dense)
+        return
+    says = model.origin.config.get("quantization_config") or {}
+    same = "autobitlinear" if says.get("linear_class") == "autobitlinear" else "bitlinear"
+    with _replacing(parsed.target) as folder:
+        bitnet_io.export_huggingface(model, folder, layout=parsed.layout or same)
+
+
+def own_dtype(path: str) -> str:
+    """The narrowest dtype that holds every float matrix of a checkpoint."""
+    kind = kind_of(path)
+    if kind == "saved":
+        with _chunks.open_source(WHO, path) as source:
+            found = _saved.described(source.header.metadata)
+        return "float32" if found is None else found[0].param_dtype.name
+    if kind == "gguf":
+        names = {"F16": "float16", "BF16": "bfloat16"}
+        blocks = [t.block for t in Gguf(WHO, path).values() if len(t.shape) > 1]
+        return _widest(names.get(b.name, "float32") for b in blocks if b.ternary is None)
+    arrays = Folder(WHO, path).values()
+    floats = (a.dtype for a in arrays if a.ndim > 1 and jnp.issubdtype(a.dtype, jnp.floating))
+    return _widest(dtype.name for dtype in floats)
+
+
+def _widest(names: Iterable[str]) -> str:
+    found = sorted(set(names))
+    return found[0] if len(found) == 1 and found[0] in _DTYPES else "float32"
+
+
+@contextlib.contextmanager
+def _replacing(target: str) -> Iterator[str]:
+    """A folder beside a target, renamed to it if the body does not raise."""
+    target = os.path.realpath(target)
+    base = os.path.join(os.path.dirname(target), f".bitnet_jax-{secrets.token_hex(8)}")
+    new, old = f"{base}.tmp", f"{base}.old"
+    try:
+        yield new
+        if os.path.exists(target):
+            os.rename(target, old)
+        os.rename(new, target)
+    except BaseException:
+        if os.path.exists(old) and not os.path.exists(target):
+            os.rename(old, target)
+        raise
+    finally:
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(path: str) -> int:
+    files = [entry.path for entry in os.scandir(path)] if os.path.isdir(path) else [path]
+    return sum(map(os.path.getsize, files))

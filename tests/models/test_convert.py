@@ -1,0 +1,269 @@
+"""``python -m bitnet_jax convert`` and ``inspect``: every form to every other, and refusals."""
+
+import json
+import os
+
+import gguf_files
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from published import Checkpoint, byte_tokenizer
+
+import bitnet_jax as bj
+from bitnet_jax.__main__ import main
+from bitnet_jax.models import _translate
+
+SMALL = {"num_hidden_layers": 1}
+CASES = {
+    "bitnet": Checkpoint("BitNetForCausalLM", "multiply", **SMALL),
+    "llama-bias": Checkpoint("LlamaForCausalLM", "divide", attention_bias=True, **SMALL),
+    "qwen3-grid": Checkpoint("Qwen3ForCausalLM", 16, tie_word_embeddings=False, **SMALL),
+    "llama-norm": Checkpoint(
+        "LlamaForCausalLM", "online", quantization_config={"use_rms_norm": True}, **SMALL
+    ),
+}
+
+
+def load(path, **options):
+    return bj.models.Decoder.from_pretrained(path, **options)
+
+
+def same_model(a, b):
+    a, b = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param))) for m in (a, b))
+    assert a.keys() == b.keys()
+    for path in a:
+        one, other = (jax.tree.flatten(m[path].get_value()) for m in (a, b))
+        assert one[1] == other[1], path
+        for x, y in zip(one[0], other[0], strict=True):
+            assert x.dtype == y.dtype, path
+            assert np.array_equal(x, y), path
+
+
+def converted(source, target, *options):
+    assert main(["convert", str(source), str(target), *options]) == 0
+    return target
+
+
+@pytest.fixture
+def folder(tmp_path):
+    checkpoint = Checkpoint(vocab_size=256, my_own_key=[1], eos_token_id=255, **SMALL)
+    byte_tokenizer().save(str(checkpoint.write(tmp_path / "in") / "tokenizer.json"))
+    (tmp_path / "in" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    return tmp_path / "in"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES)
+def test_to_a_file_and_back_is_the_same_model(case, tmp_path):
+    source = CASES[case].write(tmp_path / "in")
+    model = load(source)
+    for dense in ((), ("--dense",)):
+        file = converted(source, tmp_path / "a.safetensors", "--overwrite", *dense)
+        again = load(file)
+        same_model(model, again)
+        assert again.config == model.config
+        same_model(model, load(converted(file, tmp_path / "out", "--overwrite")))
+    assert main(["verify", str(tmp_path / "a.safetensors")]) == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["TQ2_0", "Q2_0", "Q8_0", "F16"])
+def test_a_gguf_file_is_read(kind, tmp_path):
+    source = tmp_path / "model.gguf"
+    gguf_files.Model("qwen3", kind).write(source)
+    file = converted(source, tmp_path / "a.safetensors")
+    same_model(load(source), load(file))
+    unnamed = tmp_path / "unnamed"
+    unnamed.write_bytes(source.read_bytes())  # told by what is in it
+    same_model(load(unnamed), load(file))
+
+
+@pytest.mark.full
+def test_text_files_and_unknown_keys_come_along(folder, tmp_path):
+    model = load(folder)
+    file = converted(folder, tmp_path / "a.safetensors")
+    for again in (load(file), load(converted(file, tmp_path / "out"))):
+        assert again.text.encode("abc") == model.text.encode("abc")
+        assert again.text.chat([{"role": "user", "content": "ab"}]) == model.text.encode("ab")
+        assert again.text.stops == {255}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["my_own_key"] == [1]
+
+
+@pytest.mark.full
+def test_a_file_loads_as_a_folder_does(folder, tmp_path):
+    """Options that change what is held do so from a file of floats too."""
+    floats = Checkpoint("LlamaForCausalLM", "float", **SMALL).write(tmp_path / "floats")
+    file = converted(floats, tmp_path / "floats.safetensors")
+    narrow = bj.Int8Config()
+    for options in ({"head": narrow}, {"weights": narrow, "dtype": "bfloat16"}, {"packed": False}):
+        one, other = load(floats, **options), load(file, **options)
+        same_model(one, other)
+        assert one.config == other.config
+    small = converted(floats, tmp_path / "int8.safetensors", "--int8")
+    same_model(load(floats, weights=narrow, head=narrow), load(small))
+    packed = converted(folder, tmp_path / "packed.safetensors")
+    for options in ({"packed": False}, {"dtype": "bfloat16"}, {"activations": None}):
+        same_model(load(folder, **options), load(packed, **options))
+    with pytest.raises(ValueError, match="`quantization_config` is for folders"):
+        load(packed, quantization_config={})
+
+
+@pytest.mark.full
+def test_stacked_layers_are_saved_one_by_one(tmp_path):
+    source = Checkpoint(num_hidden_layers=2).write(tmp_path / "in")
+    model, stacked = load(source), load(source, scan=True)
+    stacked.save(tmp_path / "a.safetensors")
+    same_model(model, load(tmp_path / "a.safetensors"))
+    same_model(stacked, load(tmp_path / "a.safetensors", scan=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_floats_keep_the_dtype_of_the_source(dtype, tmp_path):
+    import ml_dtypes
+    from safetensors.numpy import save_file
+
+    checkpoint = Checkpoint(**SMALL)
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    name = "model.embed_tokens.weight"
+    checkpoint.tensors[name] = checkpoint.tensors[name].astype(kind)
+    checkpoint.write(tmp_path / "in")
+    save_file(checkpoint.tensors, tmp_path / "in" / "model.safetensors")
+    assert _translate.own_dtype(tmp_path / "in") == dtype
+    file = converted(tmp_path / "in", tmp_path / "a.safetensors")
+    assert bj.io.load(file)["params"]["embed"]["embedding"].dtype == kind
+    assert _translate.own_dtype(str(file)) == dtype
+    wide = converted(file, tmp_path / "b.safetensors", "--dtype", "float32")
+    assert _translate.own_dtype(str(wide)) == "float32"
+
+
+def test_other_parameters_are_copied(tmp_path):
+    tree = {"kernel": bj.pack(jax.random.normal(jax.random.key(0), (64, 16)))}
+    bj.io.save(tmp_path / "a.safetensors", tree)
+    dense = converted(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--dense")
+    assert dense.stat().st_size < (tmp_path / "a.safetensors").stat().st_size
+    assert np.array_equal(bj.io.load(dense)["kernel"].codes, tree["kernel"].codes)
+
+
+REFUSED = [
+    (["nowhere", "out"], "there is no 'nowhere'"),
+    (["in", "out.gguf"], "a kind that is not written"),
+    (["in", "in"], "is SRC, or one is in the other"),
+    (["in", "in/model.safetensors", "--overwrite"], "one is in the other"),
+    (["in", "nowhere/out"], "Make it first"),
+    (["in", "there.safetensors"], "Pass --overwrite to replace it"),
+    (["in", "strange"], "holds 'notes.md', which is no part of a checkpoint"),
+    (["in", "there.safetensors/"], "is a file already"),
+    (["in", "strange.safetensors"], "is a folder already"),
+    (["in", "out", "--dense"], "--dense is of a file"),
+    (["in", "out", "--int8"], "--int8 is of a file"),
+    (["in", "out.safetensors", "--layout", "bitlinear"], "--layout is of a folder"),
+    (["there.safetensors", "out"], "no decoder's config"),
+    (["text", "out"], "is not a safetensors file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "match"), REFUSED)
+def test_refusals_come_before_any_work(arguments, match, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    CASES["bitnet"].write("in")
+    bj.io.save("there.safetensors", {"x": np.zeros(3)})
+    for name in ("strange", "strange.safetensors"):
+        os.mkdir(name)
+        (tmp_path / name / "notes.md").write_text("mine")
+    (tmp_path / "text").write_text("no model")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    assert main(["convert", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: convert: ")
+    assert said.count("\n") == 1
+    assert match in said
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
+def test_a_folder_is_written_whole_or_not_at_all(error, tmp_path, monkeypatch, capsys):
+    source = CASES["bitnet"].write(tmp_path / "in")
+    out = converted(source, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    real = bj.io.export_huggingface
+
+    def failing(*arguments, **options):
+        real(*arguments, **options)
+        raise error
+
+    monkeypatch.setattr(_translate.bitnet_io, "export_huggingface", failing)
+    code = main(["convert", str(source), str(out), "--overwrite"])
+    assert code == (130 if error is KeyboardInterrupt else 1)
+    assert capsys.readouterr().err.endswith(("stopped\n", "disk full\n"))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_damaged_description_is_refused(tmp_path):
+    from bitnet_jax.io import _file
+
+    def write(**changes):
+        says = {"config": {"DecoderConfig": {"vocabulary": 8, **changes}}, "origin": {}}
+        notes = {"decoder": json.dumps(says)}
+        _file.write(tmp_path / "a", {"params": {"x": np.zeros(1)}}, dense=False, notes=notes)
+
+    for changes in ({"heads": 3}, {"unknown": 1}, {"rope": {"Rope": {"kind": "none"}}}):
+        write(**changes)
+        with pytest.raises(bj.io.FormatError, match="no decoder that this version reads"):
+            load(tmp_path / "a")
+        assert main(["inspect", str(tmp_path / "a")]) == 1
+    write()
+    with pytest.raises(ValueError, match=r"is missing|has no place"):
+        load(tmp_path / "a")
+
+
+def lines(text):
+    return dict(line.split("  ", 1) for line in text.split("\n\n")[1].splitlines())
+
+
+def test_inspect_reads_headers_alone(folder, tmp_path, capsys, monkeypatch):
+    file = converted(folder, tmp_path / "a.safetensors")
+    monkeypatch.setattr(bj.models.Decoder, "from_pretrained", None)
+    capsys.readouterr()
+    for path in (folder, file):
+        assert main(["inspect", str(path)]) == 0
+        printed = capsys.readouterr().out
+        found = {name: value.strip() for name, value in lines(printed).items()}
+        assert found["architecture"] == "BitNetForCausalLM"
+        assert found["layers"] == "1, width 32, hidden 48"
+        assert found["vocabulary"] == "256, tied head"
+        assert found["ternary kernels"].startswith("7")
+        assert "not read" in found["data"]
+        if path == folder:
+            row = next(line for line in printed.splitlines() if "mlp/down" in line).split()
+            assert row[:5] == ["layers/*/mlp/down", "1", "48x32", "ternary", "2"]
+            assert row[-1] == f"{8 * (48 * 32 / 4 + 4) / (48 * 32):.2f}"
+            assert found["quantization"] == "autobitlinear, offline"
+            assert found["text"] == "tokenizer, a chat template"
+
+
+def test_inspect_of_a_gguf_file(tmp_path, capsys):
+    gguf_files.Model("llama", "TQ2_0").write(tmp_path / "model.gguf")
+    assert main(["inspect", str(tmp_path / "model.gguf")]) == 0
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if "mlp/up" in line)
+    assert row.split()[2:5] == ["256x256", "ternary", "TQ2_0"]
+    assert row.endswith("2.06")  # 66 bytes for each 256
+    assert lines(printed)["architecture"].strip() == "llama (GGUF)"
+
+
+def test_inspect_refuses_in_a_line(folder, tmp_path, capsys):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"architectures": ["\x1b[2JGpt"]}))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.gguf").write_bytes(b"GGUFno")
+    wanted = {
+        folder: "`architectures` is",
+        tmp_path / "empty": "neither model.safetensors",
+    }
+    for path, match in {**wanted, tmp_path / "bad.gguf": "ends within its version"}.items():
+        assert main(["inspect", str(path)]) == 1
+        said = capsys.readouterr().err
+        assert match in said
+        assert said.rstrip("\n").isprintable()
