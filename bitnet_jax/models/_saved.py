@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bitnet_jax import _checks
-from bitnet_jax._packed.kernel import is_packed
+from bitnet_jax._packed.kernel import is_stored
 from bitnet_jax._packed.static_data import decoded, encoded
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.ternary import TernaryConfig
@@ -188,7 +188,7 @@ def _places(config: DecoderConfig) -> Iterator[tuple[str, str]]:
 
 def _kernel(place: str, value: Any, config: Any, options: Options) -> Kernel:
     """One kernel in the form that was asked for."""
-    if is_packed(value):
+    if is_stored(value):
         if options.packed:
             return Kernel(dataclasses.replace(value, dtype=options.dtype), config, "as saved")
         return Kernel(value.dequantize(options.dtype), config, "as saved")
