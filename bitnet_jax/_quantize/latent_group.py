@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from bitnet_jax._quantize.config import KernelConfig
-from bitnet_jax._quantize.pinned import widened
+from bitnet_jax._quantize.pinned import bits_of, widened
 from bitnet_jax._quantize.ternary import over_statistic
 
 # A magnitude for each group: how many floats lie below it.
@@ -58,7 +58,7 @@ class Group(NamedTuple):
     def steps(self, value: Float32[Array, "..."]) -> Int32[Array, "..."]:
         """The count of the largest magnitude that is at most a value."""
         value = jnp.minimum(value, np.float32(jnp.finfo(self.dtype).max))
-        near = lax.bitcast_convert_type(value.astype(self.dtype), self._unsigned).astype(jnp.int32)
+        near = bits_of(value.astype(self.dtype), self._unsigned).astype(jnp.int32)
         return near - (self.wide(near) > value).astype(jnp.int32)
 
     def number(self, mark: Bool[Array, "*b g k n"]) -> Int32[Array, "*b g 1 m"]:

@@ -19,9 +19,22 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Integer
 
-from bitnet_jax._quantize.arrays import AnyArray
+from bitnet_jax._quantize.arrays import AnyArray, DTypeLike
+
+
+def bits_of(x: Float[AnyArray, "..."], integer: DTypeLike) -> Integer[Array, "..."]:
+    """The bits of floats, as integers of the same width.
+
+    XLA evaluates a call whose arguments it knows while it compiles. There a transposed
+    array is a view, and ``bitcast_convert`` reads its memory as if it were none: the
+    weights of a known ``kernel.T`` came out in another order. A reshape puts them in
+    order, and one that adds an axis of one costs nothing.
+    """
+    axis = (jnp.ndim(x),)
+    bits = lax.bitcast_convert_type(lax.expand_dims(x, axis), integer)
+    return lax.squeeze(bits, axis)
 
 
 @jax.custom_jvp
@@ -37,7 +50,7 @@ def pinned(x: Float[AnyArray, "..."]) -> Float[Array, "..."]:
     integer = jnp.dtype(f"uint{kind.bits}")
     # A quiet NaN with an even payload: or-ing 1 into an odd one would change nothing, provably.
     rare = ((1 << kind.nexp) - 1 << kind.nmant) | (3 << kind.nmant - 2)
-    bits = lax.bitcast_convert_type(x, integer)
+    bits = bits_of(x, integer)
     bits = bits | (bits == integer.type(rare)).astype(integer)
     return lax.bitcast_convert_type(bits, x.dtype)
 
@@ -53,7 +66,7 @@ def widened(x: Float[AnyArray, "..."]) -> Float32[Array, "..."]:
     """x in float32, from the bits that it has in its own dtype."""
     if x.dtype == jnp.bfloat16:
         # bfloat16 is the upper half of float32: a shift says so without a conversion.
-        bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+        bits = bits_of(x, jnp.uint16).astype(jnp.uint32)
         return lax.bitcast_convert_type(bits << 16, jnp.float32)
     if x.dtype == jnp.float32:
         return jnp.asarray(x)

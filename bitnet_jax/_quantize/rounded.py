@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32, Num
 
-from bitnet_jax._quantize.pinned import pinned
+from bitnet_jax._quantize.pinned import bits_of, pinned
 
 _ONE = 1 << 23  # the significand of 1.0: 24 bits, the first of them set
 _STEPS = 3  # of a guess that is 2 ulp off, one of them beyond a power of two
@@ -87,7 +87,7 @@ def _root(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
 
 def _significand(x: Float32[Array, "..."]) -> tuple[Int32[Array, "..."], Int32[Array, "..."]]:
     """The 24 bits of a float's significand, and its exponent."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
+    bits = bits_of(x, jnp.int32)
     return (bits & (_ONE - 1)) | _ONE, (bits >> 23 & 255) - 127
 
 
@@ -102,5 +102,5 @@ def _integer(guess: Float32[Array, "..."]) -> Int32[Array, "..."]:
 
 
 def _is_normal(x: Float32[Array, "..."]) -> jax.Array:
-    biased = lax.bitcast_convert_type(x, jnp.int32) >> 23 & 255
+    biased = bits_of(x, jnp.int32) >> 23 & 255
     return (biased > 0) & (biased < 255)

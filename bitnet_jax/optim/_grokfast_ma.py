@@ -34,6 +34,7 @@ from jaxtyping import Array, Int32, PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
+from bitnet_jax._quantize.pinned import bits_of
 from bitnet_jax.optim._gradients import (
     Leaf,
     amplify,
@@ -239,10 +240,10 @@ def _encoded(g: jax.Array, stored: np.dtype) -> jax.Array:
     if stored != jnp.uint16:
         return g.astype(stored)
     if g.dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type(g, jnp.uint16)
+        return bits_of(g, jnp.uint16)
     # Round float32 to bfloat16 by hand, to nearest even: add half of the dropped 16 bits,
     # less one where the kept last bit is even. XLA on CPU calls a function for each value.
-    bits = lax.bitcast_convert_type(g.astype(jnp.float32), jnp.uint32)
+    bits = bits_of(g.astype(jnp.float32), jnp.uint32)
     even = (bits >> jnp.uint32(16)) & jnp.uint32(1)
     rounded = (bits + jnp.uint32(0x7FFF) + even) >> jnp.uint32(16)
     quiet = jnp.uint32(0x7FC0)

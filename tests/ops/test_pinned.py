@@ -94,3 +94,39 @@ def test_quantised_activations_then_an_add():
     run = jax.jit(lambda w, c: bj.fake_quantize(w, kept) + c)
     c = gaussian(3, 64, 16)
     assert_same_bits(run(w, c), np.asarray(bj.fake_quantize(w, kept)) + np.asarray(c))
+
+
+W = jax.random.normal(jax.random.key(7), (32, 16))
+INT8 = bj.Int8Config()
+OF_TRANSPOSED = {
+    "pinned": pinned,
+    "widened": widened,
+    "quantize": bj.quantize,
+    "fake_quantize": bj.fake_quantize,
+    "fake_quantize, int8": lambda w: bj.fake_quantize(w, INT8, contracting_axes=0),
+    "quantize_activations": bj.quantize_activations,
+    "quantize_activations, groups": lambda x: bj.quantize_activations(
+        x, bj.ActivationConfig(group=8)
+    ),
+    "pack": bj.pack,
+    "pack, int8": lambda w: bj.pack(w, INT8),
+    "unpack": lambda w: bj.unpack(bj.pack(w)),
+    "ternary_dot, kernel": lambda w: bj.ternary_dot(jnp.ones((3, 16), w.dtype), w),
+    "ternary_dot, x": lambda x: bj.ternary_dot(x, jnp.eye(32, 4, dtype=x.dtype)),
+    "matmul": lambda x: bj.matmul(x, bj.pack(W.astype(x.dtype))),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", OF_TRANSPOSED)
+def test_a_call_of_a_known_transposed_array(name, dtype):
+    """XLA evaluates such a call while it compiles, and its bitcasts read views as if none."""
+    known = W.astype(dtype)
+
+    def run(a):
+        results = OF_TRANSPOSED[name](a.T)
+        # Transposed again: XLA keeps the view through the whole call.
+        return jax.tree.map(lambda y: y.T if y.ndim == 2 else y, results)
+
+    right = jax.jit(run)(known)
+    jax.tree.map(assert_same_bits, jax.jit(lambda: jax.jit(run)(known))(), right)
