@@ -105,6 +105,10 @@ def _groups(size, scale="absmean"):
     return bj.TernaryConfig(scale=scale, granularity=size)
 
 
+def _x_groups(size):
+    return bj.ActivationConfig(group=size)
+
+
 CASES = {
     "dense": Case((24, 10)),
     "one-by-one": Case((1, 1)),
@@ -145,6 +149,22 @@ CASES = {
     "int8-experts": Case((3, 8, 5), bj.Int8Config(), None, (0,)),
     "4-bit": Case((24, 10), activations=bj.ActivationConfig(bits=4)),
     "2-bit": Case((24, 10), activations=bj.ActivationConfig(bits=2)),
+    "x-groups": Case((96, 70), bj.PHASE4, activations=_x_groups(12)),
+    "x-groups-of-blocks": Case((1024, 70), activations=_x_groups(256)),
+    "x-groups-across-blocks": Case((1120, 6), bj.TWN, activations=_x_groups(160)),
+    "x-groups-alike": Case((24, 10), _groups(4), activations=_x_groups(4)),
+    "x-groups-alike-odd": Case((21, 10), _groups(7), activations=_x_groups(7)),
+    "x-groups-larger": Case((96, 10), _groups(8), activations=_x_groups(48)),
+    "x-groups-smaller": Case((96, 10), _groups(48), activations=_x_groups(8)),
+    "x-groups-unlike": Case((96, 10), _groups(32), activations=_x_groups(24)),
+    "x-groups-of-2": Case((24, 10), activations=_x_groups(2)),
+    "x-groups-whole": Case((24, 10), activations=_x_groups(24)),
+    "x-groups-outer": Case((4, 5, 8), bj.TWN, (0, 2), activations=_x_groups(16)),
+    "x-groups-experts": Case((3, 8, 5), bj.PHASE4, None, (0,), activations=_x_groups(4)),
+    "x-groups-int8": Case((36, 11), bj.Int8Config(), activations=_x_groups(12)),
+    "x-groups-bfloat16": Case((24, 10), x_dtype=ml_dtypes.bfloat16, activations=_x_groups(8)),
+    "x-groups-float16": Case((24, 10), x_dtype=np.float16, activations=_x_groups(8)),
+    "x-groups-4-bit": Case((24, 10), activations=bj.ActivationConfig(bits=4, group=8)),
 }
 
 
@@ -179,19 +199,25 @@ def only(name, calls):
 
 def leaf_of(case, name, layout):
     """The kernel of a case in the layout asked for, or None where the row refuses it by name."""
-    packed = case.pack()
-    reason = IMPLEMENTATIONS[name].unsupported_reason(packed)
+    packed, row = case.pack(), IMPLEMENTATIONS[name]
+    how = {"activations": case.activations, "implementation": name}
+    reason = row.unsupported_reason(packed, case.activations)
     if reason is not None:
         assert name in reason
         with pytest.raises(NotImplementedError, match=f"^matmul: .*'{name}'"):
-            bj.matmul(case.x(2), packed, implementation=name)
-        if IMPLEMENTATIONS[name].prepare is not None:
+            bj.matmul(case.x(2), packed, **how)
+    if row.unsupported_reason(packed) is not None:
+        if row.prepare is not None:
             with pytest.raises(NotImplementedError, match=f"^prepare: .*'{name}'"):
                 bj.prepare(packed, name)
         return None
     if layout == "stored":
-        return packed
+        return packed if reason is None else None
     prepared = bj.prepare(packed, name)
+    if reason is not None:  # the activations are the reason: the layout is none yet
+        with pytest.raises(NotImplementedError, match=f"^matmul: .*'{name}'.*stored kernel"):
+            bj.matmul(case.x(2), prepared, **how)
+        return None
     int8 = isinstance(packed, bj.PackedInt8)
     assert isinstance(prepared, PreparedInt8 if int8 else PreparedTernary)
     assert prepared.implementation == name
@@ -231,7 +257,8 @@ def check_gradient(case, name, layout):
 
     @jax.jit
     def pull(x, leaf, g):
-        y, back = jax.vjp(lambda x: bj.matmul(x, leaf, implementation=name), x)
+        kwargs = {"activations": case.activations, "implementation": name}
+        y, back = jax.vjp(lambda x: bj.matmul(x, leaf, **kwargs), x)
         return back(g.astype(y.dtype))[0]
 
     y = oracles.dot32(x, case.kernel(), case.config, INT8, case.contracting, case.batch)
@@ -294,7 +321,7 @@ def check_vmap(case, name, layout):
         return
 
     def dot(x, leaf):
-        return bj.matmul(x, leaf, implementation=name)
+        return bj.matmul(x, leaf, activations=case.activations, implementation=name)
 
     @jax.jit
     def run(x, leaf):

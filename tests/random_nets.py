@@ -14,6 +14,7 @@ the native product.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +47,11 @@ CONFIGS = (
     bj.TernaryConfig(scale="survivors", granularity=4),
     bj.Int8Config(),
 )
-ACTIVATIONS = (bj.ActivationConfig(), bj.ActivationConfig(), bj.ActivationConfig(bits=4))
+ACTIVATIONS = (
+    bj.ActivationConfig(),
+    bj.ActivationConfig(group=4),
+    bj.ActivationConfig(bits=4),
+)
 KINDS = ("dense", "dense", "heads", "experts", "conv")
 JOINTS = ("residual", "relu", "relu and residual", "none")
 
@@ -88,6 +93,7 @@ class Net(nn.Module):
             "use_bias": layer.bias,
         }
         if layer.kind == "conv":
+            how["activations"] = dataclasses.replace(layer.activations, group=None)
             return linen.BitConv(FEATURES, (3,), **how, name=name)
         if layer.kind == "experts":
             shape = (TOKENS, FEATURES, FEATURES)

@@ -45,7 +45,9 @@ from bitnet_jax._quantize.config import ActivationConfig
 from bitnet_jax._quantize.int8 import activation_codes, codes_at, gamma_of
 from bitnet_jax._quantize.pinned import widened
 
-_PADDING = 64  # rows of x are padded to a multiple of it, see native/layout.h
+# Rows of x are padded to a multiple of one; the other is of what x may be cut into, see
+# native/layout.h.
+_PADDING, _FOUR = 64, 4
 
 # What the custom calls take and give; other floats pass through float32.
 _FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -53,15 +55,23 @@ _FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 def unsupported_reason(packed: Packed, activations: ActivationConfig | None = None) -> str | None:
     """Why this implementation cannot run a kernel; None if it can."""
-    if activations is not None and activations.group is not None:
-        return (
-            "implementation 'cpu' has one scale per token, got groups of "
-            f"{activations.group}. Use implementation='xla' and the stored kernel."
-        )
     int8 = isinstance(packed, (PackedInt8, PreparedInt8))
     remedy = f"Use implementation={'reference' if int8 else 'xla'!r}."
     reason = native.load().reason
-    return None if reason is None else f"implementation 'cpu' is not there: {reason}. {remedy}"
+    if reason is not None:
+        return f"implementation 'cpu' is not there: {reason}. {remedy}"
+    depth = _spec_of(packed, None, _FLOATS[0]).layout.depth
+    group = activations.group if activations is not None and activations.group else depth
+    part = math.gcd(depth, group)
+    # A layout has its weights in fours: a part of a group of them is whole fours.
+    if part == depth or part % _FOUR == 0:
+        return None
+    kept = " and the stored kernel" if isinstance(packed, Prepared) else ""
+    return (
+        f"implementation 'cpu' needs groups of activations of a multiple of {_FOUR}, or those of "
+        f"the kernel; got groups of {group}, and {depth} weights to a scale of the kernel. Use "
+        f"implementation='reference'{kept}."
+    )
 
 
 def preferred(packed: Packed, preparing: bool) -> bool:
@@ -265,7 +275,7 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
 
     def whole(x: Activations, codes: jax.Array, scale: CanonicalScale) -> jax.Array:
         n = _outputs_of(spec, codes.shape)
-        x_codes, gamma = _quantize(x, spec.layout.depth, activations)
+        x_codes, gamma = _quantize(x, spec.layout.depth, activations)  # gamma (B, M, 1 or A)
         return _call(
             native.MULTIPLY,
             jax.ShapeDtypeStruct((*x.shape[:2], n), spec.dtype),
@@ -295,10 +305,11 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
             spec.dtype
         )
 
-    # The contraction may be cut between bytes, where one axis is contracted, in one group.
+    # The contraction may be cut between bytes, where one axis is contracted, in one group
+    # of the kernel and of x.
     depth, groups, int8 = spec.layout[1:]
     cut = 1 if int8 else trits.PER_BYTE
-    plain = not spec.prepared and groups == 1 and spec.last == depth
+    plain = not spec.prepared and groups == 1 and activations.group is None and spec.last == depth
     body = shards.Body(
         whole,
         summed,
@@ -325,19 +336,20 @@ def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
 
 
 def _stride(k: int, depth: int) -> int:
-    """Codes of a row and the zeros behind it: its last group is read in whole tiles."""
+    """Codes of a row and the zeros behind it: its last ``depth`` are read in whole tiles."""
     return k + -depth % _PADDING
 
 
 def _quantize(
     x: Activations, depth: int, activations: ActivationConfig
 ) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
-    """Codes of each token, padded for groups of ``depth``, and gamma."""
+    """Codes of each token, padded for groups of ``depth`` of the kernel, and its gammas."""
     x = x if x.dtype in _FLOATS else widened(x)
     *lead, k = x.shape
+    group = activations.group or k
     results = (
-        jax.ShapeDtypeStruct((*lead, _stride(k, depth)), jnp.int8),
-        jax.ShapeDtypeStruct((*lead, 1), jnp.float32),
+        jax.ShapeDtypeStruct((*lead, _stride(k, math.gcd(depth, group))), jnp.int8),
+        jax.ShapeDtypeStruct((*lead, k // group), jnp.float32),
     )
     bounds = {"qmax": np.float32(activations.qmax), "eps": np.float32(activations.eps)}
     return _call(native.QUANTIZE, results, x, **bounds)

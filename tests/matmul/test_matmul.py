@@ -23,9 +23,10 @@ every_run_but_native = pytest.mark.parametrize(
 )
 every_layout = pytest.mark.parametrize("layout", suite.LAYOUTS)
 IN_CORE = ("odd-k-and-n", "outer", "groups", "experts-heads", "bfloat16", "int8-odd", "4-bit")
+IN_CORE += ("x-groups", "x-groups-unlike")
 every_case = cases("case", suite.CASES, core=IN_CORE)
 GRADIENTS = ("dense", "odd-k-and-n", "513-columns", "outer", "groups", "conv", "experts-heads")
-GRADIENTS += ("groups-of-7", "int8-many-rows", "int8-table")
+GRADIENTS += ("groups-of-7", "int8-many-rows", "int8-table", "x-groups-alike")
 
 
 def some(*names, core=IN_CORE):
@@ -44,7 +45,7 @@ def test_the_gradient_to_x_is_the_closed_form(name, layout, case):
     suite.check_gradient(case, name, layout)
 
 
-@some("odd-k", "513-columns", "outer", "groups", "int8-odd", core=("groups",))
+@some("odd-k", "513-columns", "outer", "groups", "int8-odd", "x-groups-unlike", core=("groups",))
 @every_run
 def test_vmap(name, layout, case):
     suite.check_vmap(case, name, layout)
@@ -174,6 +175,26 @@ def test_xla_says_which_groups_it_cannot_run():
         bj.matmul(suite.CASES["groups-of-2"].x(2), packed, implementation="xla")
     with pytest.raises(NotImplementedError, match=f"^prepare: {match}"):
         bj.prepare(packed, implementation="xla")
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("xla", r"needs groups, .*got groups of 2 along \(24,\). Use implementation='reference'"),
+        ("cpu", r"needs groups of activations of a multiple of 4, or .*got groups of 2, and 24 w"),
+    ],
+)
+def test_groups_of_activations_that_an_implementation_cannot_run(name, match):
+    case = suite.CASES["x-groups-of-2"]
+    if IMPLEMENTATIONS[name].unsupported_reason(case.pack()):
+        pytest.skip("no C++ compiler built the native product")
+    for leaf in (case.pack(), bj.prepare(case.pack(), name)):
+        with pytest.raises(NotImplementedError, match=f"^matmul: implementation '{name}' {match}"):
+            bj.matmul(case.x(2), leaf, activations=case.activations, implementation=name)
+    with suite.counting() as calls:
+        y = bj.matmul(case.x(2), case.pack(), activations=case.activations)
+    assert suite.only("reference", calls)
+    oracles.assert_same_bits(y, case.oracle(case.x(2)))
 
 
 def test_a_row_that_refuses_everything_is_passed_over_and_never_hidden(monkeypatch):

@@ -51,7 +51,7 @@ def test_it_is_there_where_a_compiler_is():
 
 
 @needs_it
-@cases("case", suite.CASES, core=["odd-k-and-n", "groups", "experts-heads", "int8-odd", "4-bit"])
+@cases("case", suite.CASES, core=["odd-k-and-n", "groups", "experts-heads", "int8-odd", "x-groups"])
 def test_every_instruction_set_has_the_oracles_bits(paths, case):
     suite.check_product(case, "cpu", "prepared", paths)
 

@@ -159,18 +159,23 @@ struct Kernel {
   }
 };
 
+// Codes and gammas, for sums of `parts` of each group of the kernel.
 struct Activations {
-  int64_t rows, length, stride;
+  int64_t rows, length, parts, gammas, stride;
   std::unique_ptr<int8_t[]> codes;
   std::unique_ptr<float[]> gamma;
 
-  Activations(int64_t rows, const Kernel& kernel, bool extreme)
-      : rows(rows), length(kernel.groups * kernel.depth) {
-    stride = (kernel.groups - 1) * kernel.depth + CeilDiv(kernel.depth, kPadding) * kPadding;
+  Activations(int64_t rows, const Kernel& kernel, bool extreme, int64_t parts = 1)
+      : rows(rows), length(kernel.groups * kernel.depth), parts(parts) {
+    const int64_t part = kernel.depth / parts;
+    gammas = parts > 1 ? kernel.groups * parts : 1;
+    stride = length - part + CeilDiv(part, kPadding) * kPadding;
     codes = Exactly<int8_t>(rows * stride);
-    gamma = Exactly<float>(rows);
+    gamma = Exactly<float>(rows * gammas);
     for (int64_t m = 0; m < rows; ++m) {
-      gamma[m] = 0.5f + static_cast<float>(m % 7);
+      for (int64_t g = 0; g < gammas; ++g) {
+        gamma[m * gammas + g] = 0.5f + static_cast<float>((m + 3 * g) % 7);
+      }
       for (int64_t k = 0; k < length; ++k) {
         codes[m * stride + k] =
             static_cast<int8_t>(extreme ? (m % 2 ? -127 : 127) : Random(-127, 127));
@@ -180,27 +185,29 @@ struct Activations {
 };
 
 int64_t WrongSums(Pool& pool, const Kernel& kernel, const Activations& x) {
-  auto sums = Exactly<int32_t>(kernel.groups * x.rows * kernel.outputs);
+  const int64_t count = kernel.groups * x.parts, depth = kernel.depth / x.parts;
+  auto sums = Exactly<int32_t>(count * x.rows * kernel.outputs);
   auto y = Exactly<float>(x.rows * kernel.outputs);
   auto scale = Exactly<float>(kernel.groups);
   for (int64_t g = 0; g < kernel.groups; ++g) scale[g] = 0.25f * static_cast<float>(g + 1);
-  const Product product{kernel.kind,   1,         x.rows,   kernel.outputs, kernel.groups,
-                        kernel.depth, x.codes.get(), x.stride, kernel.panels.get()};
+  const Product product{kernel.kind,   1,        x.rows,   kernel.outputs,
+                        kernel.groups, kernel.depth, x.parts, x.codes.get(),
+                        x.stride,      kernel.panels.get()};
   MultiplyToSums(pool, product, sums.get());
-  Multiply(pool, product, x.gamma.get(), scale.get(), 1, 127.0f, y.get());
+  Multiply(pool, product, {x.gamma.get(), x.gammas, scale.get(), 1, 127.0f}, y.get());
   int64_t wrong = 0;
   for (int64_t m = 0; m < x.rows; ++m) {
     for (int64_t n = 0; n < kernel.outputs; ++n) {
       float total = 0.0f;
-      for (int64_t g = 0; g < kernel.groups; ++g) {
+      for (int64_t s = 0; s < count; ++s) {
         int64_t want = 0;
-        for (int64_t k = 0; k < kernel.depth; ++k) {
-          want += kernel.codes[(g * kernel.depth + k) * kernel.outputs + n] *
-                  x.codes[m * x.stride + g * kernel.depth + k];
+        for (int64_t k = s * depth; k < (s + 1) * depth; ++k) {
+          want += kernel.codes[k * kernel.outputs + n] * x.codes[m * x.stride + k];
         }
-        wrong += sums[(g * x.rows + m) * kernel.outputs + n] != want;
-        const float scaled = static_cast<float>(want) * x.gamma[m];
-        const float step = scale[g] * static_cast<float>(1.0 / 127);
+        wrong += sums[(s * x.rows + m) * kernel.outputs + n] != want;
+        const float gamma = x.gamma[m * x.gammas + (x.gammas > 1 ? s : 0)];
+        const float scaled = static_cast<float>(want) * gamma;
+        const float step = scale[s / x.parts] * static_cast<float>(1.0 / 127);
         total += scaled * step;
       }
       wrong += y[m * kernel.outputs + n] != total;
@@ -209,33 +216,41 @@ int64_t WrongSums(Pool& pool, const Kernel& kernel, const Activations& x) {
   return wrong;
 }
 
+int64_t WrongCodesOf(Pool& pool, int64_t length, int64_t groups) {
+  const int64_t rows = 5, stride = CeilDiv(length, kPadding) * kPadding, depth = length / groups;
+  auto x = Exactly<float>(rows * length);
+  auto codes = Exactly<int8_t>(rows * stride);
+  auto gamma = Exactly<float>(rows * groups);
+  for (int64_t i = 0; i < rows * length; ++i) x[i] = static_cast<float>(Random(-999, 999)) / 64;
+  QuantizeRows(pool, x.get(), rows, length, groups, stride, 127.0f, 1e-5f, codes.get(),
+               gamma.get());
+  int64_t wrong = 0;
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* from = x.get() + m * length + g * depth;
+      const int8_t* to = codes.get() + m * stride + g * depth;
+      float largest = 1e-5f;
+      for (int64_t k = 0; k < depth; ++k) largest = std::max(largest, std::abs(from[k]));
+      wrong += gamma[m * groups + g] != largest;
+      const float step = 127.0f / largest;
+      for (int64_t k = 0; k < depth; ++k) wrong += to[k] != std::nearbyint(from[k] * step);
+    }
+    for (int64_t k = length; k < stride; ++k) wrong += codes[m * stride + k] != 0;
+  }
+  return wrong;
+}
+
 int64_t WrongCodes(Pool& pool) {
   int64_t wrong = 0;
-  for (int64_t length : {1, 3, 16, 63, 64, 65, 1000}) {
-    const int64_t rows = 5, stride = CeilDiv(length, kPadding) * kPadding;
-    auto x = Exactly<float>(rows * length);
-    auto codes = Exactly<int8_t>(rows * stride);
-    auto gamma = Exactly<float>(rows);
-    for (int64_t i = 0; i < rows * length; ++i) x[i] = static_cast<float>(Random(-999, 999)) / 64;
-    QuantizeRows(pool, x.get(), rows, length, stride, 127.0f, 1e-5f, codes.get(), gamma.get());
-    for (int64_t m = 0; m < rows; ++m) {
-      float largest = 1e-5f;
-      for (int64_t k = 0; k < length; ++k) largest = std::max(largest, std::abs(x[m * length + k]));
-      wrong += gamma[m] != largest;
-      for (int64_t k = 0; k < stride; ++k) {
-        const float step = 127.0f / largest;
-        const float want = k < length ? std::nearbyint(x[m * length + k] * step) : 0.0f;
-        wrong += codes[m * stride + k] != want;
-      }
-    }
-  }
+  for (int64_t length : {1, 3, 16, 63, 64, 65, 1000}) wrong += WrongCodesOf(pool, length, 1);
+  for (int64_t groups : {2, 5, 8, 125, 1000}) wrong += WrongCodesOf(pool, 1000, groups);
   return wrong;
 }
 
 int64_t CheckPath(Pool& pool) {
   int64_t wrong = WrongCodes(pool);
   for (const Kind kind : {Kind::kTernary, Kind::kInt8}) {
-    for (int64_t depth : {1, 4, 15, 33, 64, 250, 256, 260, 1024, 1300, 2100}) {
+    for (int64_t depth : {1, 4, 15, 33, 64, 96, 250, 256, 260, 1024, 1300, 2100}) {
       for (int64_t outputs : {1, 16, 63, 64, 130}) {
         const int64_t groups = kind == Kind::kTernary && depth < 100 && depth % 4 == 0 ? 3 : 1;
         const Kernel kernel(pool, kind, groups, depth, outputs);
@@ -243,6 +258,12 @@ int64_t CheckPath(Pool& pool) {
         if (kind == Kind::kInt8) wrong += kernel.WrongFromTransposed(pool);
         for (int64_t rows : {1, 2, 5, 6, 7, 13, 16, 33, 50}) {
           wrong += WrongSums(pool, kernel, Activations(rows, kernel, depth % 2 == 0));
+        }
+        for (int64_t parts : {2, 3, 4, 5, 8, 16}) {
+          if (depth % (4 * parts) != 0) continue;
+          for (int64_t rows : {1, 7, 33}) {
+            wrong += WrongSums(pool, kernel, Activations(rows, kernel, false, parts));
+          }
         }
       }
     }

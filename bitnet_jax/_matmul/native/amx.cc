@@ -116,34 +116,32 @@ Rows From(const Rows& x, int64_t first) {
   return {x.codes + first * x.stride, x.stride, x.count - first, x.totals + first};
 }
 
-void AmxTernary(const Rows& x, const uint8_t* codes, int64_t byte_rows, int64_t panels,
-                int32_t* sums) {
-  if (x.count < kTileRows) return TernarySums<Avx512>(x, codes, byte_rows, panels, sums);
-  const int64_t whole = x.count / kTileRows * kTileRows;
+void AmxTernary(const Rows& x, const Beside& beside, int32_t* sums) {
+  if (x.count < kTileRows) return TernarySums<Avx512>(x, beside, sums);
+  const int64_t whole = x.count / kTileRows * kTileRows, panels = beside.count;
   const Rows tail = From(x, whole);
-  const Panel panel{codes, panels * kRowBytes};
   Unpacked unpacked;
   Begin<Avx512, Kind::kTernary>(x, sums);
   const Configured configured;
-  for (int64_t start = 0; start < byte_rows; start += kUnpackedRows) {
-    const int64_t rows = Least(byte_rows - start, kUnpackedRows);
-    const int64_t deep = kFields * rows, padded = CeilDiv(deep, kTileRows) * kTileRows;
-    for (int64_t p = 0; p < panels; ++p) {
-      Unpack<Avx512>(panel.Next(p).Down(start), rows, p, unpacked);
-    }
-    // Beyond the contraction a byte 0 counts for nothing, whatever x holds.
+  const Fours fours = beside.fours;
+  constexpr int64_t kStep = kFields * kUnpackedRows;
+  for (int64_t start = 0; start < fours.count; start += kStep) {
+    const int64_t deep = Least(fours.count - start, kStep);
+    const int64_t padded = CeilDiv(deep, kTileRows) * kTileRows;
+    Unpack<Avx512>(beside, {fours.first + start, deep}, unpacked);
+    // Beyond the run a byte 0 counts for nothing, whatever x holds.
     std::memset(unpacked.bytes + deep * Unpacked::kRow, 0, (padded - deep) * Unpacked::kRow);
-    const int64_t k = start * RowDepth(Kind::kTernary);
-    AllTiles(x, k, unpacked.All(), padded, panels, sums);
-    Add<Avx512, From::kFields>(tail, k, unpacked.All(), deep, panels, sums + whole * kWidth);
+    AllTiles(x, 4 * start, unpacked.All(), padded, panels, sums);
+    Add<Avx512, From::kFields>(tail, 4 * start, unpacked.All(), deep, panels,
+                               sums + whole * kWidth);
   }
 }
 
-void AmxInt8(const Rows& x, const uint8_t* codes, int64_t byte_rows, int64_t panels,
-             int32_t* sums) {
-  if (x.count < kTileRows) return Int8Sums<Avx512>(x, codes, byte_rows, panels, sums);
-  const int64_t whole = x.count / kTileRows * kTileRows;
-  const Panel panel{codes, panels * kRowBytes};
+void AmxInt8(const Rows& x, const Beside& beside, int32_t* sums) {
+  if (x.count < kTileRows) return Int8Sums<Avx512>(x, beside, sums);
+  const int64_t whole = x.count / kTileRows * kTileRows, panels = beside.count;
+  const Panel panel = FromRow(beside, beside.fours.first);
+  const int64_t byte_rows = beside.fours.count;
   const int64_t in_tiles = byte_rows / kTileRows * kTileRows, left = byte_rows - in_tiles;
   Begin<Avx512, Kind::kInt8>({x.codes, x.stride, whole, x.totals}, sums);
   {
@@ -155,7 +153,7 @@ void AmxInt8(const Rows& x, const uint8_t* codes, int64_t byte_rows, int64_t pan
       AllTiles(x, in_tiles * 4, {last, panel.row}, kTileRows, panels, sums);
     }
   }
-  Int8Sums<Avx512>(From(x, whole), codes, byte_rows, panels, sums + whole * kWidth);
+  Int8Sums<Avx512>(From(x, whole), beside, sums + whole * kWidth);
 }
 
 int64_t AmxBusy(int64_t turns, int32_t* sink) {

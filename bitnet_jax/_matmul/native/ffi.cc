@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
+#include <numeric>
 #include <string>
 
 #include "product.h"
@@ -49,20 +50,21 @@ int64_t ElementsBefore(Dimensions dimensions, size_t last) {
   return elements;
 }
 
-// x (..., K) float32 or bfloat16 -> codes (..., at least K) int8, gamma (..., 1) float32.
+// x (..., K) float32 or bfloat16 -> codes (..., at least K) int8, gamma (..., groups) float32.
 ffi::Error QuantizeImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, float qmax, float eps,
                         ffi::ResultBuffer<ffi::S8> codes, ffi::ResultBuffer<ffi::F32> gamma) {
   const Dimensions xd = x.dimensions(), cd = codes->dimensions(), gd = gamma->dimensions();
   if (xd.size() == 0 || cd.size() != xd.size() || cd.back() < xd.back() ||
-      ElementsBefore(cd, 1) != ElementsBefore(xd, 1) ||
-      ElementsBefore(gd, 0) != ElementsBefore(xd, 1)) {
-    return Wrong("want x (..., K), codes (..., K or more), gamma (..., 1)");
+      ElementsBefore(cd, 1) != ElementsBefore(xd, 1) || gd.size() != xd.size() ||
+      ElementsBefore(gd, 1) != ElementsBefore(xd, 1) || gd.back() < 1 ||
+      xd.back() % gd.back() != 0) {
+    return Wrong("want x (..., K), codes (..., K or more), gamma (..., a divisor of K)");
   }
   XlaPool pool(threads);
   const int64_t rows = ElementsBefore(xd, 1);
   const auto run = [&](const auto* from) {
-    QuantizeRows(pool, from, rows, xd.back(), cd.back(), qmax, eps, codes->typed_data(),
-                 gamma->typed_data());
+    QuantizeRows(pool, from, rows, xd.back(), gd.back(), cd.back(), qmax, eps,
+                 codes->typed_data(), gamma->typed_data());
     return ffi::Error::Success();
   };
   if (x.element_type() == Type::F32) return run(x.typed_data<float>());
@@ -77,43 +79,52 @@ int64_t PanelBytes(Kind kind, int64_t groups, int64_t outputs, int64_t depth) {
 // The operands that MultiplyImpl and SumsImpl share, or why they do not meet. Panels are one
 // flat axis: XLA cuts a layer out of a stack of them several times as fast.
 ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels, int64_t groups,
-                    int64_t depth, bool int8, int64_t outputs, Product& product) {
+                    int64_t depth, int64_t parts, bool int8, int64_t outputs, Product& product) {
   const Dimensions xd = x.dimensions();
   if (xd.size() != 3 || groups < 1 || outputs < 0) {
     return Wrong("want x (B, M, K), panels (B, bytes), and a group or more");
   }
-  if (depth < 1 || (groups - 1) * depth + CeilDiv(depth, kPadding) * kPadding > xd[2]) {
-    return Wrong("want groups of depth >= 1, and each readable up to a multiple of 64 codes of x");
+  if (depth < 1 || parts < 1 || depth % parts != 0 || (parts > 1 && depth / parts % 4 != 0)) {
+    return Wrong("want groups of depth >= 1, in parts of a multiple of 4 weights");
+  }
+  const int64_t part = depth / parts;
+  if (groups * depth - part + CeilDiv(part, kPadding) * kPadding > xd[2]) {
+    return Wrong("want each part readable up to a multiple of 64 codes of x");
   }
   const Kind kind = int8 ? Kind::kInt8 : Kind::kTernary;
   if (!Is(panels.dimensions(), {xd[0], PanelBytes(kind, groups, outputs, depth)})) {
     return Wrong("x, panels and outputs do not meet");
   }
-  product = {kind, xd[0], xd[1], outputs, groups, depth, x.typed_data(), xd[2],
+  product = {kind, xd[0], xd[1], outputs, groups, depth, parts, x.typed_data(), xd[2],
              panels.typed_data()};
   return ffi::Error::Success();
 }
 
-// x (B, M, K) int8, gamma (B, M, 1), panels, scale (B, G, 1 or N) -> y (B, M, N).
+// x (B, M, K) int8, gamma (B, M, A), panels, scale (B, G, 1 or N) -> y (B, M, N). The groups
+// of x and of the kernel are summed together where they are alike, else in the fewest parts
+// that cut neither.
 ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
                         ffi::Buffer<ffi::F32> gamma, ffi::Buffer<ffi::U8> panels,
                         ffi::Buffer<ffi::F32> scale, int64_t depth, bool int8, float qmax,
                         ffi::Result<ffi::AnyBuffer> y) {
-  const Dimensions yd = y->dimensions(), sd = scale.dimensions();
-  if (yd.size() != 3 || sd.size() != 3) return Wrong("want y (B, M, N), scale (B, G, 1 or N)");
+  const Dimensions yd = y->dimensions(), sd = scale.dimensions(), gd = gamma.dimensions();
+  if (yd.size() != 3 || sd.size() != 3 || gd.size() != 3 || gd[2] < 1 || sd[1] < 1) {
+    return Wrong("want y (B, M, N), gamma (B, M, A), scale (B, G, 1 or N)");
+  }
   Product product;
-  const ffi::Error error = Operands(x, panels, sd[1], depth, int8, yd[2], product);
+  const int64_t gammas = gd[2], parts = gammas / std::gcd(gammas, sd[1]);
+  const ffi::Error error = Operands(x, panels, sd[1], depth, parts, int8, yd[2], product);
   if (error.failure()) return error;
   const int64_t scales = sd[2];
   if (!Is(yd, {product.batch, product.rows, product.outputs}) ||
-      !Is(gamma.dimensions(), {product.batch, product.rows, 1}) ||
+      !Is(gd, {product.batch, product.rows, gammas}) ||
       !Is(sd, {product.batch, product.groups, scales}) ||
       (scales != 1 && scales != product.outputs)) {
     return Wrong("gamma, scale and y do not meet the product");
   }
   XlaPool pool(threads);
   const auto run = [&](auto* to) {
-    Multiply(pool, product, gamma.typed_data(), scale.typed_data(), scales, qmax, to);
+    Multiply(pool, product, {gamma.typed_data(), gammas, scale.typed_data(), scales, qmax}, to);
     return ffi::Error::Success();
   };
   if (y->element_type() == Type::F32) return run(y->typed_data<float>());
@@ -127,7 +138,7 @@ ffi::Error SumsImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x, ffi::Buffer
   const Dimensions yd = sums->dimensions();
   if (yd.size() != 4) return Wrong("want sums (B, G, M, N)");
   Product product;
-  const ffi::Error error = Operands(x, panels, yd[1], depth, int8, yd[3], product);
+  const ffi::Error error = Operands(x, panels, yd[1], depth, 1, int8, yd[3], product);
   if (error.failure()) return error;
   if (!Is(yd, {product.batch, product.groups, product.rows, product.outputs})) {
     return Wrong("sums do not meet the product");

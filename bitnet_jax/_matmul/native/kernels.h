@@ -236,15 +236,19 @@ void Add(const Rows& x, int64_t k, Panel codes, int64_t rows, int64_t panels, in
   }
 }
 
+// The panels from byte row `row` on.
+inline Panel FromRow(const Beside& codes, int64_t row) {
+  return Panel{codes.panels, codes.count * kRowBytes}.Down(row);
+}
+
 template <class I>
-void Int8Sums(const Rows& x, const uint8_t* bytes, int64_t byte_rows, int64_t panels,
-              int32_t* sums) {
-  const Panel codes{bytes, panels * kRowBytes};
+void Int8Sums(const Rows& x, const Beside& beside, int32_t* sums) {
+  const Panel codes = FromRow(beside, beside.fours.first);
   Begin<I, Kind::kInt8>(x, sums);
   constexpr int64_t kStep = kFields * I::kStepRows;
-  for (int64_t start = 0; start < byte_rows; start += kStep) {
-    Add<I, From::kInt8>(x, start * RowDepth(Kind::kInt8), codes.Down(start),
-                        Least(byte_rows - start, kStep), panels, sums);
+  for (int64_t start = 0; start < beside.fours.count; start += kStep) {
+    Add<I, From::kInt8>(x, 4 * start, codes.Down(start), Least(beside.fours.count - start, kStep),
+                        beside.count, sums);
   }
 }
 
@@ -259,44 +263,72 @@ struct alignas(64) Unpacked {
   Panel All() const { return {bytes, kRow}; }
 };
 
-// `rows` <= kUnpackedRows byte rows of one panel, without the bias of int8.
+// All fields of `rows` byte rows of one panel.
 template <class I>
-void Unpack(Panel codes, int64_t rows, int64_t panel, Unpacked& to) {
-  uint8_t* at = to.bytes + panel * kRowBytes;
-  for (int64_t start = 0; start < rows; start += kBlockRows) {
-    const int64_t taken = Least(rows - start, kBlockRows);
-    const int64_t field = taken * Unpacked::kRow;
-    for (int64_t r = 0; r < taken; ++r, codes.bytes += codes.row) {
-      const typename I::Row bytes = I::Load(codes.bytes);
-      uint8_t* row = at + r * Unpacked::kRow;
-      I::Write(row, I::template Field<0>(bytes));
-      I::Write(row + field, I::template Field<1>(bytes));
-      I::Write(row + 2 * field, I::template Field<2>(bytes));
-      I::Write(row + 3 * field, I::template Field<3>(bytes));
+void UnpackRows(Panel codes, int64_t rows, uint8_t* to) {
+  const int64_t field = rows * Unpacked::kRow;
+  for (int64_t r = 0; r < rows; ++r, codes.bytes += codes.row, to += Unpacked::kRow) {
+    const typename I::Row bytes = I::Load(codes.bytes);
+    I::Write(to, I::template Field<0>(bytes));
+    I::Write(to + field, I::template Field<1>(bytes));
+    I::Write(to + 2 * field, I::template Field<2>(bytes));
+    I::Write(to + 3 * field, I::template Field<3>(bytes));
+  }
+}
+
+template <class I, int j>
+void UnpackField(Panel codes, int64_t rows, uint8_t* to) {
+  for (int64_t r = 0; r < rows; ++r, codes.bytes += codes.row, to += Unpacked::kRow) {
+    I::Write(to, I::template Field<j>(I::Load(codes.bytes)));
+  }
+}
+
+// At most kFields * kUnpackedRows fours of each panel, without the bias of int8: blocks as a
+// whole, and where a run cuts them, field by field.
+template <class I>
+void Unpack(const Beside& beside, Fours fours, Unpacked& to) {
+  constexpr void (*kField[kFields])(Panel, int64_t, uint8_t*) = {
+      UnpackField<I, 0>, UnpackField<I, 1>, UnpackField<I, 2>, UnpackField<I, 3>};
+  uint8_t* at = to.bytes;
+  while (fours.count > 0) {
+    const int64_t block = fours.first / (kFields * kBlockRows) * kBlockRows;
+    const int64_t rows = Least(beside.byte_rows - block, kBlockRows);
+    const int64_t inside = fours.first - kFields * block, row = inside % rows;
+    const bool whole = inside == 0 && fours.count >= kFields * rows;
+    const int64_t taken = whole ? kFields * rows : Least(fours.count, rows - row);
+    for (int64_t p = 0; p < beside.count; ++p) {
+      const Panel codes = FromRow(beside, block + row).Next(p);
+      if (whole) {
+        UnpackRows<I>(codes, rows, at + p * kRowBytes);
+      } else {
+        kField[inside / rows](codes, taken, at + p * kRowBytes);
+      }
     }
-    at += kFields * field;
+    at += taken * Unpacked::kRow;
+    fours = {fours.first + taken, fours.count - taken};
   }
 }
 
 template <class I>
-void TernarySums(const Rows& x, const uint8_t* bytes, int64_t byte_rows, int64_t panels,
-                 int32_t* sums) {
-  const Panel codes{bytes, panels * kRowBytes};
+void TernarySums(const Rows& x, const Beside& beside, int32_t* sums) {
   Begin<I, Kind::kTernary>(x, sums);
-  if (x.count == 1 && panels == kPanels) return I::OneRow(x, codes, byte_rows, sums);
-  const bool direct = x.count <= I::kDirectRows;
-  const int64_t step = direct ? I::kStepRows : Least(kUnpackedRows, I::kStepRows);
+  const Fours fours = beside.fours;
+  if (x.count <= I::kDirectRows && IsInBlocks(fours, beside.byte_rows)) {
+    const Panel codes = FromRow(beside, fours.first / kFields);
+    const int64_t byte_rows = fours.count / kFields;
+    if (x.count == 1 && beside.count == kPanels) return I::OneRow(x, codes, byte_rows, sums);
+    for (int64_t start = 0; start < byte_rows; start += I::kStepRows) {
+      Add<I, From::kPacked>(x, start * RowDepth(Kind::kTernary), codes.Down(start),
+                            Least(byte_rows - start, I::kStepRows), beside.count, sums);
+    }
+    return;
+  }
   Unpacked unpacked;
-  for (int64_t start = 0; start < byte_rows; start += step) {
-    const int64_t k = start * RowDepth(Kind::kTernary), rows = Least(byte_rows - start, step);
-    if (direct) {
-      Add<I, From::kPacked>(x, k, codes.Down(start), rows, panels, sums);
-      continue;
-    }
-    for (int64_t p = 0; p < panels; ++p) {
-      Unpack<I>(codes.Next(p).Down(start), rows, p, unpacked);
-    }
-    Add<I, From::kFields>(x, k, unpacked.All(), kFields * rows, panels, sums);
+  constexpr int64_t kStep = kFields * (I::kStepRows < kUnpackedRows ? I::kStepRows : kUnpackedRows);
+  for (int64_t start = 0; start < fours.count; start += kStep) {
+    const int64_t taken = Least(fours.count - start, kStep);
+    Unpack<I>(beside, {fours.first + start, taken}, unpacked);
+    Add<I, From::kFields>(x, 4 * start, unpacked.All(), taken, beside.count, sums);
   }
 }
 

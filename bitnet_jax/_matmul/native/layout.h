@@ -22,6 +22,10 @@
 //
 //   row 0 of panels 0 1 2 3, row 1 of panels 0 1 2 3, ..., row 0 of panels 4 5 6 7, ...
 //
+// Byte rows of an int8 panel, and the rows that the fields of a ternary one unpack to, are
+// fours of weights. A run of whole fours is multiplied on its own where activations have
+// groups that the kernel does not have.
+//
 // Ternary is padded with fields 0, which count for nothing whatever x holds there, and
 // int8 with bytes 128, which are code 0 against the zeros that x is padded with.
 
@@ -41,10 +45,27 @@ constexpr int64_t kFields = 4;      // two-bit fields of a byte
 // Rows of activations are readable up to a multiple of it: the depth of a tile.
 constexpr int64_t kPadding = 64;
 
+// A run of fours of weights, in the order of the contraction.
+struct Fours {
+  int64_t first, count;
+};
+
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Weights along the contraction that one byte row of a panel holds.
 constexpr int64_t RowDepth(Kind kind) { return kind == Kind::kTernary ? 16 : 4; }
+
+// All fours of so many byte rows, and whether a run of a ternary panel is byte rows in whole
+// blocks.
+constexpr Fours AllOf(Kind kind, int64_t byte_rows) {
+  return {0, byte_rows * RowDepth(kind) / 4};
+}
+
+constexpr bool IsInBlocks(Fours fours, int64_t byte_rows) {
+  constexpr int64_t kBlock = kBlockRows * kFields;
+  const int64_t end = fours.first + fours.count;
+  return fours.first % kBlock == 0 && (end % kBlock == 0 || end == byte_rows * kFields);
+}
 
 constexpr int64_t ByteRows(Kind kind, int64_t depth) { return CeilDiv(depth, RowDepth(kind)); }
 

@@ -19,21 +19,29 @@ struct Rows {
   const int32_t* totals;  // the sum of each row over the contraction
 };
 
-// Exact sums of activations times codes, for up to kPanels panels that lie side by side:
-// (x.count, kWidth) int32, of which 16 outputs a panel are written.
-using Sums = void (*)(const Rows& x, const uint8_t* panels, int64_t byte_rows,
-                      int64_t panel_count, int32_t* sums);
+// Up to kPanels panels that lie side by side, from their first byte row, and the run of their
+// fours that x meets.
+struct Beside {
+  const uint8_t* panels;
+  int64_t byte_rows, count;
+  Fours fours;
+};
+
+// Exact sums of activations times codes: (x.count, kWidth) int32, of which 16 outputs a
+// panel are written.
+using Sums = void (*)(const Rows& x, const Beside& codes, int32_t* sums);
 
 // One token: codes, and its gamma, infinite where x has NaN or Inf.
 template <class Float>
 using Quantize = float (*)(const Float* x, int64_t length, float qmax, float eps, int8_t* codes);
 
 // The epilogue of (rows, columns) of `sums`: it sets y, or adds to it where `add`.
-// `scale_step` is 0 where all outputs share a scale.
+// Gammas of rows are `gamma_stride` apart; `scale_step` is 0 where all outputs share a scale.
 struct Epilogue {
   const int32_t* sums;
   int64_t rows, columns;
   const float* gamma;
+  int64_t gamma_stride;
   const float* scale;
   int64_t scale_step;
   float reciprocal;  // float32(1 / qmax)

@@ -67,7 +67,7 @@ void FinishAs(const Epilogue& e) {
   for (int64_t m = 0; m < e.rows; ++m) {
     const int32_t* sums = e.sums + m * kWidth;
     float* y = e.y + m * e.y_stride;
-    const float gamma = e.gamma[m], zero = gamma * 0.0f;
+    const float gamma = e.gamma[m * e.gamma_stride], zero = gamma * 0.0f;
     for (int64_t c = 0; c < e.columns; ++c) {
       const float scale = e.scale[c * ScaleStep];
       const float z = zero + scale * 0.0f;

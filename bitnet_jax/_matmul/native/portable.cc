@@ -5,14 +5,14 @@
 namespace bitnet {
 namespace {
 
-void PortableInt8(const Rows& x, const uint8_t* panels, int64_t byte_rows, int64_t panel_count,
-                  int32_t* sums) {
+void PortableInt8(const Rows& x, const Beside& codes, int32_t* sums) {
   for (int64_t m = 0; m < x.count; ++m) {
-    for (int64_t p = 0; p < panel_count; ++p) {
+    for (int64_t p = 0; p < codes.count; ++p) {
       int32_t total[kOutputs] = {};
-      for (int64_t r = 0; r < byte_rows; ++r) {
-        const uint8_t* byte = panels + (r * panel_count + p) * kRowBytes;
-        const int8_t* four = x.codes + m * x.stride + 4 * r;
+      for (int64_t q = 0; q < codes.fours.count; ++q) {
+        const int64_t row = codes.fours.first + q;
+        const uint8_t* byte = codes.panels + (row * codes.count + p) * kRowBytes;
+        const int8_t* four = x.codes + m * x.stride + 4 * q;
         for (int64_t l = 0; l < kOutputs; ++l) {
           for (int64_t i = 0; i < 4; ++i, ++byte) total[l] += (*byte - 128) * four[i];
         }
@@ -22,23 +22,20 @@ void PortableInt8(const Rows& x, const uint8_t* panels, int64_t byte_rows, int64
   }
 }
 
-void PortableTernary(const Rows& x, const uint8_t* panels, int64_t byte_rows, int64_t panel_count,
-                     int32_t* sums) {
+void PortableTernary(const Rows& x, const Beside& codes, int32_t* sums) {
   for (int64_t m = 0; m < x.count; ++m) {
-    for (int64_t p = 0; p < panel_count; ++p) {
+    for (int64_t p = 0; p < codes.count; ++p) {
       int32_t total[kOutputs] = {};
-      for (int64_t start = 0; start < byte_rows; start += kBlockRows) {
-        const int64_t rows = byte_rows - start < kBlockRows ? byte_rows - start : kBlockRows;
-        for (int64_t r = 0; r < rows; ++r) {
-          const uint8_t* byte = panels + ((start + r) * panel_count + p) * kRowBytes;
-          const int8_t* four = x.codes + m * x.stride + RowDepth(Kind::kTernary) * start + 4 * r;
-          for (int64_t l = 0; l < kOutputs; ++l) {
-            for (int64_t i = 0; i < 4; ++i, ++byte) {
-              for (int64_t j = 0; j < kFields; ++j) {
-                total[l] += ((*byte >> (2 * j)) & 3) * four[4 * rows * j + i];
-              }
-            }
-          }
+      for (int64_t q = 0; q < codes.fours.count; ++q) {
+        const int64_t at = codes.fours.first + q;
+        const int64_t start = at / (kFields * kBlockRows) * kBlockRows;
+        const int64_t left = codes.byte_rows - start, rows = left < kBlockRows ? left : kBlockRows;
+        const int64_t inside = at - kFields * start, shift = 2 * (inside / rows);
+        const int64_t row = start + inside % rows;
+        const uint8_t* byte = codes.panels + (row * codes.count + p) * kRowBytes;
+        const int8_t* four = x.codes + m * x.stride + 4 * q;
+        for (int64_t l = 0; l < kOutputs; ++l) {
+          for (int64_t i = 0; i < 4; ++i, ++byte) total[l] += ((*byte >> shift) & 3) * four[i];
         }
       }
       for (int64_t l = 0; l < kOutputs; ++l) {

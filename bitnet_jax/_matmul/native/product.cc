@@ -53,12 +53,12 @@ class Pieces {
         quads_(CeilDiv(panels_, kPanels)),
         slabs_(CeilDiv(product.rows, path.slab)),
         slab_(CeilDiv(product.rows, slabs_)),
-        totals_(product.batch * product.groups * product.rows) {
+        totals_(product.batch * product.Sums() * product.rows) {
     int32_t* total = totals_.data();
     for (int64_t b = 0; b < product.batch; ++b) {
-      for (int64_t g = 0; g < product.groups; ++g) {
+      for (int64_t s = 0; s < product.Sums(); ++s) {
         for (int64_t m = 0; m < product.rows; ++m) {
-          *total++ = path.total(Codes(b, g, m), product.depth);
+          *total++ = path.total(Codes(b, s, m), product.PartDepth());
         }
       }
     }
@@ -86,22 +86,29 @@ class Pieces {
     ParallelFor(pool, pieces, RunOf(pool, pieces, units), run);
   }
 
-  // Sums of one group of a piece: (rows, kWidth).
-  void Sum(const Piece& piece, int64_t group, int32_t* sums) const {
-    const int64_t slice = piece.batch * product_.groups + group;
-    const int64_t panel = slice * panels_ + piece.output / kOutputs;  // the first of four
-    const Rows rows{Codes(piece.batch, group, piece.row), product_.stride, piece.rows,
-                    totals_.data() + slice * product_.rows + piece.row};
+  // Sums of one part of a group of a piece: (rows, kWidth).
+  void Sum(const Piece& piece, int64_t sum, int32_t* sums) const {
+    const int64_t group = sum / product_.parts, part = sum % product_.parts;
+    const int64_t panel = (piece.batch * product_.groups + group) * panels_ +
+                          piece.output / kOutputs;  // the first of four
+    const int64_t total = (piece.batch * product_.Sums() + sum) * product_.rows + piece.row;
+    const Rows rows{Codes(piece.batch, sum, piece.row), product_.stride, piece.rows,
+                    totals_.data() + total};
+    const int64_t fours = product_.PartDepth() / 4;  // not of a whole group: that is padded
+    const Fours run = product_.parts == 1 ? AllOf(product_.kind, byte_rows_)
+                                          : Fours{part * fours, fours};
     const Sums multiply = product_.kind == Kind::kTernary ? path_.ternary : path_.int8;
-    multiply(rows, product_.panels + panel * byte_rows_ * kRowBytes, byte_rows_,
-             Panels(piece.outputs), sums);
+    multiply(rows, {product_.panels + panel * byte_rows_ * kRowBytes, byte_rows_,
+                    Panels(piece.outputs), run},
+             sums);
   }
 
   int64_t slab() const { return slab_; }
 
  private:
-  const int8_t* Codes(int64_t batch, int64_t group, int64_t row) const {
-    return product_.x + (batch * product_.rows + row) * product_.stride + group * product_.depth;
+  const int8_t* Codes(int64_t batch, int64_t sum, int64_t row) const {
+    return product_.x + (batch * product_.rows + row) * product_.stride +
+           sum * product_.PartDepth();
   }
 
   const Product& product_;
@@ -177,14 +184,18 @@ float QuantizeBy(const Path& path, const BFloat16* x, int64_t length, float qmax
 }  // namespace
 
 template <class Float>
-void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, int64_t stride,
-                  float qmax, float eps, int8_t* codes, float* gamma) {
+void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, int64_t groups,
+                  int64_t stride, float qmax, float eps, int8_t* codes, float* gamma) {
   const Path& path = Chosen();
+  const int64_t depth = length / groups;
   const int64_t run = RunOf(pool, rows, rows * length / kFloatsPerUnit);
   ParallelFor(pool, rows, run, [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
       int8_t* row = codes + m * stride;
-      gamma[m] = QuantizeBy(path, x + m * length, length, qmax, eps, row);
+      for (int64_t g = 0; g < groups; ++g) {
+        gamma[m * groups + g] =
+            QuantizeBy(path, x + m * length + g * depth, depth, qmax, eps, row + g * depth);
+      }
       std::memset(row + length, 0, stride - length);
     }
   });
@@ -195,9 +206,9 @@ void MultiplyToSums(Pool& pool, const Product& product, int32_t* sums) {
   const Pieces pieces(product, Chosen());
   pieces.Each(pool, [&](const Pieces::Piece& piece) {
     int32_t* some = Scratch<int32_t>(pieces.slab() * kWidth);
-    for (int64_t g = 0; g < product.groups; ++g) {
-      pieces.Sum(piece, g, some);
-      const int64_t first = (piece.batch * product.groups + g) * product.rows + piece.row;
+    for (int64_t s = 0; s < product.Sums(); ++s) {
+      pieces.Sum(piece, s, some);
+      const int64_t first = (piece.batch * product.Sums() + s) * product.rows + piece.row;
       for (int64_t m = 0; m < piece.rows; ++m) {
         std::memcpy(sums + (first + m) * product.outputs + piece.output, some + m * kWidth,
                     piece.outputs * sizeof(int32_t));
@@ -207,28 +218,31 @@ void MultiplyToSums(Pool& pool, const Product& product, int32_t* sums) {
 }
 
 template <class Float>
-void Multiply(Pool& pool, const Product& product, const float* gamma, const float* scale,
-              int64_t scales, float qmax, Float* y) {
+void Multiply(Pool& pool, const Product& product, const Scales& scales, Float* y) {
   if (Empty(product)) return;
   const Path& path = Chosen();
   const Pieces pieces(product, path);
   constexpr bool kFloat32 = sizeof(Float) == sizeof(float);
-  const bool in_place = kFloat32 && product.groups == 1;
-  const float reciprocal = static_cast<float>(1.0 / qmax);
+  const bool several = product.Sums() > 1, in_place = kFloat32 && !several;
+  const float reciprocal = static_cast<float>(1.0 / scales.qmax);
+  const int64_t of_gamma = product.Sums() / scales.gammas;  // sums that share one
+  const int64_t step = scales.scales == 1 ? 0 : 1;
   pieces.Each(pool, [&](const Pieces::Piece& piece) {
     const int64_t size = pieces.slab() * kWidth;
     int32_t* sums = Scratch<int32_t>(size);
     Float* to = y + (piece.batch * product.rows + piece.row) * product.outputs + piece.output;
     float* wide = in_place ? reinterpret_cast<float*>(to) : Scratch<float>(size);
     const int64_t wide_stride = in_place ? product.outputs : kWidth;
-    // Several groups start from +0, as a sum does: -0 of the first would not survive it.
-    if (product.groups > 1) std::fill_n(wide, piece.rows * kWidth, 0.0f);
-    for (int64_t g = 0; g < product.groups; ++g) {
-      pieces.Sum(piece, g, sums);
-      const float* scale_of = scale + (piece.batch * product.groups + g) * scales;
-      path.finish({sums, piece.rows, piece.outputs, gamma + piece.batch * product.rows + piece.row,
-                   scales == 1 ? scale_of : scale_of + piece.output, scales == 1 ? 0 : 1,
-                   reciprocal, product.groups > 1, wide, wide_stride});
+    // Several sums start from +0, as their total does: -0 of the first would not survive it.
+    if (several) std::fill_n(wide, piece.rows * kWidth, 0.0f);
+    const float* gamma =
+        scales.gamma + (piece.batch * product.rows + piece.row) * scales.gammas;
+    for (int64_t s = 0; s < product.Sums(); ++s) {
+      pieces.Sum(piece, s, sums);
+      const int64_t group = piece.batch * product.groups + s / product.parts;
+      path.finish({sums, piece.rows, piece.outputs, gamma + s / of_gamma, scales.gammas,
+                   scales.scale + group * scales.scales + step * piece.output, step, reciprocal,
+                   several, wide, wide_stride});
     }
     if (in_place) return;
     for (int64_t m = 0; m < piece.rows; ++m) {
@@ -260,12 +274,11 @@ void LayOut(Pool& pool, const Stored& stored, uint8_t* panels) {
   MakeLargePages(panels, pieces * bytes);
 }
 
-template void QuantizeRows(Pool&, const float*, int64_t, int64_t, int64_t, float, float, int8_t*,
-                           float*);
-template void QuantizeRows(Pool&, const BFloat16*, int64_t, int64_t, int64_t, float, float,
+template void QuantizeRows(Pool&, const float*, int64_t, int64_t, int64_t, int64_t, float, float,
                            int8_t*, float*);
-template void Multiply(Pool&, const Product&, const float*, const float*, int64_t, float, float*);
-template void Multiply(Pool&, const Product&, const float*, const float*, int64_t, float,
-                       BFloat16*);
+template void QuantizeRows(Pool&, const BFloat16*, int64_t, int64_t, int64_t, int64_t, float,
+                           float, int8_t*, float*);
+template void Multiply(Pool&, const Product&, const Scales&, float*);
+template void Multiply(Pool&, const Product&, const Scales&, BFloat16*);
 
 }  // namespace bitnet

@@ -12,30 +12,43 @@ namespace bitnet {
 const Path& Chosen();
 void Choose(const Path& path);
 
-// Activations (rows, length) to codes (rows, stride) with zeros behind them, and gamma (rows).
+// Activations (rows, length), each row in `groups` of a gamma of its own, to codes
+// (rows, stride) with zeros behind them, and gamma (rows, groups).
 template <class Float>
-void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, int64_t stride,
-                  float qmax, float eps, int8_t* codes, float* gamma);
+void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, int64_t groups,
+                  int64_t stride, float qmax, float eps, int8_t* codes, float* gamma);
 
 // A batch of products.
 //   x       (batch, rows, stride) codes, `groups` times `depth` of each row
 //   panels  (batch, groups, Panels(outputs), ByteRows(kind, depth), 64), layout.h
+//   parts   that each group is summed in: 1, or of whole fours
 struct Product {
   Kind kind;
-  int64_t batch, rows, outputs, groups, depth;
+  int64_t batch, rows, outputs, groups, depth, parts;
   const int8_t* x;
   int64_t stride;
   const uint8_t* panels;
+
+  int64_t Sums() const { return groups * parts; }  // of one row and output
+  int64_t PartDepth() const { return depth / parts; }
 };
 
-// sums (batch, groups, rows, outputs) int32.
+// sums (batch, product.Sums(), rows, outputs) int32.
 void MultiplyToSums(Pool& pool, const Product& product, int32_t* sums);
 
-// y (batch, rows, outputs): the epilogue of each group, in ascending order, float32 or
-// bfloat16. gamma (batch, rows), scale (batch, groups, scales), scales 1 or `outputs`.
+// The scales of a product: gamma (batch, rows, gammas), where `gammas` divides
+// product.Sums(), and scale (batch, groups, scales), where `scales` is 1 or `outputs`.
+struct Scales {
+  const float* gamma;
+  int64_t gammas;
+  const float* scale;
+  int64_t scales;
+  float qmax;
+};
+
+// y (batch, rows, outputs): the epilogue of each sum, in ascending order, float32 or bfloat16.
 template <class Float>
-void Multiply(Pool& pool, const Product& product, const float* gamma, const float* scale,
-              int64_t scales, float qmax, Float* y);
+void Multiply(Pool& pool, const Product& product, const Scales& scales, Float* y);
 
 // A batch of stored kernels to panels, as LayOutTernary and LayOutInt8. Ternary: (batch, rows,
 // outputs) bytes; int8: (batch, depth, outputs) codes, or (batch, outputs, depth) transposed.
