@@ -50,7 +50,12 @@ def test_codes_and_scales_are_those_of_one_device(kind, name, spec):
 
 @explicit_in_core
 def test_activations_in_shards(kind):
-    x, axis = gaussian(5, 8, K), bj.ActivationConfig(bits=4)
+    for axis in (bj.ActivationConfig(bits=4), bj.ActivationConfig(group=4)):
+        _check_activations_in_shards(kind, axis)
+
+
+def _check_activations_in_shards(kind, axis):
+    x = gaussian(5, 8, K)
     want, hat = bj.quantize_activations(x, axis), bj.fake_quantize_activations(x, axis)
     for spec in (P("data", "model"), P(None, "model")):
         sharded = put(mesh_of(kind), x, spec)

@@ -67,6 +67,31 @@ def test_one_packed_tree_gives_the_same_bits_on_eight_devices(kind, name, config
 
 
 @cases(
+    ("config", "place"),
+    [("tensor", "contraction, x too"), ("groups", "rows and contraction"), ("int8", "outputs")],
+    core=[("tensor", "contraction, x too")],
+)
+@both_kinds
+def test_groups_of_activations_have_the_bits_of_one_device(kind, config, place):
+    mesh, (x_spec, spec), config = mesh_of(kind), PLACES[place], CONFIGS[config]
+    x, w = gaussian(0, M, K), gaussian(1, K, N)
+    for group in (4, 32):  # inside a shard of the contraction, and across two
+        activations = bj.ActivationConfig(group=group)
+
+        def train(x, w, activations=activations):
+            return bj.ternary_dot(x, w, config, activations=activations)
+
+        def serve(x, w, activations=activations):
+            return bj.matmul(x, w, activations=activations)
+
+        x_put, w_put = put(mesh, x, x_spec), put(mesh, w, spec)
+        want = jax.jit(train)(x, w)
+        oracles.assert_same_bits(compiled(train, x_put, w_put)(x_put, w_put), want)
+        packed = placed(mesh, bj.pack(w, config), spec)
+        oracles.assert_same_bits(compiled(serve, x_put, packed)(x_put, packed), want)
+
+
+@cases(
     ("name", "config"),
     [("cpu", "tensor"), ("cpu", "int8"), ("reference", "channel")],
     core=[("cpu", "tensor")],

@@ -18,17 +18,19 @@
 // unpacked once for all of them. Many rows: panels are unpacked a block of the
 // contraction at a time into the int8 layout, which stays in cache, and multiplied from
 // there, as int8 kernels are at any number of rows.
+//
+// A run of a panel that cuts blocks, where activations have groups, goes field by field: in
+// registers for one row, unpacked for more.
 
 #pragma once
 
 #include "plain.h"
+#include "unpack.h"
 
 #define BITNET_INLINE inline __attribute__((always_inline))
 
 namespace bitnet {
 namespace {
-
-constexpr int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Four adjacent activations.
 inline int32_t Four(const int8_t* x) {
@@ -36,15 +38,6 @@ inline int32_t Four(const int8_t* x) {
   std::memcpy(&value, x, sizeof(value));
   return value;
 }
-
-// Panels side by side in memory, and the way from one byte row of them to the next.
-struct Panel {
-  const uint8_t* bytes;
-  int64_t row;
-
-  Panel Next(int64_t panels) const { return {bytes + panels * kRowBytes, row}; }
-  Panel Down(int64_t rows) const { return {bytes + rows * row, row}; }
-};
 
 // The same row of P panels, and sums of R rows of x and P panels. Members with names, and
 // no arrays: compilers leave an array in memory where they unroll its loops too late,
@@ -236,11 +229,6 @@ void Add(const Rows& x, int64_t k, Panel codes, int64_t rows, int64_t panels, in
   }
 }
 
-// The panels from byte row `row` on.
-inline Panel FromRow(const Beside& codes, int64_t row) {
-  return Panel{codes.panels, codes.count * kRowBytes}.Down(row);
-}
-
 template <class I>
 void Int8Sums(const Rows& x, const Beside& beside, int32_t* sums) {
   const Panel codes = FromRow(beside, beside.fours.first);
@@ -252,60 +240,33 @@ void Int8Sums(const Rows& x, const Beside& beside, int32_t* sums) {
   }
 }
 
-// Byte rows of a ternary panel, a multiple of a block, that are unpacked at a time.
-constexpr int64_t kUnpackedRows = 64;
-
-// Unpacked panels side by side, so that a tile reads on through memory.
-struct alignas(64) Unpacked {
-  static constexpr int64_t kRow = kPanels * kRowBytes;
-  uint8_t bytes[kUnpackedRows * kFields * kRow];
-
-  Panel All() const { return {bytes, kRow}; }
-};
-
-// All fields of `rows` byte rows of one panel.
-template <class I>
-void UnpackRows(Panel codes, int64_t rows, uint8_t* to) {
-  const int64_t field = rows * Unpacked::kRow;
-  for (int64_t r = 0; r < rows; ++r, codes.bytes += codes.row, to += Unpacked::kRow) {
-    const typename I::Row bytes = I::Load(codes.bytes);
-    I::Write(to, I::template Field<0>(bytes));
-    I::Write(to + field, I::template Field<1>(bytes));
-    I::Write(to + 2 * field, I::template Field<2>(bytes));
-    I::Write(to + 3 * field, I::template Field<3>(bytes));
-  }
-}
-
+// A single row and one field of kPanels panels.
 template <class I, int j>
-void UnpackField(Panel codes, int64_t rows, uint8_t* to) {
-  for (int64_t r = 0; r < rows; ++r, codes.bytes += codes.row, to += Unpacked::kRow) {
-    I::Write(to, I::template Field<j>(I::Load(codes.bytes)));
+void OneField(const int8_t* x, Panel codes, int64_t rows, int32_t* sums) {
+  Tile<I, Kind::kTernary, 1, kPanels> tile;
+  Codes<I, kPanels> bytes;
+  for (int64_t r = 0; r < rows; ++r, codes.bytes += codes.row, x += 4) {
+    bytes.template Load<true>(codes.bytes);
+    tile.Add(bytes.template Field<j>(), x, 0);
   }
+  tile.AddTo(sums);
 }
 
-// At most kFields * kUnpackedRows fours of each panel, without the bias of int8: blocks as a
-// whole, and where a run cuts them, field by field.
+// A single row and a run of kPanels panels that cuts blocks.
 template <class I>
-void Unpack(const Beside& beside, Fours fours, Unpacked& to) {
-  constexpr void (*kField[kFields])(Panel, int64_t, uint8_t*) = {
-      UnpackField<I, 0>, UnpackField<I, 1>, UnpackField<I, 2>, UnpackField<I, 3>};
-  uint8_t* at = to.bytes;
-  while (fours.count > 0) {
-    const int64_t block = fours.first / (kFields * kBlockRows) * kBlockRows;
-    const int64_t rows = Least(beside.byte_rows - block, kBlockRows);
-    const int64_t inside = fours.first - kFields * block, row = inside % rows;
-    const bool whole = inside == 0 && fours.count >= kFields * rows;
-    const int64_t taken = whole ? kFields * rows : Least(fours.count, rows - row);
-    for (int64_t p = 0; p < beside.count; ++p) {
-      const Panel codes = FromRow(beside, block + row).Next(p);
-      if (whole) {
-        UnpackRows<I>(codes, rows, at + p * kRowBytes);
-      } else {
-        kField[inside / rows](codes, taken, at + p * kRowBytes);
-      }
+void OneRowOfFields(const Rows& x, const Beside& beside, int32_t* sums) {
+  constexpr void (*kField[kFields])(const int8_t*, Panel, int64_t, int32_t*) = {
+      OneField<I, 0>, OneField<I, 1>, OneField<I, 2>, OneField<I, 3>};
+  const int8_t* at = x.codes;
+  for (Fours fours = beside.fours; fours.count > 0;) {
+    const Span span(fours, beside.byte_rows);
+    if (span.whole) {
+      Direct<I, 1, kPanels>(at, 0, FromRow(beside, span.row), span.fours / kFields, sums);
+    } else {
+      kField[span.field](at, FromRow(beside, span.row), span.fours, sums);
     }
-    at += taken * Unpacked::kRow;
-    fours = {fours.first + taken, fours.count - taken};
+    at += 4 * span.fours;
+    fours = {fours.first + span.fours, fours.count - span.fours};
   }
 }
 
@@ -323,6 +284,7 @@ void TernarySums(const Rows& x, const Beside& beside, int32_t* sums) {
     }
     return;
   }
+  if (x.count == 1 && beside.count == kPanels) return OneRowOfFields<I>(x, beside, sums);
   Unpacked unpacked;
   constexpr int64_t kStep = kFields * (I::kStepRows < kUnpackedRows ? I::kStepRows : kUnpackedRows);
   for (int64_t start = 0; start < fours.count; start += kStep) {
