@@ -133,7 +133,7 @@ def epilogue(
 
 
 def group_epilogue(
-    sums: Int32[Array, "g *rows n"],
+    sums: Int32[Array, "s *rows n"],
     gamma: Float32[Array, "..."],
     scale: CanonicalScale,
     qmax: int,

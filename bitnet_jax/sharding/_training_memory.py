@@ -128,7 +128,7 @@ def training_memory(
 
     Computed from shapes: nothing is allocated, and no device is needed. A table for 70
     billion parameters takes seconds, from ``jax.eval_shape(model.init, ...)`` and an
-    ``AbstractMesh``. It assumes full quantisation (strength 1) and int8 activations; the
+    ``AbstractMesh``. It assumes full quantisation (strength 1) and one int8 scale per token; the
     other paths save floats.
 
     Call it inside :func:`gather_codes` if training will run inside it; else nothing is

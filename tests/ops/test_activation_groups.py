@@ -141,7 +141,7 @@ def test_groups_that_do_not_divide_are_refused():
 
 def test_a_convolution_refuses_groups():
     layer = bj.linen.BitConv(4, (3,), activations=groups(8))
-    x = np.ones((2, 5, 8), np.float32)
+    x = jnp.ones((2, 5, 8))
     match = r"`activations.group`=8, and a convolution has one scale .*\(select=\), or pass"
     with pytest.raises(ValueError, match=f"ternary_conv: {match}"):
         layer.init(jax.random.key(0), x)
