@@ -223,6 +223,34 @@ def load(
     return build(leaves, lambda part: arrays[part.name])
 
 
+def load_each(
+    who: str, path: str, each: Callable[[_tensors.Path, Any], Any]
+) -> dict[_tensors.Path, Any]:
+    """The leaves in a file by path, each replaced as soon as it is read, the digest checked last.
+
+    So memory need not hold all leaves in both forms. What ``each`` returned is thrown away
+    where the file is refused.
+    """
+    made: dict[_tensors.Path, Any] = {}
+    with _chunks.open_source(who, path) as source:
+        leaves = declared(source.header)
+        build(leaves, lambda part: part)  # raises if two leaves have one path
+        parts = {part.name: part for leaf in leaves for part in leaf.parts}
+        owners = {part.name: leaf for leaf in leaves for part in leaf.parts}
+        waiting: dict[_tensors.Path, dict[str, Any]] = {}
+
+        def take(part: Part, array: np.ndarray) -> None:
+            leaf = owners[part.name]
+            have = waiting.setdefault(leaf.path, {})
+            have[part.name] = _shardings.place(array, None)
+            if len(have) == len(leaf.parts):
+                arrays = [have.pop(one.name) for one in leaf.parts]
+                made[leaf.path] = each(leaf.path, _manifest.value(leaf.described, arrays))
+
+        _chunks.read(source, parts, take)
+    return made
+
+
 def declared(header: Header) -> list[Leaf]:
     """The leaves that a header declares; makes every check that needs no data."""
     metadata, tensors = header.metadata, header.tensors

@@ -20,14 +20,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from bitnet_jax._matmul.attend import attend as attend_natively
+from bitnet_jax._matmul.attend import plain as attend_plain
 from bitnet_jax._quantize.int8 import quantize_activations
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._parts import Projection, norm_if
 from bitnet_jax.models._rope import rotate
 
 LayerCache = dict[str, jax.Array]
-
-_HIDDEN = np.float32(-1e30)  # a score that softmax gives no weight
 
 _STEP = np.float32(1 / 127)
 
@@ -62,29 +62,14 @@ def attend(
     q: Float[Array, "b l h d"],
     keys: LayerCache,
     mask: Bool[Array, "b l t"],
+    *,
+    cached: bool,
 ) -> Float[Array, "b l h d"]:
     """``softmax(q k^T / sqrt(d)) v`` for every group of query heads; scores in float32."""
     k, v = keys["k"], keys["v"]
-    batch, length, heads, dim = q.shape
-    wide = jnp.float32
-    groups = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
-    kind = q.dtype if k.dtype.itemsize <= q.dtype.itemsize else k.dtype
-    # (batch, kv head, query of the group, l, t)
-    scores = jnp.einsum(
-        "blkgd,btkd->bkglt", groups.astype(kind), k.astype(kind), preferred_element_type=wide
-    )
-    scores = scores * np.float32(dim**-0.5) * _per_key(keys, "k_scale", wide)
-    scores = jnp.where(mask[:, None, None], scores, _HIDDEN)
-    weights = jax.nn.softmax(scores, axis=-1) * _per_key(keys, "v_scale", wide)
-    y = jnp.einsum("bkglt,btkd->blkgd", weights.astype(kind), v.astype(kind))
-    return y.reshape(batch, length, heads, dim).astype(q.dtype)
-
-
-def _per_key(keys: LayerCache, name: str, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The scale of each key as (batch, kv head, 1, 1, t); 1 where the cache is float."""
-    if name not in keys:
-        return jnp.ones((1, 1, 1, 1, 1), dtype)
-    return jnp.moveaxis(keys[name], 1, -1)[:, :, None]
+    if cached and "k_scale" not in keys:
+        return attend_natively(q, k, v, mask)
+    return attend_plain(q, k, v, mask, keys.get("k_scale"), keys.get("v_scale"))
 
 
 class Attention(nnx.Module):
@@ -119,7 +104,8 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, *turned), rotate(k, *turned)
         cache = cache if cache is None else _written(cache, k, v)
-        y = attend(q, {"k": k, "v": v} if cache is None else cache, mask)
+        keys = {"k": k, "v": v} if cache is None else cache
+        y = attend(q, keys, mask, cached=cache is not None)
         y = y.reshape(*x.shape[:2], -1)
         return self.out(y if self.sub_norm is None else self.sub_norm(y)), cache
 

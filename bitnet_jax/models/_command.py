@@ -25,8 +25,9 @@ def run(parsed: argparse.Namespace) -> int:
         dtype=jnp.dtype(parsed.dtype),
         weights=narrow,
         head=narrow,
+        prepared=True,
         progress=Progress(begin),
-    ).prepare()
+    )
     loaded = time.perf_counter()
     print(f"loaded in {loaded - begin:.1f} s", file=sys.stderr)
     asked: str | list[dict[str, str]] = prompt

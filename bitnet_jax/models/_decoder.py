@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32
 
-from bitnet_jax._matmul import prepare
-from bitnet_jax._packed.kernel import PackedTernary, is_packed
+from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.int8 import ActivationConfig
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.io._huggingface import Published
@@ -20,7 +19,8 @@ from bitnet_jax.io._source import kind_of
 from bitnet_jax.models import _generation, _load_folder, _load_gguf, _saved
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._network import Network
-from bitnet_jax.models._pretrained import DECLARED, Options, Origin, cast, fill
+from bitnet_jax.models._parts import Blank
+from bitnet_jax.models._pretrained import DECLARED, Options, Origin, fill, laid_out
 from bitnet_jax.models._publish import published
 from bitnet_jax.models._report import LoadReport
 from bitnet_jax.models._request import checked
@@ -72,6 +72,7 @@ class Decoder(Network):
         activations: ActivationConfig | Literal["declared"] | None = DECLARED,
         quantization_config: Mapping[str, Any] | None = None,
         scan: bool = False,
+        prepared: bool = False,
         progress: Callable[[float], None] = lambda _: None,
     ) -> Decoder:
         """A decoder from a published checkpoint.
@@ -88,6 +89,9 @@ class Decoder(Network):
             declares, or as given here; None: weight-only.
           quantization_config: in place of the one in config.json.
           scan: whether layers are stacked.
+          prepared: whether kernels are laid out for this machine as they come, as
+            :meth:`prepare` does it to all of them: memory holds them once. Such a decoder
+            generates; it is not saved or exported.
           progress: called with the part that is done, 0 to 1.
 
         Returns:
@@ -99,13 +103,21 @@ class Decoder(Network):
         """
         dtype = jnp.dtype(dtype)
         options = Options(
-            dtype, packed, weights, head, activations, quantization_config, scan, progress
+            dtype,
+            packed,
+            weights,
+            head,
+            activations,
+            quantization_config,
+            scan,
+            prepared,
+            progress,
         )
         kind = "gguf" if os.fspath(path).endswith(".gguf") else kind_of(path)
         readers = {"gguf": _load_gguf.load, "saved": _saved.load}
         loaded = readers.get(kind or "", _load_folder.load)(path, options)
-        model = nnx.eval_shape(lambda: cls(loaded.config, rngs=nnx.Rngs(0)))
-        fill(model, loaded.config, cast(loaded.leaves, dtype))
+        model = nnx.eval_shape(lambda: cls(loaded.config, rngs=Blank(0)))
+        fill(model, loaded.config, loaded.leaves)
         model.report, model.text, model.origin = loaded.report, loaded.text, loaded.origin
         return model
 
@@ -278,14 +290,7 @@ class Decoder(Network):
           True
         """
         graph, state = nnx.split(self)
-        # A ternary table is read by rows, which only the stored layout serves.
-        table = self.embed.embedding.get_value()
-        if any(map(is_packed, jax.tree.leaves(state, is_leaf=is_packed))):
-            state = prepare(state)
-        model = nnx.merge(graph, state)
-        if isinstance(table, PackedTernary):
-            model.embed.embedding.set_value(table)
-        return model
+        return nnx.merge(graph, jax.tree.map(laid_out, state, is_leaf=is_packed))
 
     def published(self, layout: Literal["bitlinear", "autobitlinear"] = "bitlinear") -> Published:
         """What ``bj.io.export_huggingface`` writes.

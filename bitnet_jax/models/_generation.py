@@ -91,16 +91,25 @@ def tokens_of(model: Any, request: Request) -> Iterator[list[int | None]]:
     now, seeing = jnp.asarray(tokens), jnp.asarray(mask)
     key, still = jax.random.key(sampling.seed), [True] * len(rows)
     frozen, values = _Graph(graph, tree), sampling.values
-    for n in range(request.most):
+
+    def run(n: int, now: jax.Array) -> jax.Array:
+        nonlocal cache, seen
         ids, cache, seen = step(
             frozen, filters, leaves, cache, seen, now, seeing, jax.random.fold_in(key, n), values
         )
-        now = ids[:, None]
+        return ids
+
+    ids, last = run(0, now), request.most - 1
+    for n in range(request.most):
+        # The next step runs while this token is looked at: if no row goes on, for nothing. The
+        # first token does not wait for the compilation of single steps.
+        ahead = run(n + 1, ids[:, None]) if 0 < n < last else None
         out = [int(i) if alive else None for i, alive in zip(np.asarray(ids), still, strict=True)]
         still = [i is not None and i not in request.stop_ids for i in out]
         yield out
-        if not any(still):
+        if n == last or not any(still):
             return
+        ids = run(n + 1, ids[:, None]) if ahead is None else ahead
 
 
 def _seen(rows: Sequence[Sequence[int]], vocabulary: int) -> jax.Array:

@@ -22,7 +22,7 @@ from bitnet_jax.io._safetensors import parse_json
 from bitnet_jax.models import _grid, _kernels, _names
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
-from bitnet_jax.models._pretrained import DECLARED, Options, Origin, Pretrained
+from bitnet_jax.models._pretrained import DECLARED, Options, Origin, Pretrained, held
 from bitnet_jax.models._published import (
     SCALES,
     WHO,
@@ -49,7 +49,7 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
             "a list with lm_head where tie_word_embeddings is true",
         )
     loader = _Loader(folder, shape, says, options)
-    leaves = dict(loader.leaves())
+    leaves = {path: held(path, leaf, options) for path, leaf in loader.leaves()}
     loader.refuse_rest()
     text = text_of(folder, content, shape.vocabulary)
     return Pretrained(

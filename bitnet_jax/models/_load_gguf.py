@@ -25,7 +25,7 @@ from bitnet_jax.models import _codes, _gguf_tokenizer, _grid, _kernels
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
 from bitnet_jax.models._names import norms, projections
-from bitnet_jax.models._pretrained import DECLARED, Options, Origin, Pretrained
+from bitnet_jax.models._pretrained import DECLARED, Options, Origin, Pretrained, held
 from bitnet_jax.models._published import WHO, refuse
 from bitnet_jax.models._report import LoadedKernel, LoadReport
 from bitnet_jax.models._rope import Rope
@@ -72,7 +72,7 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
         )
     file = Gguf(WHO, path)
     loader = _Loader(file, options)
-    leaves = dict(loader.leaves())
+    leaves = {path: held(path, leaf, options) for path, leaf in loader.leaves()}
     loader.refuse_rest()
     text = _gguf_tokenizer.text_of(file, loader.config.vocabulary)
     return Pretrained(loader.final_config(), leaves, LoadReport(tuple(loader.rows)), text, Origin())

@@ -105,6 +105,14 @@ def codes_in_dtype(
     return y + jax.lax.stop_gradient(codes - y), scale
 
 
+class Blank(nnx.Rngs):
+    """The keys of a decoder that is filled from a checkpoint: nothing is drawn, or traced."""
+
+
+def _drawn_by(init: nnx.initializers.Initializer, rngs: nnx.Rngs) -> nnx.initializers.Initializer:
+    return nnx.initializers.zeros_init() if isinstance(rngs, Blank) else init
+
+
 def linear(
     n_in: int,
     n_out: int,
@@ -119,6 +127,7 @@ def linear(
         "use_bias": bias,
         "dtype": config.dtype,
         "param_dtype": config.param_dtype,
+        "kernel_init": _drawn_by(nnx.initializers.lecun_normal(), rngs),
         "rngs": rngs,
     }
     if kernel is None:
@@ -142,7 +151,7 @@ class TernaryEmbed(nnx.Module):
     """An embedding at two bits a weight, with scales along the features."""
 
     def __init__(self, shape: tuple[int, int], weights: TernaryConfig, config: DecoderConfig, rngs):
-        init = nnx.initializers.normal(0.02)
+        init = _drawn_by(nnx.initializers.normal(0.02), rngs)
         self.embedding = nnx.Param(init(rngs.params(), shape, config.param_dtype))
         self.weights = weights
         self.activations = config.head_activations
@@ -183,7 +192,7 @@ def embedding(config: DecoderConfig, rngs: nnx.Rngs) -> Any:
     options: dict[str, Any] = {
         "dtype": config.dtype,
         "param_dtype": config.param_dtype,
-        "embedding_init": nnx.initializers.normal(0.02),
+        "embedding_init": _drawn_by(nnx.initializers.normal(0.02), rngs),
         "rngs": rngs,
     }
     if kind is None:

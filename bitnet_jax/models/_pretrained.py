@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bitnet_jax._packed.kernel import is_packed
+from bitnet_jax._matmul import prepare
+from bitnet_jax._packed.kernel import PackedTernary, Prepared, is_packed
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._published import WHO
@@ -32,6 +33,7 @@ class Options:
     activations: Any = DECLARED
     quantization_config: Mapping[str, Any] | None = None
     scan: bool = False
+    prepared: bool = False
     progress: Callable[[float], None] = lambda _: None
 
 
@@ -105,24 +107,24 @@ def fill(model: nnx.Module, config: DecoderConfig, leaves: Mapping[str, Any]) ->
         refuse_leaf(path, "is missing" if path in wanted else "has no place")
     for path, variable in wanted.items():
         value = leaves[path]
-        if tuple(value.shape) != tuple(variable.shape):
-            refuse_leaf(path, f"has shape {tuple(value.shape)}, not {tuple(variable.shape)}")
+        shape = tuple(value.kernel_shape if isinstance(value, Prepared) else value.shape)
+        if shape != tuple(variable.shape):
+            refuse_leaf(path, f"has shape {shape}, not {tuple(variable.shape)}")
         variable.set_value(value)
     nnx.update(model, state)
 
 
-def cast(leaves: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """Leaves with float kernels, biases and tables in a dtype; norms are float32."""
-
-    def one(path: str, leaf: Any) -> Any:
-        return leaf if is_packed(leaf) else leaf.astype(np.float32 if is_norm(path) else dtype)
-
-    return {path: one(path, leaf) for path, leaf in leaves.items()}
+def held(path: str, leaf: Any, options: Options) -> Any:
+    """A parameter as a decoder holds it: norms in float32, other floats in the asked dtype."""
+    if not is_packed(leaf):
+        return leaf.astype(np.float32 if path.endswith("/scale") else options.dtype)
+    return jax.block_until_ready(laid_out(leaf)) if options.prepared else leaf
 
 
-def is_norm(path: str) -> bool:
-    """Whether a parameter is the scale of a norm."""
-    return path.endswith("/scale")
+def laid_out(leaf: Any) -> Any:
+    """A packed kernel, prepared; a ternary table is read by rows, which its stored form serves."""
+    table = isinstance(leaf, PackedTernary) and leaf.contracting_axes == (-1,)
+    return prepare(leaf) if is_packed(leaf) and not table else leaf
 
 
 def flat(state: Any) -> dict[str, Any]:

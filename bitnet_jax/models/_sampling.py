@@ -84,10 +84,19 @@ def choose(
         penalty = values["repetition_penalty"]
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     if not filters.drawn:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return largest(logits)
     logits = filtered(logits / values["temperature"], filters, values)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits), dtype=jnp.int32))
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def largest(logits: Float32[Array, "b v"]) -> Int32[Array, " b"]:
+    """``jnp.argmax``, as a maximum and a minimum: XLA vectorises those on CPUs."""
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    found = (logits == best) | jnp.isnan(logits)  # a NaN is the largest, as it is for argmax
+    count = logits.shape[-1]
+    places = jnp.where(found, jnp.arange(count, dtype=jnp.int32), jnp.int32(count))
+    return jnp.min(places, axis=-1)
 
 
 def filtered(

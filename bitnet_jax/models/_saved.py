@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,12 @@ from bitnet_jax.models._pretrained import (
     Options,
     Origin,
     Pretrained,
-    cast,
+    held,
     refuse_leaf,
     unstacked,
 )
 from bitnet_jax.models._published import WHO
-from bitnet_jax.models._report import LoadReport
+from bitnet_jax.models._report import LoadedKernel, LoadReport
 from bitnet_jax.models._rope import Rope
 
 KEY = "decoder"  # of the metadata
@@ -131,59 +131,80 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
             "into the model that it was saved from; Decoder.save writes both."
         )
     config, origin = found
-    tree = _file.load(path)
-    leaves = dict(_flat((), tree.get("params", {})))
+    reading = _Reading(config, options)
+    everything = _file.load_each(WHO, path, reading.each)
     options.progress(1.0)
-    leaves, config, report = _as_asked(leaves, config, options)
-    files = _Files(path, tree.get("files", {}))
+    leaves = {_joined(p): leaf for p, leaf in everything.items() if p[0] == "params"}
+    texts = {_joined(p): leaf for p, leaf in everything.items() if p[0] == "files"}
+    files = _Files(path, texts)
     text = text_of(files, origin, config.vocabulary)
-    texts = {name: files.text(name) for name in files.content}
-    return Pretrained(config, leaves, report, text, Origin(origin, texts=texts))
+    says = Origin(origin, texts={name: files.text(name) for name in texts})
+    return Pretrained(reading.config(), leaves, reading.report(), text, says)
 
 
-def _flat(path: tuple[str, ...], node: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(node, Mapping):
-        yield "/".join(path), node
-        return
-    for key, value in node.items():
-        yield from _flat((*path, str(key)), value)
+def _joined(path: Sequence[str | int]) -> str:
+    return "/".join(map(str, path[1:]))
 
 
-def _as_asked(
-    leaves: dict[str, Any], config: DecoderConfig, options: Options
-) -> tuple[dict[str, Any], DecoderConfig, LoadReport]:
-    """Leaves in the dtype and the form that a caller asked for, and the config of these."""
-    leaves = cast(leaves, options.dtype)
-    rows, kinds = [], {}
-    for path, place in _places(config):
-        if place not in leaves:
-            refuse_leaf(place, "is missing")
-        kind = "embedding" if path == "embed" else path
-        kernel = _kernel(place, leaves[place], config.kernel(kind), options)
-        leaves[place], kinds[kind] = kernel.value, kernel.config
-        rows.append(_kernels.row(path, place, kernel))
-    inner = {path: k for path, k in kinds.items() if path not in ("head", "embedding")}
-    activations = INT8 if options.weights is not None else config.activations
-    config = dataclasses.replace(
-        config,
-        **_kernels.decided(inner),
-        activations=activations if options.activations == DECLARED else options.activations,
-        embedding=kinds.get("embedding"),
-        head=kinds.get("head"),
-        dtype=options.dtype,
-        param_dtype=options.dtype,
-        scan=options.scan,
-    )
-    return leaves, config, LoadReport(tuple(rows))
+class _Reading:
+    """Takes leaves as they come, into the dtype and the form that a caller asked for."""
+
+    def __init__(self, config: DecoderConfig, options: Options):
+        self._config, self._options = config, options
+        self._places = dict(_places(config))
+        self._made: dict[str, Kernel] = {}
+        self._rows: dict[str, LoadedKernel] = {}
+
+    def each(self, path: Sequence[str | int], leaf: Any) -> Any:
+        """A leaf as the decoder holds it; what is no parameter stays."""
+        if path[0] != "params":
+            return leaf
+        place = _joined(path)
+        if place in self._places:
+            name = self._places[place]
+            kernel = _kernel(place, leaf, self._config.kernel(_kind(name)), self._options)
+            self._made[place] = kernel._replace(value=None)
+            self._rows[place] = _kernels.row(name, place, kernel)
+            leaf = kernel.value
+        return held(place, leaf, self._options)
+
+    def config(self) -> DecoderConfig:
+        """The config of what was made."""
+        options = self._options
+        for place in self._places:
+            if place not in self._made:
+                refuse_leaf(place, "is missing")
+        kinds = {_kind(name): self._made[place].config for place, name in self._places.items()}
+        inner = {path: k for path, k in kinds.items() if path not in ("head", "embedding")}
+        activations = INT8 if options.weights is not None else self._config.activations
+        return dataclasses.replace(
+            self._config,
+            **_kernels.decided(inner),
+            activations=activations if options.activations == DECLARED else options.activations,
+            embedding=kinds["embedding"],
+            head=kinds.get("head"),
+            dtype=options.dtype,
+            param_dtype=options.dtype,
+            scan=options.scan,
+        )
+
+    def report(self) -> LoadReport:
+        """What became of each kernel."""
+        return LoadReport(tuple(self._rows[place] for place in self._places))
+
+
+def _kind(path: str) -> str:
+    """What a config calls a kernel."""
+    return "embedding" if path == "embed" else path
 
 
 def _places(config: DecoderConfig) -> Iterator[tuple[str, str]]:
-    """The path of every kernel, and of its parameter."""
+    """The path of every kernel's parameter, and of the kernel."""
     for path, *_ in _names.projections(config):
-        yield path, f"{path}/linear/kernel"
-    yield "embed", "embed/embedding"
+        yield f"{path}/linear/kernel", path
+    yield "embed/embedding", "embed"
     if not config.tied:
-        yield "head", "head/kernel"
+        yield "head/kernel", "head"
 
 
 def _kernel(place: str, value: Any, config: Any, options: Options) -> Kernel:
@@ -197,7 +218,7 @@ def _kernel(place: str, value: Any, config: Any, options: Options) -> Kernel:
     asked = options.head if outer else options.weights
     if config is not None or asked is None:
         return Kernel(value, config, "as saved")
-    stored = np.asarray(value)
+    stored = np.asarray(value).astype(options.dtype)
     make = _kernels.table if whole else _kernels.from_floats
     kernel = make(place, stored if whole else stored.T, asked, packed=options.packed)
     return kernel._replace(why=kernel.why or "asked for")

@@ -8,8 +8,8 @@ versions are compared before anything is registered.
 From the layout up: ``layout`` (the layout of a prepared kernel), ``path`` (what an
 instruction set has to offer), ``plain``, ``unpack``, ``kernels``, ``ymm`` and
 ``avx512`` (what they are compiled from), a ``.cc`` for each, ``product`` (whole arrays,
-cut into pieces for ``threads``), ``limits`` (what it is measured against), ``ffi``
-(XLA's door).
+cut into pieces for ``threads``), ``attend`` (attention over a cache, from
+``attend_kernels``), ``limits`` (what it is measured against), ``ffi`` (XLA's door).
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ QUANTIZE = "bitnet_quantize"
 MULTIPLY = "bitnet_multiply"
 SUMS = "bitnet_sums"
 LAY_OUT = "bitnet_lay_out"
+ATTEND = "bitnet_attend"
 READ = "bitnet_read"
 BUSY = "bitnet_busy"
-TARGETS = (QUANTIZE, MULTIPLY, SUMS, LAY_OUT, READ, BUSY)
+TARGETS = (QUANTIZE, MULTIPLY, SUMS, LAY_OUT, ATTEND, READ, BUSY)
 # No suffix of a Python extension: it is none, and nothing should try to import it.
 _FILE = "product.native"
 _log = logging.getLogger(__name__)

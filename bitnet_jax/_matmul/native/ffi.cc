@@ -7,6 +7,7 @@
 #include <numeric>
 #include <string>
 
+#include "attend.h"
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -189,6 +190,33 @@ ffi::Error BusyImpl(ffi::ThreadPool threads, int64_t turns, ffi::ResultBuffer<ff
   return ffi::Error::Success();
 }
 
+// q (B, L, H, D) float32, k and v (B, T, G, D) float32 or bfloat16, mask (B, L, T)
+// -> y (B, L, H, D) float32.
+ffi::Error AttendImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k,
+                      ffi::AnyBuffer v, ffi::Buffer<ffi::PRED> mask,
+                      ffi::ResultBuffer<ffi::F32> y) {
+  const Dimensions qd = q.dimensions(), kd = k.dimensions();
+  if (qd.size() != 4 || kd.size() != 4 || kd[2] < 1 || qd[2] % kd[2] != 0 ||
+      !Is(kd, {qd[0], kd[1], kd[2], qd[3]}) || !Is(v.dimensions(), {kd[0], kd[1], kd[2], kd[3]}) ||
+      !Is(mask.dimensions(), {qd[0], qd[1], kd[1]}) ||
+      !Is(y->dimensions(), {qd[0], qd[1], qd[2], qd[3]}) ||
+      k.element_type() != v.element_type()) {
+    return Wrong("want q and y (B, L, H, D), k and v (B, T, G, D), mask (B, L, T)");
+  }
+  XlaPool pool(threads);
+  const auto run = [&](auto key) {
+    using Key = decltype(key);
+    Attend(pool, Attention<Key>{q.typed_data(), static_cast<const Key*>(k.untyped_data()),
+                                static_cast<const Key*>(v.untyped_data()),
+                                static_cast<const uint8_t*>(mask.untyped_data()), qd[0], qd[1],
+                                qd[2], kd[1], kd[2], qd[3], y->typed_data()});
+    return ffi::Error::Success();
+  };
+  if (k.element_type() == Type::F32) return run(float{});
+  if (k.element_type() == Type::BF16) return run(BFloat16{});
+  return Wrong("k must be float32 or bfloat16");
+}
+
 }  // namespace
 }  // namespace bitnet
 
@@ -238,6 +266,15 @@ BITNET_HANDLER(bitnet_lay_out, bitnet::LayOutImpl,
                    .Attr<bool>("int8")
                    .Attr<bool>("transposed")
                    .Ret<ffi::Buffer<ffi::U8>>())
+
+BITNET_HANDLER(bitnet_attend, bitnet::AttendImpl,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::ThreadPool>()
+                   .Arg<ffi::Buffer<ffi::F32>>()
+                   .Arg<ffi::AnyBuffer>()
+                   .Arg<ffi::AnyBuffer>()
+                   .Arg<ffi::Buffer<ffi::PRED>>()
+                   .Ret<ffi::Buffer<ffi::F32>>())
 
 BITNET_HANDLER(bitnet_read, bitnet::ReadImpl,
                ffi::Ffi::Bind()

@@ -1,0 +1,227 @@
+"""Generation from a random model of the shape of BitNet b1.58 2B-4T, beside what bounds it.
+
+python tests/benchmarks/decode.py
+python tests/benchmarks/decode.py --quick        (four layers)
+python tests/benchmarks/decode.py --layers 8 --scan
+
+Codes are drawn in packed form, a kernel at a time, so the float model is never there. The
+roof of a decoded token is the time in which this machine reads what a token has to: packed
+kernels, the int8 head, and the cache; that of a prefill also the time in which it
+multiplies as much in registers. Both limits are taken in turn with the tokens. On a machine
+that others use too, the best of a figure says more than its median: both are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _bench import machine, parse, record, table
+from flax import nnx
+
+import bitnet_jax as bj
+from bitnet_jax._display import size_text
+from bitnet_jax._matmul import limits
+from bitnet_jax.models import _names, _pretrained
+from bitnet_jax.models._generation import tokens_of
+from bitnet_jax.models._parts import Blank
+from bitnet_jax.models._request import checked
+from bitnet_jax.models._sampling import Sampling
+
+PROMPTS = (128, 512)
+NEW = 24  # tokens after a prompt
+PRESENT = ("llama_cpp", "litespark_inference")
+
+
+def config_of(layers: int, scan: bool) -> bj.models.DecoderConfig:
+    """The shape of 2B-4T, its head and embedding one table at int8."""
+    return bj.models.DecoderConfig(
+        vocabulary=128256,
+        width=2560,
+        hidden=6912,
+        depth=layers,
+        heads=20,
+        kv_heads=5,
+        head_dim=128,
+        rope=bj.models.Rope(theta=500000.0),
+        embedding=bj.Int8Config(),
+        scan=scan,
+    )
+
+
+def random_leaves(config: bj.models.DecoderConfig) -> Iterator[tuple[str, Any]]:
+    """Every parameter by path, packed; one at a time."""
+    rng = np.random.default_rng(0)
+    four = np.indices((3,) * 4).reshape(4, -1).astype(np.uint8)
+    valid = four[0] | four[1] << 2 | four[2] << 4 | four[3] << 6
+    for path, _, n_in, n_out, _ in _names.projections(config):
+        codes = valid[rng.integers(0, len(valid), (n_in // 4, n_out), np.uint8)]
+        scale = jnp.full((1, 1), 1.2 * n_in**-0.5, jnp.float32)
+        yield f"{path}/linear/kernel", bj.PackedTernary(jnp.asarray(codes), scale, n_in)
+    for path, _, length in _names.norms(config):
+        yield f"{path}/scale", jnp.ones((length,), jnp.float32)
+    shape = config.vocabulary, config.width
+    codes = rng.integers(-127, 128, shape, np.int8)
+    scale = jnp.full((shape[0], 1), shape[1] ** -0.5 / 64, jnp.float32)
+    yield "embed/embedding", bj.PackedInt8(jnp.asarray(codes), scale, contracting_axes=(-1,))
+
+
+def random_model(config: bj.models.DecoderConfig, *, prepared: bool) -> bj.models.Decoder:
+    """A decoder of random codes."""
+    leaves = {}
+    for path, leaf in random_leaves(config):
+        packed = isinstance(leaf, (bj.PackedTernary, bj.PackedInt8))
+        leaves[path] = bj.prepare(leaf) if prepared and packed else leaf
+    model = nnx.eval_shape(lambda: bj.models.Decoder(config, rngs=Blank(0)))
+    _pretrained.fill(model, config, leaves)
+    return model
+
+
+def bytes_of(model: bj.models.Decoder) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def cache_bytes(model: bj.models.Decoder, slots: int) -> int:
+    cache = jax.eval_shape(lambda: model.init_cache(1, slots))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def seconds(model: bj.models.Decoder, prompt: int) -> np.ndarray:
+    """Of a prefill, and of each token after it."""
+    ids = np.random.default_rng(1).integers(0, model.config.vocabulary, prompt)
+    request = checked(model, ids.tolist(), NEW, Sampling(), (), None, None)
+    times = [time.perf_counter(), *(time.perf_counter() for _ in tokens_of(model, request))]
+    return np.diff(times)
+
+
+def took(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def generation(model: bj.models.Decoder, rounds: int) -> list[list[str]]:
+    """Rows of the table: prefill and decode after each prompt, beside their roofs."""
+    memory = jnp.zeros(512 << 20, jnp.uint8)
+    reads = jax.jit(limits.read, static_argnums=1)
+    turns = 4_000_000
+    multiplies = jax.jit(limits.multiply, static_argnums=0)
+    operations = float(multiplies(turns))
+    found: dict[tuple[str, int], list[float]] = {}
+    read, multiply = [], []
+    for i in range(rounds + 1):
+        for prompt in PROMPTS:
+            each = seconds(model, prompt)
+            if i:  # the first compiles
+                found.setdefault(("prefill", prompt), []).append(prompt / each[0])
+                # From the third on: steps overlap with what reads their tokens.
+                found.setdefault(("decode", prompt), []).append((NEW - 3) / each[3:].sum())
+            read += [memory.nbytes / took(lambda s=s: reads(memory, s)) for s in limits.STREAMS]
+            multiply.append(operations / took(lambda: multiplies(turns)))
+    best_read, best_multiply = max(read), max(multiply)
+    weights = bytes_of(model)
+    codes = sum(n_in * n_out for _, _, n_in, n_out, _ in _names.projections(model.config))
+    print(
+        f"reading {best_read / 1e9:.1f} GB/s (median {np.median(read) / 1e9:.1f}), multiplying "
+        f"{best_multiply / 1e9:.0f} GOP/s (median {np.median(multiply) / 1e9:.0f})"
+    )
+    rows = []
+    for (what, prompt), rates in found.items():
+        roof = best_read / (weights + cache_bytes(model, prompt + NEW // 2))
+        if what == "prefill":
+            roof = prompt / (weights / best_read + 2 * codes * prompt / best_multiply)
+        part = f"{max(rates) / roof:.2f}", f"{np.median(rates) / roof:.2f}"
+        reached = "ok" if max(rates) >= 0.8 * roof else "MISSED"
+        goal = "" if what == "prefill" else f">= 0.80 {reached}"
+        name = f"{what} {prompt}" if what == "prefill" else f"{what} after {prompt}"
+        rates_text = f"{max(rates):.1f}", f"{np.median(rates):.1f}"
+        rows.append([name, *rates_text, f"{roof:.1f}", *part, goal])
+    return rows
+
+
+def others() -> list[list[str]]:
+    """A row for each library that is not there; those that are need files of their own."""
+    return [
+        [name.replace("_", "-"), *["not installed"], *[""] * 5]
+        for name in PRESENT
+        if importlib.util.find_spec(name) is None
+    ]
+
+
+def first_token(path: str) -> None:
+    """In a process of its own: loads, generates one token, says what it took, and its memory."""
+    begin = float(os.environ["BEGIN"])
+    model = bj.models.Decoder.from_pretrained(path, prepared=True)
+    loaded = time.time() - begin
+    ids = np.random.default_rng(1).integers(0, model.config.vocabulary, 16).tolist()
+    next(iter(model.stream(ids, max_new_tokens=16)))
+    first = time.time() - begin
+    model.generate(ids, max_new_tokens=16)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(loaded, first, peak, bytes_of(model) + cache_bytes(model, 32))
+
+
+def starts(model: bj.models.Decoder) -> list[list[str]]:
+    """Rows of the second table: a first process, and one that finds what it compiled."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.bitnet.safetensors")
+        model.save(path)
+        del model
+        options = {
+            "JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        for name in ("first start", "second start, jit cache"):
+            done = subprocess.run(
+                [sys.executable, __file__, "--first-token", path],
+                env=os.environ | options | {"BEGIN": repr(time.time())},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            loaded, first, peak, held = map(float, done.stdout.split()[-4:])
+            verdict = "ok" if first <= 20 else "MISSED"
+            memory = f"{peak / held:.2f} of {size_text(round(held))}"
+            rows.append([name, f"{loaded:.1f}", f"{first:.1f}", f"<= 20 {verdict}", memory])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="four layers, two rounds")
+    parser.add_argument("--scan", action="store_true", help="layers stacked and scanned")
+    parser.add_argument("--first-token", metavar="FILE", help=argparse.SUPPRESS)
+    args = parse(parser)
+    if args.first_token:
+        first_token(args.first_token)
+        return
+    if args.quick:
+        args.layers, args.rounds = 4, 2
+    machine()
+    config = config_of(args.layers, args.scan)
+    rows = generation(random_model(config, prepared=True), args.rounds)
+    header = ("tokens", "a second, best", "median", "roof", "best of it", "median of it", "goal")
+    shape = f"{args.layers} layers of 2560/6912, 20+5 heads, {config.vocabulary} tokens"
+    table(f"Generating, {shape}", header, [*rows, *others()])
+    rows = starts(random_model(config, prepared=False))
+    header = ("process", "loaded, s", "first token, s", "goal", "peak / kernels and cache")
+    table("From the start of a process to its first token", header, rows)
+    record(args)
+
+
+if __name__ == "__main__":
+    main()
