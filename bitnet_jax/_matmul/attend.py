@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
 from bitnet_jax._matmul import by_platform, native
+from bitnet_jax._packed.slice_of import SliceOf, cut
 
 _HIDDEN = np.float32(-1e30)  # a score that softmax gives no weight
 
@@ -22,25 +23,33 @@ _NATIVE = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 def attend(
     q: Float[Array, "b l h d"],
-    k: Float[Array, "b t g d"],
-    v: Float[Array, "b t g d"],
+    k: Float[Array, "b t g d"] | SliceOf,
+    v: Float[Array, "b t g d"] | SliceOf,
     mask: Bool[Array, "b l t"],
 ) -> Float[Array, "b l h d"]:
     """What each query gathers from the slots that its row of the mask shows, in q's dtype."""
     if k.dtype not in _NATIVE or native.load().reason is not None:
-        return plain(q, k, v, mask)
-    return _attend(q, k, v, mask)
+        return plain(q, cut(k), cut(v), mask)
+    whole = SliceOf(k[None], jnp.int32(0)) if not isinstance(k, SliceOf) else k
+    values = v.stack if isinstance(v, SliceOf) else v[None]
+    return _attend(q, whole.stack, values, mask, whole.at)
 
 
 @jax.custom_jvp
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, at: jax.Array) -> jax.Array:
     wide = q.astype(jnp.float32)
-    return by_platform.run(_OPERATION, wide, k, v, mask).astype(q.dtype)
+    return by_platform.run(_OPERATION, wide, k, v, mask, at).astype(q.dtype)
 
 
 @_attend.defjvp
 def _attend_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    return jax.jvp(plain, primals, tangents)
+    return jax.jvp(_plain_at, primals, tangents)
+
+
+def _plain_at(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, at: jax.Array
+) -> jax.Array:
+    return plain(q, cut(SliceOf(k, at)), cut(SliceOf(v, at)), mask)
 
 
 def plain(
@@ -74,16 +83,16 @@ def _per_key(scale: Float32[Array, "b t g 1"] | None) -> Float32[Array, "b g 1 1
     return jnp.moveaxis(scale, 1, -1)[:, :, None]
 
 
-def _native(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    return jax.ffi.ffi_call(native.ATTEND, jax.ShapeDtypeStruct(q.shape, jnp.float32))(
-        q, k, v, mask
-    )
+def _native(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, at: jax.Array) -> jax.Array:
+    call = jax.ffi.ffi_call(native.ATTEND, jax.ShapeDtypeStruct(q.shape, jnp.float32))
+    return call(q, k, v, mask, at)
 
 
 _OPERATION = by_platform.Operation(
     native=_native,
-    plain=plain,
+    plain=_plain_at,
     shape=lambda q, *_: q.shape,
     dtype=jnp.float32,
     merges_rows=False,
+    mapped=_plain_at,
 )

@@ -33,6 +33,8 @@ class Operation:
         and runs on a CPU or raises.
       shape: the result's, from the operands'; as many axes as the first operand has.
       dtype: the result's.
+      mapped: in plain JAX, where ``jax.vmap`` maps other operands than the first; None: mapped
+        slices are more slices.
       merges_rows: whether axis 1 of the first operand and of the result are rows that do not
         know of each other.
     """
@@ -42,6 +44,7 @@ class Operation:
     shape: Callable[..., tuple[int, ...]]
     dtype: DTypeLike
     merges_rows: bool
+    mapped: Callable[..., jax.Array] | None = None
 
 
 # Traced once for all layers of a shape.
@@ -89,12 +92,15 @@ def _batched(
 ) -> tuple[jax.Array, int]:
     """Mapped rows are more rows, and mapped slices are more slices: one operation."""
     del native
+    others = any(axis is not None for axis in axes[1:])
+    if operation.mapped is not None and (others or not operation.merges_rows):
+        return jax.vmap(operation.mapped, tuple(axes))(*operands), 0
     size = next(a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None)
     first, *rest = (
         a if axis is None else jnp.moveaxis(a, axis, 0)
         for a, axis in zip(operands, axes, strict=True)
     )
-    if operation.merges_rows and not any(axis is not None for axis in axes[1:]):
+    if operation.merges_rows and not others:
         # (size, B, M, K) -> (B, size * M, K), and back.
         slices, rows = first.shape[1:3]
         merged = first.swapaxes(0, 1).reshape(slices, size * rows, *first.shape[3:])

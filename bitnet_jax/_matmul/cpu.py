@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from bitnet_jax._packed.kernel import (
     lay_out,
     split,
 )
+from bitnet_jax._packed.slice_of import SliceOf, cut
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Activations, CanonicalScale, DTypeLike
 from bitnet_jax._quantize.config import ActivationConfig
@@ -190,9 +191,12 @@ def contract(
         codes, scale = packed.codes, packed.scale
     else:
         codes, scale = _stored_codes(packed), packed.canonical_scale()
-    one_batch = (a.reshape(len(x), *a.shape[len(batch) :]) for a in (codes, scale))
-    product = _product(_spec_of(packed, activations, wide), anywhere)
-    y = by_platform.run(product, x, *one_batch)
+    spec = _spec_of(packed, activations, wide)
+    if isinstance(codes, SliceOf):
+        y = by_platform.run(_product_at(spec), x, codes.stack, scale[None], codes.at)
+    else:
+        one_batch = (a.reshape(len(x), *a.shape[len(batch) :]) for a in (codes, scale))
+        y = by_platform.run(_product(spec, anywhere), x, *one_batch)
     return y.astype(dtype).reshape(*batch, *rows, math.prod(outputs))
 
 
@@ -249,6 +253,32 @@ def _product(spec: _Spec, anywhere: bool) -> by_platform.Operation:
         shape=lambda x, codes, _: (*x.shape[:2], _outputs_of(spec, codes.shape)),
         dtype=spec.dtype,
         merges_rows=True,
+    )
+
+
+@functools.cache
+def _product_at(spec: _Spec) -> by_platform.Operation:
+    """(x (1, M, K), a stack of panels (S, bytes), scale (1, G, 1 or N), index) -> (1, M, N)."""
+    assert spec.activations is not None
+    qmax, depth = np.float32(spec.activations.qmax), np.int64(spec.layout.depth)
+
+    def native_product(x: jax.Array, stack: jax.Array, scale: jax.Array, at: jax.Array):
+        x_codes, gamma = _quantize(x, spec.layout.depth, cast(ActivationConfig, spec.activations))
+        shape = jax.ShapeDtypeStruct((*x.shape[:2], spec.layout.outputs), spec.dtype)
+        operands = x_codes, gamma, stack, scale, at
+        how: dict[str, Any] = {"depth": depth, "int8": spec.layout.int8, "qmax": qmax}
+        return _call(native.MULTIPLY_AT, shape, *operands, **how)
+
+    def plain(x: jax.Array, stack: jax.Array, scale: jax.Array, at: jax.Array) -> jax.Array:
+        return _plain_product(spec, x, cut(SliceOf(stack, at))[None], scale)
+
+    return by_platform.Operation(
+        native=native_product,
+        plain=plain,
+        shape=lambda x, *_: (*x.shape[:2], spec.layout.outputs),
+        dtype=spec.dtype,
+        merges_rows=True,
+        mapped=plain,
     )
 
 
@@ -332,7 +362,7 @@ def _sums(
 
 def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
     """The canonical int8 codes of a prepared kernel; undoes :func:`prepare`."""
-    return panels.codes_of(prepared.codes, layout_of(prepared))
+    return panels.codes_of(cut(prepared.codes), layout_of(prepared))
 
 
 def _stride(k: int, depth: int) -> int:

@@ -22,12 +22,13 @@ from jaxtyping import Array, Bool, Float
 
 from bitnet_jax._matmul.attend import attend as attend_natively
 from bitnet_jax._matmul.attend import plain as attend_plain
+from bitnet_jax._packed.slice_of import SliceOf, cut
 from bitnet_jax._quantize.int8 import quantize_activations
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._parts import Projection, norm_if
 from bitnet_jax.models._rope import rotate
 
-LayerCache = dict[str, jax.Array]
+LayerCache = dict[str, Any]  # arrays, or slices of stacks
 
 _STEP = np.float32(1 / 127)
 
@@ -53,9 +54,18 @@ def _written(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
             codes, gamma = quantize_activations(value)
             parts = {name: codes, f"{name}_scale": gamma * _STEP}
         for key, part in parts.items():
-            new[key] = jax.lax.dynamic_update_slice_in_dim(cache[key], part, start, axis=1)
+            new[key] = _put(cache[key], part, start)
     new["end_index"] = cache["end_index"] + jnp.int32(k.shape[1])
     return new
+
+
+def _put(old: Any, part: jax.Array, start: jax.Array) -> Any:
+    """An array, or a slice of a stack, with a part of it replaced from a slot on."""
+    if not isinstance(old, SliceOf):
+        return jax.lax.dynamic_update_slice_in_dim(old, part, start, axis=1)
+    zero = jnp.zeros((), start.dtype)
+    places = (old.at.astype(start.dtype), zero, start, zero, zero)
+    return SliceOf(jax.lax.dynamic_update_slice(old.stack, part[None], places), old.at)
 
 
 def attend(
@@ -69,7 +79,8 @@ def attend(
     k, v = keys["k"], keys["v"]
     if cached and "k_scale" not in keys:
         return attend_natively(q, k, v, mask)
-    return attend_plain(q, k, v, mask, keys.get("k_scale"), keys.get("v_scale"))
+    scales = keys.get("k_scale"), keys.get("v_scale")
+    return attend_plain(q, cut(k), cut(v), mask, *map(cut, scales))
 
 
 class Attention(nnx.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from bitnet_jax._packed.kernel import Prepared, is_packed
+from bitnet_jax._packed.slice_of import SliceOf
 from bitnet_jax.models._attention import Attention, LayerCache
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._parts import Projection, RMSNorm, norm_if
@@ -118,28 +121,60 @@ def _remat(graph: Any, config: DecoderConfig) -> Callable[..., Any]:
 
 
 def _scanned(layers, config, x, turned, mask, cache, each):
+    """Layers by an index into their stacks: what reads slices natively gets them uncut."""
     graph, state = nnx.split(layers)
     run = _remat(graph, config)
-
-    def step(x, layer):
-        state, cache = layer
-        y, cache = run(state, x, turned, mask, cache)
-        return y, (cache, y if each is not None else None)
-
     stacked = cache is None or STACKED in cache
-    layer_caches: Any = None
+    stacks: Any = None
     if cache is not None and stacked:
-        layer_caches = cache[STACKED]
+        stacks = dict(cache[STACKED])
     elif cache is not None:  # tunix's own, one entry a layer
         parts = [cache[f"layer_{i}"] for i in range(config.depth)]
-        layer_caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    x, (new, outputs) = jax.lax.scan(step, x, (state, layer_caches))
+        stacks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    ends = None if stacks is None else stacks.pop("end_index")
+
+    def step(carry, layer):
+        x, stacks = carry
+        at, cut_out, end = layer
+        own = jax.tree.map(lambda p, c: _layer_of(p, c, at), state, cut_out, is_leaf=is_packed)
+        caches = None
+        if stacks is not None:
+            caches = {name: SliceOf(stack, at) for name, stack in stacks.items()}
+            caches["end_index"] = end
+        y, caches = run(own, x, turned, mask, caches)
+        if caches is not None:
+            end = caches.pop("end_index")
+            stacks = {name: part.stack for name, part in caches.items()}
+        return (y, stacks), (end, y if each is not None else None)
+
+    cut_out = jax.tree.map(_cut_out, state, is_leaf=is_packed)
+    places = jnp.arange(config.depth, dtype=jnp.int32)
+    (x, stacks), (ends, outputs) = jax.lax.scan(step, (x, stacks), (places, cut_out, ends))
     if each is not None and outputs is not None:
         for i in range(config.depth - 1):
             each(outputs[i])
-    if cache is None or stacked:
-        return x, None if cache is None else {STACKED: new}
+    if stacks is None:
+        return x, None
+    new = {**stacks, "end_index": ends}
+    if stacked:
+        return x, {STACKED: new}
     return x, {f"layer_{i}": jax.tree.map(lambda a, i=i: a[i], new) for i in range(config.depth)}
+
+
+def _reads_slices(leaf: Any) -> bool:
+    return isinstance(leaf, Prepared) and leaf.implementation == "cpu"
+
+
+def _cut_out(leaf: Any) -> Any:
+    """What of a stacked parameter the scan cuts out: of a native kernel, the scales alone."""
+    return leaf.scale if _reads_slices(leaf) else leaf
+
+
+def _layer_of(leaf: Any, cut_out: Any, at: jax.Array) -> Any:
+    """A layer's parameter, from its stack and what the scan cut out."""
+    if not _reads_slices(leaf):
+        return cut_out
+    return dataclasses.replace(leaf, codes=SliceOf(leaf.codes, at), scale=cut_out)
 
 
 def slots_of(cache: Cache) -> tuple[jax.Array, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -109,7 +110,7 @@ class Blank(nnx.Rngs):
     """The keys of a decoder that is filled from a checkpoint: nothing is drawn, or traced."""
 
 
-def _drawn_by(init: nnx.initializers.Initializer, rngs: nnx.Rngs) -> nnx.initializers.Initializer:
+def _drawn_by(init: Callable[..., Any], rngs: nnx.Rngs) -> Callable[..., Any]:
     return nnx.initializers.zeros_init() if isinstance(rngs, Blank) else init
 
 

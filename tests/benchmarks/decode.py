@@ -16,7 +16,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import resource
+import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -168,7 +169,9 @@ def first_token(path: str) -> None:
     next(iter(model.stream(ids, max_new_tokens=16)))
     first = time.time() - begin
     model.generate(ids, max_new_tokens=16)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: that of a process counts the one that it was forked from.
+    status = pathlib.Path("/proc/self/status").read_text()
+    peak = 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
     print(loaded, first, peak, bytes_of(model) + cache_bytes(model, 32))
 
 

@@ -78,9 +78,11 @@ int64_t PanelBytes(Kind kind, int64_t groups, int64_t outputs, int64_t depth) {
 }
 
 // The operands that MultiplyImpl and SumsImpl share, or why they do not meet. Panels are one
-// flat axis: XLA cuts a layer out of a stack of them several times as fast.
+// flat axis: XLA cuts a layer out of a stack of them several times as fast. With `at`, they
+// are those of a slice of a stack, and B is 1.
 ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels, int64_t groups,
-                    int64_t depth, int64_t parts, bool int8, int64_t outputs, Product& product) {
+                    int64_t depth, int64_t parts, bool int8, int64_t outputs, Product& product,
+                    const int32_t* at = nullptr) {
   const Dimensions xd = x.dimensions();
   if (xd.size() != 3 || groups < 1 || outputs < 0) {
     return Wrong("want x (B, M, K), panels (B, bytes), and a group or more");
@@ -93,28 +95,32 @@ ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels, int64_t
     return Wrong("want each part readable up to a multiple of 64 codes of x");
   }
   const Kind kind = int8 ? Kind::kInt8 : Kind::kTernary;
-  if (!Is(panels.dimensions(), {xd[0], PanelBytes(kind, groups, outputs, depth)})) {
+  const int64_t bytes = PanelBytes(kind, groups, outputs, depth);
+  const Dimensions pd = panels.dimensions();
+  const int64_t slices = at == nullptr || pd.size() == 0 ? xd[0] : pd[0];
+  if (!Is(pd, {slices, bytes}) ||
+      (at != nullptr && (xd[0] != 1 || *at < 0 || *at >= slices))) {
     return Wrong("x, panels and outputs do not meet");
   }
   product = {kind, xd[0], xd[1], outputs, groups, depth, parts, x.typed_data(), xd[2],
-             panels.typed_data()};
+             panels.typed_data() + (at == nullptr ? 0 : *at * bytes)};
   return ffi::Error::Success();
 }
 
 // x (B, M, K) int8, gamma (B, M, A), panels, scale (B, G, 1 or N) -> y (B, M, N). The groups
 // of x and of the kernel are summed together where they are alike, else in the fewest parts
 // that cut neither.
-ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
+ffi::Error MultiplyFrom(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
                         ffi::Buffer<ffi::F32> gamma, ffi::Buffer<ffi::U8> panels,
-                        ffi::Buffer<ffi::F32> scale, int64_t depth, bool int8, float qmax,
-                        ffi::Result<ffi::AnyBuffer> y) {
+                        ffi::Buffer<ffi::F32> scale, const int32_t* at, int64_t depth, bool int8,
+                        float qmax, ffi::Result<ffi::AnyBuffer> y) {
   const Dimensions yd = y->dimensions(), sd = scale.dimensions(), gd = gamma.dimensions();
   if (yd.size() != 3 || sd.size() != 3 || gd.size() != 3 || gd[2] < 1 || sd[1] < 1) {
     return Wrong("want y (B, M, N), gamma (B, M, A), scale (B, G, 1 or N)");
   }
   Product product;
   const int64_t gammas = gd[2], parts = gammas / std::gcd(gammas, sd[1]);
-  const ffi::Error error = Operands(x, panels, sd[1], depth, parts, int8, yd[2], product);
+  const ffi::Error error = Operands(x, panels, sd[1], depth, parts, int8, yd[2], product, at);
   if (error.failure()) return error;
   const int64_t scales = sd[2];
   if (!Is(yd, {product.batch, product.rows, product.outputs}) ||
@@ -131,6 +137,22 @@ ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
   if (y->element_type() == Type::F32) return run(y->typed_data<float>());
   if (y->element_type() == Type::BF16) return run(static_cast<BFloat16*>(y->untyped_data()));
   return Wrong("y must be float32 or bfloat16");
+}
+
+ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
+                        ffi::Buffer<ffi::F32> gamma, ffi::Buffer<ffi::U8> panels,
+                        ffi::Buffer<ffi::F32> scale, int64_t depth, bool int8, float qmax,
+                        ffi::Result<ffi::AnyBuffer> y) {
+  return MultiplyFrom(threads, x, gamma, panels, scale, nullptr, depth, int8, qmax, y);
+}
+
+// The same from a stack: panels (S, bytes) and the index of one of them.
+ffi::Error MultiplyAtImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
+                          ffi::Buffer<ffi::F32> gamma, ffi::Buffer<ffi::U8> panels,
+                          ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> at, int64_t depth,
+                          bool int8, float qmax, ffi::Result<ffi::AnyBuffer> y) {
+  if (at.element_count() != 1) return Wrong("want one index");
+  return MultiplyFrom(threads, x, gamma, panels, scale, at.typed_data(), depth, int8, qmax, y);
 }
 
 // x (B, M, K) int8, panels -> sums (B, G, M, N) int32.
@@ -190,24 +212,30 @@ ffi::Error BusyImpl(ffi::ThreadPool threads, int64_t turns, ffi::ResultBuffer<ff
   return ffi::Error::Success();
 }
 
-// q (B, L, H, D) float32, k and v (B, T, G, D) float32 or bfloat16, mask (B, L, T)
-// -> y (B, L, H, D) float32.
+// q (B, L, H, D) float32, k and v (S, B, T, G, D) float32 or bfloat16, of which slice `at` is
+// read, mask (B, L, T) -> y (B, L, H, D) float32.
 ffi::Error AttendImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k,
-                      ffi::AnyBuffer v, ffi::Buffer<ffi::PRED> mask,
+                      ffi::AnyBuffer v, ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::S32> at,
                       ffi::ResultBuffer<ffi::F32> y) {
-  const Dimensions qd = q.dimensions(), kd = k.dimensions();
-  if (qd.size() != 4 || kd.size() != 4 || kd[2] < 1 || qd[2] % kd[2] != 0 ||
-      !Is(kd, {qd[0], kd[1], kd[2], qd[3]}) || !Is(v.dimensions(), {kd[0], kd[1], kd[2], kd[3]}) ||
+  const Dimensions qd = q.dimensions(), sd = k.dimensions();
+  if (qd.size() != 4 || sd.size() != 5 || at.element_count() != 1) {
+    return Wrong("want q (B, L, H, D), k and v (S, B, T, G, D), and an index");
+  }
+  const int64_t slice = *at.typed_data(), kd[] = {sd[1], sd[2], sd[3], sd[4]};
+  if (slice < 0 || slice >= sd[0] || kd[2] < 1 || qd[2] % kd[2] != 0 ||
+      !EndsWith(sd, {qd[0], kd[1], kd[2], qd[3]}) ||
+      !Is(v.dimensions(), {sd[0], kd[0], kd[1], kd[2], kd[3]}) ||
       !Is(mask.dimensions(), {qd[0], qd[1], kd[1]}) ||
       !Is(y->dimensions(), {qd[0], qd[1], qd[2], qd[3]}) ||
       k.element_type() != v.element_type()) {
-    return Wrong("want q and y (B, L, H, D), k and v (B, T, G, D), mask (B, L, T)");
+    return Wrong("want q and y (B, L, H, D), k and v (S, B, T, G, D), mask (B, L, T)");
   }
+  const int64_t begin = slice * kd[0] * kd[1] * kd[2] * kd[3];
   XlaPool pool(threads);
   const auto run = [&](auto key) {
     using Key = decltype(key);
-    Attend(pool, Attention<Key>{q.typed_data(), static_cast<const Key*>(k.untyped_data()),
-                                static_cast<const Key*>(v.untyped_data()),
+    Attend(pool, Attention<Key>{q.typed_data(), static_cast<const Key*>(k.untyped_data()) + begin,
+                                static_cast<const Key*>(v.untyped_data()) + begin,
                                 static_cast<const uint8_t*>(mask.untyped_data()), qd[0], qd[1],
                                 qd[2], kd[1], kd[2], qd[3], y->typed_data()});
     return ffi::Error::Success();
@@ -248,6 +276,19 @@ BITNET_HANDLER(bitnet_multiply, bitnet::MultiplyImpl,
                    .Attr<float>("qmax")
                    .Ret<ffi::AnyBuffer>())
 
+BITNET_HANDLER(bitnet_multiply_at, bitnet::MultiplyAtImpl,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::ThreadPool>()
+                   .Arg<ffi::Buffer<ffi::S8>>()
+                   .Arg<ffi::Buffer<ffi::F32>>()
+                   .Arg<ffi::Buffer<ffi::U8>>()
+                   .Arg<ffi::Buffer<ffi::F32>>()
+                   .Arg<ffi::Buffer<ffi::S32>>()
+                   .Attr<int64_t>("depth")
+                   .Attr<bool>("int8")
+                   .Attr<float>("qmax")
+                   .Ret<ffi::AnyBuffer>())
+
 BITNET_HANDLER(bitnet_sums, bitnet::SumsImpl,
                ffi::Ffi::Bind()
                    .Ctx<ffi::ThreadPool>()
@@ -274,6 +315,7 @@ BITNET_HANDLER(bitnet_attend, bitnet::AttendImpl,
                    .Arg<ffi::AnyBuffer>()
                    .Arg<ffi::AnyBuffer>()
                    .Arg<ffi::Buffer<ffi::PRED>>()
+                   .Arg<ffi::Buffer<ffi::S32>>()
                    .Ret<ffi::Buffer<ffi::F32>>())
 
 BITNET_HANDLER(bitnet_read, bitnet::ReadImpl,
