@@ -29,7 +29,9 @@ def export_huggingface(
     Ternary kernels are packed as BitNet checkpoints are, four codes to a byte, and
     :meth:`bitnet_jax.models.Decoder.from_pretrained` gives back the same bits. What is
     float stays float, in the decoder's ``param_dtype``. Tokenizer files are passed through.
-    The config is written last: a folder that has one is whole.
+    The config is written last: a folder that has one is whole. Stacked layers are written one
+    by one. A decoder with MiniCPM's multipliers becomes a MiniCPM folder, which transformers
+    runs by its publisher's code.
 
     Args:
       model: a ``bj.models.Decoder``, packed or not.
@@ -43,7 +45,7 @@ def export_huggingface(
       FileExistsError: the folder holds weights.
       NotImplementedError: a decoder that no architecture of transformers computes.
       TypeError: another kind of model; prepared or int8 kernels.
-      ValueError: outputs that are no multiple of four; a bias that the layout changes.
+      ValueError: outputs that are no multiple of four.
 
     Example:
       >>> import os, tempfile, bitnet_jax as bj

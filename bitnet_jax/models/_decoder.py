@@ -304,6 +304,6 @@ class Decoder(Network):
         Raises:
           NotImplementedError: flags that no architecture of transformers has.
           TypeError: prepared or int8 kernels.
-          ValueError: outputs that are no multiple of four; a bias that this layout changes.
+          ValueError: outputs that are no multiple of four.
         """
         return published(self, layout)

@@ -152,10 +152,12 @@ class _Loader:
         self.used.add(name)
         return self.tensors[name]
 
-    def _vector(self, name: str, length: int, said: str = "a vector") -> Any:
+    def _vector(self, name: str, length: int, times: np.float32 | None = None) -> Any:
         array = self.take(name)
-        _kernels.require_floats(name, array, said)
+        _kernels.require_floats(name, array, "a vector")
         _kernels.require_shape(name, array, (length,))
+        if times is not None:  # in float64, where a product of float32 is exact
+            array = array.astype(np.float64) * np.float64(times)
         return jnp.asarray(array.astype(np.float32))
 
     def _projection(
@@ -166,15 +168,15 @@ class _Loader:
         where = path if path == "head" else f"{path}/linear"
         if stored in ("multiply", "divide"):
             kernel, scale = self._offline(name, n_in, n_out, stored)
+            # The offline autobitlinear adds its bias before it multiplies by the scale.
+            scale = scale if stored == "multiply" else None
         else:
             kernel, scale = self._floats(path, name, n_in, n_out, stored), None
         self.kinds[path] = kernel.config
         self.rows.append(_kernels.row(path, f"{name}.weight", kernel))
         yield f"{where}/kernel", kernel.value
         if has_bias:
-            bias = self._vector(f"{name}.bias", n_out)
-            # The offline autobitlinear adds its bias before it multiplies by the scale.
-            yield f"{where}/bias", bias if stored != "multiply" else bias * scale
+            yield f"{where}/bias", self._vector(f"{name}.bias", n_out, times=scale)
         if self.says.norm and stored != "float":
             yield f"{path}/norm/scale", self._vector(f"{name}.rms_norm.weight", n_in)
 

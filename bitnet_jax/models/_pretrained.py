@@ -15,6 +15,7 @@ from bitnet_jax._matmul import prepare
 from bitnet_jax._packed.kernel import PackedTernary, Prepared, is_packed
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.models._decoder_config import DecoderConfig
+from bitnet_jax.models._parts import Blank
 from bitnet_jax.models._published import WHO
 from bitnet_jax.models._report import LoadReport
 from bitnet_jax.models._text import TOKENIZER, Text
@@ -161,3 +162,14 @@ def unstacked(model: Any) -> dict[str, Any]:
         for i in range(model.config.depth):
             single[f"layers/{i}/{rest}"] = jax.tree.map(lambda a, i=i: a[i], values[path])
     return single
+
+
+def apart(model: Any) -> Any:
+    """The same decoder with layers one by one; itself where they are."""
+    if not model.config.scan:
+        return model
+    config = dataclasses.replace(model.config, scan=False)
+    result: Any = nnx.eval_shape(lambda: type(model)(config, rngs=Blank(0)))
+    fill(result, config, unstacked(model))
+    result.report, result.text, result.origin = model.report, model.text, model.origin
+    return result

@@ -12,7 +12,7 @@ that are not are in the files' metadata, where this library finds them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from bitnet_jax._quantize.ternary import TernaryConfig
 from bitnet_jax.io._huggingface import Lazy, Published
 from bitnet_jax.models import _codes, _names
 from bitnet_jax.models._decoder_config import DecoderConfig
+from bitnet_jax.models._pretrained import apart
 from bitnet_jax.models._published import SCALES
 from bitnet_jax.models._rope import Rope
 
@@ -35,13 +36,14 @@ Layout = Literal["bitlinear", "autobitlinear"]
 
 def published(model: Any, layout: Layout) -> Published:
     """The config, tensors and files of a folder."""
+    model = apart(model)
     config: DecoderConfig = model.config
     writer = _Writer(model, layout)
     tensors = dict(writer.tensors())
     # What a newer file says of rope in one key is written in two; remote code is not needed.
     replaced = ("quantization_config", "rope_parameters", "auto_map")
     content = {k: v for k, v in model.origin.config.items() if k not in replaced}
-    content |= _content(config)
+    content |= _content(config, model.origin.config)
     if writer.packed:
         content["quantization_config"] = writer.quantization_config()
     metadata = {"format": "pt"}
@@ -101,12 +103,10 @@ class _Writer:
             self.packed.append(name)
             yield from self._codes(name, kernel, n_in, n_out)
         if bias:
+            stored = self._floats(layer.bias.get_value())
             if self.layout == "autobitlinear" and name in self.packed:
-                raise ValueError(
-                    f"{WHO}: {name} has a bias, and transformers multiplies it by the scale "
-                    "(autobitlinear). Use layout='bitlinear'."
-                )
-            yield f"{name}.bias", self._floats(layer.bias.get_value())
+                stored = _over(stored.make(), np.float32(kernel.scale.reshape(())))
+            yield f"{name}.bias", stored
 
     def _codes(
         self, name: str, kernel: PackedTernary, n_in: int, n_out: int
@@ -163,20 +163,6 @@ class _Writer:
     def _refuse(self) -> None:
         """Refuses flags that no architecture of transformers has together."""
         config = self.config
-        if config.scan:
-            raise NotImplementedError(
-                f"{WHO}: this decoder's layers are stacked. Build or load it with scan=False."
-            )
-        numbers = (
-            config.embedding_multiplier,
-            config.residual_multiplier,
-            config.logit_multiplier,
-        )
-        if any(number != 1.0 for number in numbers):
-            raise NotImplementedError(
-                f"{WHO}: transformers has no architecture with MiniCPM's multipliers. Save the "
-                "parameters with bj.io.save."
-            )
         if config.rope.kind == "factors":
             raise NotImplementedError(
                 f"{WHO}: this decoder's rope divides by a list of factors (GGUF's rope_freqs), "
@@ -240,32 +226,49 @@ def _reciprocal(scale: np.float32) -> tuple[np.float32, bool]:
     return near, False
 
 
+def _over(bias: np.ndarray, scale: np.float32) -> Lazy:
+    """What times a scale is a bias, for autobitlinear multiplies both: float64 where it has to."""
+    wide = bias.astype(np.float64) / np.float64(scale)
+    narrow = wide.astype(np.float32)
+    same = np.array_equal(narrow.astype(np.float64) * np.float64(scale), bias.astype(np.float64))
+    kept = narrow if same else wide
+    return Lazy(kept.shape, kept.dtype, lambda: kept)
+
+
 def family(config: DecoderConfig) -> str:
-    """The architecture of transformers that computes what a config describes."""
+    """The architecture of transformers, or of MiniCPM, that computes what a config describes."""
     what = []
+    multiplied = any(getattr(config, f"{name}_multiplier") != 1.0 for name in _MULTIPLIERS)
     if config.sub_norms and config.query_key_norm:
         what.append("sub_norms with query_key_norm")
     if config.mlp_bias and (config.sub_norms or config.query_key_norm):
         what.append("mlp_bias with sub_norms or query_key_norm")
+    if multiplied and (config.sub_norms or config.query_key_norm):
+        what.append("MiniCPM's multipliers with sub_norms or query_key_norm")
     if what:
         raise NotImplementedError(
-            f"{WHO}: no architecture of transformers has {' and '.join(what)}. Save the parameters "
-            "with bj.io.save."
+            f"{WHO}: no architecture of transformers has {' and '.join(what)}. Save the decoder "
+            "with Decoder.save."
         )
     if config.sub_norms:
         return "BitNetForCausalLM"
+    if multiplied:
+        return "MiniCPMForCausalLM"
     return "Qwen3ForCausalLM" if config.query_key_norm else "LlamaForCausalLM"
 
+
+_MULTIPLIERS = ("embedding", "residual", "logit")
 
 _MODEL_TYPES = {
     "BitNetForCausalLM": "bitnet",
     "LlamaForCausalLM": "llama",
     "Qwen3ForCausalLM": "qwen3",
+    "MiniCPMForCausalLM": "minicpm",
 }
 
 
-def _content(config: DecoderConfig) -> dict[str, Any]:
-    """``config.json``, but for the quantization."""
+def _content(config: DecoderConfig, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json``, but for the quantization; ``origin`` is the one that was loaded."""
     name = family(config)
     dtype = np.dtype(config.param_dtype).name
     content = {
@@ -288,9 +291,31 @@ def _content(config: DecoderConfig) -> dict[str, Any]:
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    if name == "LlamaForCausalLM":
+    if name in ("LlamaForCausalLM", "MiniCPMForCausalLM"):
         content["mlp_bias"] = config.mlp_bias
+    if name == "MiniCPMForCausalLM":
+        content |= _multipliers(config, origin)
     return content
+
+
+def _multipliers(config: DecoderConfig, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """MiniCPM's three: as they were loaded, or numbers that mean the same."""
+    root, width = config.depth**0.5, config.width
+    means = {
+        "scale_emb": (config.embedding_multiplier, 1.0),
+        "scale_depth": (config.residual_multiplier, root),
+        "dim_model_base": (config.logit_multiplier, width),
+    }
+    says: dict[str, Any] = {"auto_map": origin["auto_map"]} if "auto_map" in origin else {}
+    for key, (wanted, over) in means.items():
+        loaded = origin.get(key)
+        near = float(wanted * over)
+        tried = [loaded, near, float(np.nextafter(near, 0.0)), float(np.nextafter(near, np.inf))]
+        numbers = [x for x in tried if isinstance(x, (int, float)) and not isinstance(x, bool)]
+        # Float32 is what a decoder multiplies by, should no float64 be the very number.
+        says[key] = next((x for x in numbers if x / over == wanted), near)
+        assert np.float32(says[key] / over) == np.float32(wanted)
+    return says
 
 
 def _scaling(rope: Rope) -> dict[str, Any] | None:

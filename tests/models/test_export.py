@@ -24,6 +24,11 @@ CASES = {
     "llama-online": Checkpoint("LlamaForCausalLM", "online", tie_word_embeddings=False),
     "llama-float": Checkpoint("LlamaForCausalLM", "float", attention_bias=True),
     "qwen3-grid": Checkpoint("Qwen3ForCausalLM", "channel", num_hidden_layers=1),
+    "llama-bias": Checkpoint(
+        "LlamaForCausalLM", "multiply", num_hidden_layers=1, attention_bias=True, mlp_bias=True
+    ),
+    "minicpm": Checkpoint("MiniCPMForCausalLM", "divide", auto_map={"AutoConfig": "x.Y"}),
+    "minicpm-float": Checkpoint("MiniCPMForCausalLM", "float", num_hidden_layers=1),
     "qwen3-packed": Checkpoint("Qwen3ForCausalLM", "multiply", num_hidden_layers=1),
 }
 
@@ -135,7 +140,6 @@ def test_tokenizer_and_unknown_keys_pass_through(tmp_path):
         ({"query_key_norm": True}, NotImplementedError, "sub_norms with query_key_norm"),
         ({"mlp_bias": True}, NotImplementedError, "mlp_bias with sub_norms"),
         ({"logit_multiplier": 2.0}, NotImplementedError, "multipliers"),
-        ({"scan": True}, NotImplementedError, "stacked"),
         ({"activations": None}, NotImplementedError, "int8 activations"),
         ({"weights": bj.PHASE4}, NotImplementedError, "weight-only"),
         ({"weights": bj.Int8Config()}, TypeError, "q_proj is int8"),
@@ -164,9 +168,44 @@ def test_refusals(tmp_path):
     nnx.update(model, bj.prepare(nnx.state(model, nnx.Param)))
     with pytest.raises(TypeError, match=r"is prepared.*before bj.prepare"):
         bj.io.export_huggingface(model, tmp_path / "out")
-    biased = Checkpoint("LlamaForCausalLM", "divide", num_hidden_layers=1, attention_bias=True)
-    model = load(biased.write(tmp_path / "biased"))
-    with pytest.raises(ValueError, match=r"has a bias, and transformers multiplies it"):
-        bj.io.export_huggingface(model, tmp_path / "out", layout="autobitlinear")
-    bj.io.export_huggingface(model, tmp_path / "out")
-    same_bits(model, load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("layout", ["bitlinear", "autobitlinear"])
+def test_stacked_layers_are_written_one_by_one(layout, tmp_path):
+    source = Checkpoint(num_hidden_layers=2).write(tmp_path / "in")
+    bj.io.export_huggingface(load(source), tmp_path / "apart", layout=layout)
+    bj.io.export_huggingface(load(source, scan=True), tmp_path / "stacked", layout=layout)
+    for name in ("config.json", "model.safetensors"):
+        same = (tmp_path / "stacked" / name).read_bytes()
+        assert same == (tmp_path / "apart" / name).read_bytes()
+    config = bj.models.DecoderConfig(vocabulary=40, width=32, hidden=48, depth=2, scan=True)
+    model = bj.models.Decoder(config, rngs=nnx.Rngs(0))  # float, each slice with its own scale
+    bj.io.export_huggingface(model, tmp_path / "trained", layout=layout)
+    same_bits(bj.nnx.pack(model)[0], load(tmp_path / "trained", scan=True))
+
+
+def test_multipliers_that_were_not_loaded(tmp_path):
+    shape = {"vocabulary": 16, "width": 48, "hidden": 48, "depth": 3, "sub_norms": False}
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        names = ("embedding_multiplier", "residual_multiplier", "logit_multiplier")
+        numbers = dict(zip(names, rng.uniform(0.1, 12, 3).tolist(), strict=True))
+        config = bj.models.DecoderConfig(**shape, **numbers)
+        bj.io.export_huggingface(bj.models.Decoder(config, rngs=nnx.Rngs(i)), tmp_path / str(i))
+        again = load(tmp_path / str(i)).config
+        for name, number in numbers.items():
+            assert np.float32(getattr(again, name)) == np.float32(number)
+
+
+def test_biases_survive_the_scale(tmp_path):
+    """Few floats are a float32 times the scale; where one is not, float64 is written."""
+    model = load(CASES["llama-bias"].write(tmp_path / "in"))
+    bj.io.export_huggingface(model, tmp_path / "out", layout="autobitlinear")
+    from safetensors.numpy import load_file
+
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    stored, scale = tensors[f"{name}.bias"], tensors[f"{name}.weight_scale"]
+    bias = model.layers[0].attention.query.linear.bias.get_value()
+    np.testing.assert_allclose(stored * scale, bias, rtol=1e-7)
+    assert stored.dtype == np.float64

@@ -120,6 +120,18 @@ def test_prepared_kernels_give_the_same_tokens(model):
     assert fast.generate([1, 2, 3], max_new_tokens=4) == model.generate([1, 2, 3], max_new_tokens=4)
 
 
+def test_kernels_prepared_as_they_load(folder, model):
+    """Layer by layer or scanned, where each is read from its stack; float and int8 caches."""
+    options = {"max_new_tokens": 4}
+    for cache in (None, jnp.bfloat16, jnp.int8):
+        wanted = model.generate([1, 2, 3], cache_dtype=cache, **options)
+        for scan in (False, True):
+            fast = bj.models.Decoder.from_pretrained(folder, prepared=True, scan=scan)
+            assert fast.generate([1, 2, 3], cache_dtype=cache, **options) == wanted
+            with pytest.raises(TypeError, match="prepared"):
+                bj.io.export_huggingface(fast, folder / "out")
+
+
 def test_text_chat_and_streams(model):
     answer = model.generate("abc", max_new_tokens=5)
     assert isinstance(answer, str)
