@@ -25,6 +25,7 @@ def run(parsed: argparse.Namespace) -> int:
         dtype=jnp.dtype(parsed.dtype),
         weights=narrow,
         head=narrow,
+        scan=None,
         prepared=True,
         progress=Progress(begin),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from bitnet_jax.models import _generation, _load_folder, _load_gguf, _saved
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._network import Network
 from bitnet_jax.models._parts import Blank
-from bitnet_jax.models._pretrained import DECLARED, Options, Origin, fill, laid_out
+from bitnet_jax.models._pretrained import DECLARED, Options, Origin, fill, laid_out, reads_stacks
 from bitnet_jax.models._publish import published
 from bitnet_jax.models._report import LoadReport
 from bitnet_jax.models._request import checked
@@ -71,7 +72,7 @@ class Decoder(Network):
         head: KernelConfig | None = None,
         activations: ActivationConfig | Literal["declared"] | None = DECLARED,
         quantization_config: Mapping[str, Any] | None = None,
-        scan: bool = False,
+        scan: bool | None = False,
         prepared: bool = False,
         progress: Callable[[float], None] = lambda _: None,
     ) -> Decoder:
@@ -88,7 +89,8 @@ class Decoder(Network):
           activations: what meets quantised kernels is quantised as the checkpoint
             declares, or as given here; None: weight-only.
           quantization_config: in place of the one in config.json.
-          scan: whether layers are stacked.
+          scan: whether layers are stacked, and run by ``jax.lax.scan``. None: where it is the
+            faster form, for layers that are alike and ``prepared`` for this machine.
           prepared: whether kernels are laid out for this machine as they come, as
             :meth:`prepare` does it to all of them: memory holds them once. Such a decoder
             generates; it is not saved or exported.
@@ -116,8 +118,11 @@ class Decoder(Network):
         kind = "gguf" if os.fspath(path).endswith(".gguf") else kind_of(path)
         readers = {"gguf": _load_gguf.load, "saved": _saved.load}
         loaded = readers.get(kind or "", _load_folder.load)(path, options)
-        model = nnx.eval_shape(lambda: cls(loaded.config, rngs=Blank(0)))
-        fill(model, loaded.config, loaded.leaves)
+        config = loaded.config
+        if scan is None:
+            config = dataclasses.replace(config, scan=reads_stacks(loaded))
+        model = nnx.eval_shape(lambda: cls(config, rngs=Blank(0)))
+        fill(model, config, loaded.leaves)
         model.report, model.text, model.origin = loaded.report, loaded.text, loaded.origin
         return model
 

@@ -291,7 +291,7 @@ class _Loader:
             head=self.kinds.get("head"),
             dtype=options.dtype,
             param_dtype=options.dtype,
-            scan=options.scan,
+            scan=bool(options.scan),
         )
 
     def refuse_rest(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -33,7 +33,7 @@ class Options:
     head: KernelConfig | None = None
     activations: Any = DECLARED
     quantization_config: Mapping[str, Any] | None = None
-    scan: bool = False
+    scan: bool | None = False
     prepared: bool = False
     progress: Callable[[float], None] = lambda _: None
 
@@ -93,21 +93,21 @@ class Pretrained:
     origin: Origin
 
 
-def fill(model: nnx.Module, config: DecoderConfig, leaves: Mapping[str, Any]) -> None:
+def fill(model: nnx.Module, config: DecoderConfig, leaves: dict[str, Any]) -> None:
     """Puts leaves into a decoder that ``nnx.eval_shape`` made, without arrays of its own.
 
     Args:
       model: of the config.
       config: where it stacks layers, so are the leaves here.
-      leaves: by path, layer by layer.
+      leaves: by path, layer by layer; emptied, so that memory holds those of one kind twice.
     """
     state = nnx.state(model, nnx.Param)
     wanted = flat(state)
-    leaves = _stacked(config, leaves) if config.scan else leaves
+    leaves = dict(_stacked(config, leaves)) if config.scan else leaves
     for path in sorted(set(wanted) ^ set(leaves)):
         refuse_leaf(path, "is missing" if path in wanted else "has no place")
     for path, variable in wanted.items():
-        value = leaves[path]
+        value = leaves.pop(path)
         shape = tuple(value.kernel_shape if isinstance(value, Prepared) else value.shape)
         if shape != tuple(variable.shape):
             refuse_leaf(path, f"has shape {shape}, not {tuple(variable.shape)}")
@@ -141,14 +141,25 @@ def refuse_leaf(path: str, what: str) -> NoReturn:
     )
 
 
-def _stacked(config: DecoderConfig, leaves: Mapping[str, Any]) -> dict[str, Any]:
+def _stacked(config: DecoderConfig, leaves: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The leaves of all layers as one, ``layers/3/mlp/...`` as ``layers/mlp/...``."""
-    single = {p: v for p, v in leaves.items() if not p.startswith("layers/")}
     rest = sorted({p.split("/", 2)[2] for p in leaves if p.startswith("layers/")})
     for path in rest:
-        parts = [leaves[f"layers/{i}/{path}"] for i in range(config.depth)]
-        single[f"layers/{path}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    return single
+        parts = [leaves.pop(f"layers/{i}/{path}") for i in range(config.depth)]
+        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        yield f"layers/{path}", jax.block_until_ready(stack)
+    yield from leaves.items()
+
+
+def reads_stacks(loaded: Pretrained) -> bool:
+    """Whether layers are alike, and their kernels run from a stack without being cut out of it."""
+    kernels = [
+        leaf
+        for path, leaf in loaded.leaves.items()
+        if path.startswith("layers/") and path.endswith("/kernel")
+    ]
+    native = all(isinstance(leaf, Prepared) and leaf.implementation == "cpu" for leaf in kernels)
+    return native and not loaded.config.overrides and loaded.config.activations is not None
 
 
 def unstacked(model: Any) -> dict[str, Any]:

@@ -185,7 +185,7 @@ class _Reading:
             head=kinds.get("head"),
             dtype=options.dtype,
             param_dtype=options.dtype,
-            scan=options.scan,
+            scan=bool(options.scan),
         )
 
     def report(self) -> LoadReport:

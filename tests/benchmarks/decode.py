@@ -2,7 +2,7 @@
 
 python tests/benchmarks/decode.py
 python tests/benchmarks/decode.py --quick        (four layers)
-python tests/benchmarks/decode.py --layers 8 --scan
+python tests/benchmarks/decode.py --layers 8 --apart
 
 Codes are drawn in packed form, a kernel at a time, so the float model is never there. The
 roof of a decoded token is the time in which this machine reads what a token has to: packed
@@ -45,7 +45,7 @@ NEW = 24  # tokens after a prompt
 PRESENT = ("llama_cpp", "litespark_inference")
 
 
-def config_of(layers: int, scan: bool) -> bj.models.DecoderConfig:
+def config_of(layers: int, *, scan: bool) -> bj.models.DecoderConfig:
     """The shape of 2B-4T, its head and embedding one table at int8."""
     return bj.models.DecoderConfig(
         vocabulary=128256,
@@ -163,7 +163,7 @@ def others() -> list[list[str]]:
 def first_token(path: str) -> None:
     """In a process of its own: loads, generates one token, says what it took, and its memory."""
     begin = float(os.environ["BEGIN"])
-    model = bj.models.Decoder.from_pretrained(path, prepared=True)
+    model = bj.models.Decoder.from_pretrained(path, scan=None, prepared=True)
     loaded = time.time() - begin
     ids = np.random.default_rng(1).integers(0, model.config.vocabulary, 16).tolist()
     next(iter(model.stream(ids, max_new_tokens=16)))
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="four layers, two rounds")
-    parser.add_argument("--scan", action="store_true", help="layers stacked and scanned")
+    parser.add_argument("--apart", action="store_true", help="layers that are not stacked")
     parser.add_argument("--first-token", metavar="FILE", help=argparse.SUPPRESS)
     args = parse(parser)
     if args.first_token:
@@ -215,7 +215,7 @@ def main() -> None:
     if args.quick:
         args.layers, args.rounds = 4, 2
     machine()
-    config = config_of(args.layers, args.scan)
+    config = config_of(args.layers, scan=not args.apart)
     rows = generation(random_model(config, prepared=True), args.rounds)
     header = ("tokens", "a second, best", "median", "roof", "best of it", "median of it", "goal")
     shape = f"{args.layers} layers of 2560/6912, 20+5 heads, {config.vocabulary} tokens"

@@ -125,11 +125,25 @@ def test_kernels_prepared_as_they_load(folder, model):
     options = {"max_new_tokens": 4}
     for cache in (None, jnp.bfloat16, jnp.int8):
         wanted = model.generate([1, 2, 3], cache_dtype=cache, **options)
-        for scan in (False, True):
+        for scan in (False, True, None):
             fast = bj.models.Decoder.from_pretrained(folder, prepared=True, scan=scan)
+            assert fast.config.scan == (scan is not False)
             assert fast.generate([1, 2, 3], cache_dtype=cache, **options) == wanted
             with pytest.raises(TypeError, match="prepared"):
                 bj.io.export_huggingface(fast, folder / "out")
+
+
+def test_layers_are_stacked_where_that_is_faster(tmp_path):
+    """Not where they differ, where kernels are float, or where activations are."""
+    mixed = Checkpoint("LlamaForCausalLM", "float", num_hidden_layers=1).write(tmp_path / "a")
+    grid = Checkpoint("LlamaForCausalLM", "channel", num_hidden_layers=1).write(tmp_path / "b")
+    ready = {"scan": None, "prepared": True}
+    load = bj.models.Decoder.from_pretrained
+    assert not load(mixed, **ready).config.scan
+    assert load(mixed, weights=bj.Int8Config(), **ready).config.scan
+    assert not load(grid, **ready).config.scan
+    assert load(grid, activations=bj.ActivationConfig(), **ready).config.scan
+    assert not load(grid, scan=None, activations=bj.ActivationConfig()).config.scan
 
 
 def test_text_chat_and_streams(model):
