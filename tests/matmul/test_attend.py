@@ -92,3 +92,13 @@ def test_jit_vmap_and_grad():
         for form in (attend.attend, attend.plain)
     ]
     jax.tree.map(np.testing.assert_array_equal, *grads)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_many_slots_in_parts(length):
+    """A few tokens are cut along the slots, of which some parts are hidden; more are not."""
+    q, k, v, mask = draw((2, length, 6, 2, 24, 700))
+    mask = mask.at[0, :, :300].set(False).at[1, :, 450:].set(False).at[1, :, 128:256].set(False)
+    got = attend.attend(q, k, v, mask)
+    np.testing.assert_allclose(got, truth(q, k, v, mask), atol=3e-6)
+    np.testing.assert_array_equal(attend.attend(q, k, v, mask), got)

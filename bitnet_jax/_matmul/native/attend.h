@@ -2,7 +2,7 @@
 //
 // All query heads that share a key head go together, so keys and values are read once, where
 // they lie. Everything is float32, in vectors of 16 whose order does not depend on the
-// instruction set: the bits are the same on all of them.
+// instruction set. Where there are fused multiplications they are used: last bits differ.
 
 #pragma once
 

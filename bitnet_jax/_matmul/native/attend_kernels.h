@@ -1,10 +1,13 @@
 // Compiled once for each instruction set, inside a namespace of its own: attend.cc.
 
 using Lanes = float __attribute__((vector_size(64), aligned(4), may_alias));
+using Half8 = float __attribute__((vector_size(32)));
+using Half4 = float __attribute__((vector_size(16)));
 using Words = int32_t __attribute__((vector_size(64)));
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTogether = 4;  // query heads, and vectors of a value, at a time
+constexpr int64_t kAhead = 12;    // slots
 
 inline Lanes Load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
 
@@ -27,12 +30,22 @@ inline float Wide(BFloat16 x) {
 
 // The halves of a vector, added until one lane is left.
 inline float Total(const Lanes& x) {
-  float half[kLanes];
-  std::memcpy(half, &x, sizeof(half));
-  for (int64_t n = kLanes / 2; n > 0; n /= 2) {
-    for (int64_t i = 0; i < n; ++i) half[i] += half[i + n];
-  }
-  return half[0];
+  Half8 a, b;
+  std::memcpy(&a, &x, sizeof(a));
+  std::memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof(a), sizeof(b));
+  a += b;
+  Half4 c, d;
+  std::memcpy(&c, &a, sizeof(c));
+  std::memcpy(&d, reinterpret_cast<const char*>(&a) + sizeof(c), sizeof(d));
+  c += d;
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+// What is read so many slots later: slots of a head lie too far apart for the hardware to see.
+template <class Key>
+inline void Prefetch(const Key* from, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(Key);
+  for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(from + d);
 }
 
 // e^x for x <= 0, to 2 ulp; Cephes' polynomial.
@@ -74,27 +87,26 @@ inline void Score(const float* q, const Key* k, int64_t heads, int64_t dim, floa
   }
 }
 
-// Scores, where a slot is hidden minus infinity, to weights; returns what they sum to.
-inline float Softmax(float* scores, int64_t count) {
-  float largest = -std::numeric_limits<float>::infinity();
-  for (int64_t t = 0; t < count; ++t) largest = std::max(largest, scores[t]);
+// Scores, where a slot is hidden minus infinity, to weights relative to the largest; returns
+// what they sum to.
+inline float Softmax(float* scores, int64_t count, float* largest) {
+  const float hidden = -std::numeric_limits<float>::infinity();
+  float most = hidden;
+  for (int64_t t = 0; t < count; ++t) most = std::max(most, scores[t]);
+  *largest = most;
   Lanes sum = {};
-  int64_t t = 0;
-  for (; t + kLanes <= count; t += kLanes) {
-    const Lanes x = Load(scores + t);
-    const Lanes e = x == -std::numeric_limits<float>::infinity() ? Lanes{} : Exponential(x - largest);
-    *reinterpret_cast<Lanes*>(scores + t) = e;
+  for (int64_t t = 0; t < count; t += kLanes) {
+    float block[kLanes];
+    const int64_t length = std::min(kLanes, count - t);
+    std::fill(block, block + kLanes, hidden);
+    std::copy(scores + t, scores + t + length, block);
+    const Lanes x = Load(block);
+    const Lanes e = x == hidden ? Lanes{} : Exponential(x - most);
     sum += e;
+    std::memcpy(block, &e, sizeof(block));
+    std::copy(block, block + length, scores + t);
   }
-  if (t == count) return Total(sum);
-  float rest[kLanes];
-  std::fill(rest, rest + kLanes, -std::numeric_limits<float>::infinity());
-  std::copy(scores + t, scores + count, rest);
-  const Lanes x = Load(rest);
-  const Lanes e = x == -std::numeric_limits<float>::infinity() ? Lanes{} : Exponential(x - largest);
-  std::memcpy(rest, &e, sizeof(rest));
-  std::copy(rest, rest + (count - t), scores + t);
-  return Total(sum + e);
+  return Total(sum);
 }
 
 // Weighted sums of values, (heads, dim).
@@ -106,6 +118,7 @@ inline void Gather(const float* weights, int64_t weight_stride, const Key* v, in
     constexpr int64_t kWidth = decltype(width)::value;
     Lanes sums[kTogether][kWidth] = {};
     for (int64_t t = 0; t < count; ++t) {
+      if (t + kAhead < count) Prefetch(v + (t + kAhead) * v_stride + d, kWidth * kLanes);
       Lanes value[kWidth];
       for (int64_t i = 0; i < kWidth; ++i) value[i] = Load(v + t * v_stride + d + i * kLanes);
       for (int64_t h = 0; h < kTogether; ++h) {
@@ -133,37 +146,34 @@ inline void Gather(const float* weights, int64_t weight_stride, const Key* v, in
   }
 }
 
-// One query token and one key head: all query heads of its group, a few at a time. `scores`
-// has room for kTogether rows of slots, the rows beyond the last head zeroed.
+// One query token, one key head and some of the slots: all query heads of its group, a few at
+// a time. y (group, dim) is not divided by the sums yet. `scores` has room for kTogether rows
+// of slots.
 template <class Key>
-void One(const Attention<Key>& a, int64_t b, int64_t l, int64_t kv, float* scores) {
+void Part(const Attention<Key>& a, int64_t b, int64_t l, int64_t kv, Slots slots, float* scores,
+          Partial out) {
   const int64_t group = a.heads / a.kv_heads, stride = a.kv_heads * a.dim;
-  const uint8_t* mask = a.mask + (b * a.length + l) * a.slots;
-  int64_t first = 0, last = a.slots;
-  while (first < last && !mask[first]) ++first;
-  while (last > first && !mask[last - 1]) --last;
-  const int64_t at = (b * a.slots + first) * stride + kv * a.dim, count = last - first;
+  const uint8_t* mask = a.mask + (b * a.length + l) * a.slots + slots.first;
+  const int64_t at = (b * a.slots + slots.first) * stride + kv * a.dim;
+  const int64_t count = slots.last - slots.first;
   const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
   for (int64_t h = 0; h < group; h += kTogether) {
     const int64_t heads = std::min(kTogether, group - h);
-    const int64_t out = ((b * a.length + l) * a.heads + kv * group + h) * a.dim;
-    if (count == 0) {
-      std::fill(a.y + out, a.y + out + heads * a.dim, 0.0f);
-      continue;
+    const float* q = a.q + ((b * a.length + l) * a.heads + kv * group + h) * a.dim;
+    for (int64_t i = heads; i < kTogether; ++i) {
+      std::fill(scores + i * a.slots, scores + i * a.slots + count, 0.0f);
     }
-    std::fill(scores, scores + kTogether * a.slots, 0.0f);
     for (int64_t t = 0; t < count; ++t) {
-      Score(a.q + out, a.k + at + t * stride, heads, a.dim, scores + t, a.slots);
+      if (t + kAhead < count) Prefetch(a.k + at + (t + kAhead) * stride, a.dim);
+      Score(q, a.k + at + t * stride, heads, a.dim, scores + t, a.slots);
       for (int64_t i = 0; i < heads; ++i) {
         float& score = scores[i * a.slots + t];
-        score = mask[first + t] ? score * scale : -std::numeric_limits<float>::infinity();
+        score = mask[t] ? score * scale : -std::numeric_limits<float>::infinity();
       }
     }
-    float sums[kTogether];
-    for (int64_t i = 0; i < heads; ++i) sums[i] = Softmax(scores + i * a.slots, count);
-    Gather(scores, a.slots, a.v + at, stride, count, heads, a.dim, a.y + out);
     for (int64_t i = 0; i < heads; ++i) {
-      for (int64_t d = 0; d < a.dim; ++d) a.y[out + i * a.dim + d] /= sums[i];
+      out.sums[h + i] = Softmax(scores + i * a.slots, count, out.largest + h + i);
     }
+    Gather(scores, a.slots, a.v + at, stride, count, heads, a.dim, out.y + h * a.dim);
   }
 }
