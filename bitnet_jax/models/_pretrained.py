@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from bitnet_jax._matmul import prepare
-from bitnet_jax._packed.kernel import PackedTernary, Prepared, is_packed
+from bitnet_jax._packed.kernel import PackedTernary, is_packed
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._parts import Blank
@@ -108,7 +108,7 @@ def fill(model: nnx.Module, config: DecoderConfig, leaves: dict[str, Any]) -> No
         refuse_leaf(path, "is missing" if path in wanted else "has no place")
     for path, variable in wanted.items():
         value = leaves.pop(path)
-        shape = tuple(value.kernel_shape if isinstance(value, Prepared) else value.shape)
+        shape = tuple(value.shape)
         if shape != tuple(variable.shape):
             refuse_leaf(path, f"has shape {shape}, not {tuple(variable.shape)}")
         variable.set_value(value)

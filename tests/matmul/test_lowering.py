@@ -17,7 +17,7 @@ from native_paths import needs_it
 
 import bitnet_jax as bj
 from bitnet_jax import linen
-from bitnet_jax._matmul import native, panels
+from bitnet_jax._matmul import IMPLEMENTATIONS, native, panels
 from bitnet_jax._matmul.panels import layout_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -137,6 +137,8 @@ def test_both_forms_have_the_same_bits(case):
     prepared = bj.prepare(packed, "cpu")
     multiply = jax.jit(functools.partial(bj.matmul, activations=case.activations))
     for leaf in (packed, prepared):
+        if IMPLEMENTATIONS["cpu"].unsupported_reason(leaf, case.activations):
+            continue  # it is refused: groups of fewer than four activations
         plain = export.export(multiply)(x, leaf)
         assert not native_calls(plain.mlir_module())
         oracles.assert_same_bits(plain.call(x, leaf), case.oracle(x))
