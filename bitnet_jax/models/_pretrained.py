@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from bitnet_jax._matmul import prepare
-from bitnet_jax._packed.kernel import PackedTernary, is_packed
+from bitnet_jax._packed.kernel import PackedTernary, Prepared, is_packed
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._parts import Blank
