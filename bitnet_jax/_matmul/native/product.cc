@@ -50,6 +50,7 @@ class Pieces {
         path_(path),
         panels_(Panels(product.outputs)),
         byte_rows_(ByteRows(product.kind, product.depth)),
+        part_depth_(product.depth / product.parts),
         quads_(CeilDiv(panels_, kPanels)),
         slabs_(CeilDiv(product.rows, path.slab)),
         slab_(CeilDiv(product.rows, slabs_)),
@@ -58,7 +59,7 @@ class Pieces {
     for (int64_t b = 0; b < product.batch; ++b) {
       for (int64_t s = 0; s < product.Sums(); ++s) {
         for (int64_t m = 0; m < product.rows; ++m) {
-          *total++ = path.total(Codes(b, s, m), product.PartDepth());
+          *total++ = path.total(Codes(b, s, m), part_depth_);
         }
       }
     }
@@ -87,16 +88,16 @@ class Pieces {
   }
 
   // Sums of one part of a group of a piece: (rows, kWidth).
-  void Sum(const Piece& piece, int64_t sum, int32_t* sums) const {
-    const int64_t group = sum / product_.parts, part = sum % product_.parts;
+  void Sum(const Piece& piece, int64_t group, int64_t part, int32_t* sums) const {
+    const int64_t sum = group * product_.parts + part;
     const int64_t panel = (piece.batch * product_.groups + group) * panels_ +
                           piece.output / kOutputs;  // the first of four
     const int64_t total = (piece.batch * product_.Sums() + sum) * product_.rows + piece.row;
     const Rows rows{Codes(piece.batch, sum, piece.row), product_.stride, piece.rows,
                     totals_.data() + total};
-    const int64_t fours = product_.PartDepth() / 4;  // not of a whole group: that is padded
-    const Fours run = product_.parts == 1 ? AllOf(product_.kind, byte_rows_)
-                                          : Fours{part * fours, fours};
+    const int64_t fours = part_depth_ / 4;
+    const Fours run = product_.parts > 1 ? Fours{part * fours, fours}
+                                         : AllOf(product_.kind, byte_rows_);  // padded
     const Sums multiply = product_.kind == Kind::kTernary ? path_.ternary : path_.int8;
     multiply(rows, {product_.panels + panel * byte_rows_ * kRowBytes, byte_rows_,
                     Panels(piece.outputs), run},
@@ -107,13 +108,12 @@ class Pieces {
 
  private:
   const int8_t* Codes(int64_t batch, int64_t sum, int64_t row) const {
-    return product_.x + (batch * product_.rows + row) * product_.stride +
-           sum * product_.PartDepth();
+    return product_.x + (batch * product_.rows + row) * product_.stride + sum * part_depth_;
   }
 
   const Product& product_;
   const Path& path_;
-  int64_t panels_, byte_rows_, quads_, slabs_, slab_;
+  int64_t panels_, byte_rows_, part_depth_, quads_, slabs_, slab_;
   std::vector<int32_t> totals_;
 };
 
@@ -207,7 +207,7 @@ void MultiplyToSums(Pool& pool, const Product& product, int32_t* sums) {
   pieces.Each(pool, [&](const Pieces::Piece& piece) {
     int32_t* some = Scratch<int32_t>(pieces.slab() * kWidth);
     for (int64_t s = 0; s < product.Sums(); ++s) {
-      pieces.Sum(piece, s, some);
+      pieces.Sum(piece, s / product.parts, s % product.parts, some);
       const int64_t first = (piece.batch * product.Sums() + s) * product.rows + piece.row;
       for (int64_t m = 0; m < piece.rows; ++m) {
         std::memcpy(sums + (first + m) * product.outputs + piece.output, some + m * kWidth,
@@ -237,12 +237,16 @@ void Multiply(Pool& pool, const Product& product, const Scales& scales, Float* y
     if (several) std::fill_n(wide, piece.rows * kWidth, 0.0f);
     const float* gamma =
         scales.gamma + (piece.batch * product.rows + piece.row) * scales.gammas;
-    for (int64_t s = 0; s < product.Sums(); ++s) {
-      pieces.Sum(piece, s, sums);
-      const int64_t group = piece.batch * product.groups + s / product.parts;
-      path.finish({sums, piece.rows, piece.outputs, gamma + s / of_gamma, scales.gammas,
-                   scales.scale + group * scales.scales + step * piece.output, step, reciprocal,
-                   several, wide, wide_stride});
+    const float* scale =
+        scales.scale + piece.batch * product.groups * scales.scales + step * piece.output;
+    int64_t left = of_gamma;
+    for (int64_t g = 0; g < product.groups; ++g, scale += scales.scales) {
+      for (int64_t p = 0; p < product.parts; ++p) {
+        pieces.Sum(piece, g, p, sums);
+        path.finish({sums, piece.rows, piece.outputs, gamma, scales.gammas, scale, step,
+                     reciprocal, several, wide, wide_stride});
+        if (--left == 0) ++gamma, left = of_gamma;
+      }
     }
     if (in_place) return;
     for (int64_t m = 0; m < piece.rows; ++m) {

@@ -30,7 +30,6 @@ struct Product {
   const uint8_t* panels;
 
   int64_t Sums() const { return groups * parts; }  // of one row and output
-  int64_t PartDepth() const { return depth / parts; }
 };
 
 // sums (batch, product.Sums(), rows, outputs) int32.
