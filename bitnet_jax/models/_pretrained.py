@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -147,8 +149,18 @@ def _stacked(config: DecoderConfig, leaves: dict[str, Any]) -> Iterator[tuple[st
     for path in rest:
         parts = [leaves.pop(f"layers/{i}/{path}") for i in range(config.depth)]
         stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-        yield f"layers/{path}", jax.block_until_ready(stack)
+        jax.block_until_ready(stack)
+        del parts
+        _give_back_memory()
+        yield f"layers/{path}", stack
     yield from leaves.items()
+
+
+def _give_back_memory() -> None:
+    """Lets glibc return what was freed: it keeps blocks of a few megabytes, which kernels are."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def reads_stacks(loaded: Pretrained) -> bool:
