@@ -55,10 +55,12 @@ template <class Key>
 auto Best() {
 #ifdef BITNET_X86
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
     return avx512_attend::Part<Key>;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_attend::Part<Key>;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return avx2_attend::Part<Key>;
+  }
 #endif
   return plain_attend::Part<Key>;
 }
