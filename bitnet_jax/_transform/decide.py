@@ -6,7 +6,9 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from bitnet_jax import _checks
-from bitnet_jax._quantize.config import Int8Config, KernelConfig
+from bitnet_jax._layers.forward import LayerConfig
+from bitnet_jax._quantize.config import ActivationConfig, Int8Config, KernelConfig
+from bitnet_jax._quantize.int8 import require_activation_groups, require_no_activation_groups
 from bitnet_jax._quantize.kernel_spec import contraction_spec
 from bitnet_jax._transform.lookups import raise_not_rows
 from bitnet_jax._transform.marks import Found, Use
@@ -59,7 +61,7 @@ class Decision(NamedTuple):
 def decide_all(
     candidates: Sequence[Candidate | None],
     found: Found,
-    weights: KernelConfig,
+    layer: LayerConfig,
     select: Any,
     tables: Collection[tuple[str, ...]] = (),
 ) -> list[Decision | None]:
@@ -71,19 +73,24 @@ def decide_all(
         None if one is None else _Reach(i, one, uses.get(i, []), found, candidates)
         for i, one in enumerate(candidates)
     ]
+    weights = layer.weights
     defaults = [None if reach is None else reach.by_default(weights, tables) for reach in reaches]
     wanted = [
         None if one is None else _selected(one, weights, select, default is None)
         for one, default in zip(candidates, defaults, strict=True)
     ]
     return [
-        None if reach is None else _decide(reach, default, wanted, select)
+        None if reach is None else _decide(reach, default, wanted, select, layer.activations)
         for reach, default in zip(reaches, defaults, strict=True)
     ]
 
 
 def _decide(
-    reach: _Reach, default: str | None, wanted: Sequence[KernelConfig | None], select: Select | None
+    reach: _Reach,
+    default: str | None,
+    wanted: Sequence[KernelConfig | None],
+    select: Select | None,
+    activations: ActivationConfig | None,
 ) -> Decision:
     config, where = wanted[reach.number], reach.one.where
     stated = reach.stated
@@ -99,7 +106,7 @@ def _decide(
         return Decision(None, "refused", refusal)
     why = reach.problem(config) or reach.meets_another(wanted)
     if why is None:
-        refusal = reach.unfit(config)
+        refusal = reach.unfit(config, activations)
         return Decision(None if refusal else config, reach.beside("selected"), refusal)
     if isinstance(select, Patterns) and select.keep:
         return Decision(None, why, _cannot_ternarize(where, why))
@@ -190,12 +197,18 @@ class _Reach(NamedTuple):
             return "rows are looked up in it: it takes an Int8Config"
         return None
 
-    def unfit(self, config: KernelConfig) -> Exception | None:
-        """Why a config is none for the shape and the axes of this leaf."""
+    def unfit(self, config: KernelConfig, activations: ActivationConfig | None) -> Exception | None:
+        """Why configs are none for the shape and the axes of this leaf."""
         use = self.uses[0]
         who = f"{WHO}: {self.one.where}"
         try:
             contraction_spec(who, self.one.leaf, config, use.contracting, use.batch)
+            for use in self.uses:
+                if use.primitive == "conv_general_dilated":
+                    require_no_activation_groups(who, activations)
+                elif use.primitive != "gather":
+                    lengths = tuple(self.one.leaf.shape[a] for a in use.contracting)
+                    require_activation_groups(who, activations, lengths)
         except ValueError as error:
             return error
         return None

@@ -134,9 +134,10 @@ class Program:
         for mark in outs:
             if mark.view is not None and mark.view != of_leaf(mark.view.leaf, mark.view.shape):
                 survey.read(mark, "return")
-        weights, select = self._spec.layer.weights, self._spec.select
-        tables = self._spec.tables
-        decisions = decide.decide_all(candidates, survey.found, weights, select, tables)
+        spec = self._spec
+        decisions = decide.decide_all(
+            candidates, survey.found, spec.layer, spec.select, spec.tables
+        )
         if self._phased:
             _require_own(candidates, decisions)
         return Plan(jaxpr, result, candidates, survey.found, decisions)

@@ -9,6 +9,7 @@ import oracles
 import pytest
 from cases import cases
 from dots import DTYPES, gaussian, ternary_dot, vjp
+from flax import linen as nn
 from flax import nnx
 
 import bitnet_jax as bj
@@ -180,3 +181,19 @@ def test_layers_and_ternarized_functions_take_them():
     layer = bj.nnx.BitLinear(16, 5, activations=activations, rngs=nnx.Rngs(0))
     packed, _ = bj.nnx.pack(layer)
     oracles.assert_same_bits(packed(x), layer(x))
+
+
+def test_what_groups_do_not_fit_is_said_before_a_call():
+    activations = bj.ActivationConfig(group=16)
+    ternary = bj.ternarize(lambda p, x: x @ p["w"], activations=activations)
+    params, x = {"w": jnp.ones((24, 8))}, jnp.ones((2, 24))
+    (row,) = ternary.explain(params, x).rows
+    assert row.config is None
+    assert "`activations.group`=16 does not divide" in row.why
+    model = bj.linen.ternarize(nn.Conv(4, (3,)), activations=activations)
+    image = jnp.ones((1, 8, 16))
+    (row,) = bj.linen.explain(model, image).rows
+    assert "a convolution has one scale per example" in row.why
+    for refused in (lambda: ternary.pack(params, x), lambda: model.init(jax.random.key(0), image)):
+        with pytest.raises(ValueError, match=r"activations\.group"):
+            refused()
