@@ -66,6 +66,8 @@ def export_huggingface(
         )
     content: Published = model.published(layout)
     folder = os.fspath(directory)
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise FileExistsError(f"{_WHO}: {folder!r} is a file. Name a folder.")
     os.makedirs(folder, exist_ok=True)
     there = [n for n in sorted(os.listdir(folder)) if n.endswith((".safetensors", ".bin", INDEX))]
     if there:
@@ -117,11 +119,11 @@ def _write_shard(path: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, 
             file.write(array.view(np.uint8).reshape(-1).data)
 
 
-def _write_file(path: str, source: str | tuple[str, str]) -> None:
-    """A text, or a copy of a file where that is there."""
-    if isinstance(source, str):
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(source)
+def _write_file(path: str, source: str | bytes | tuple[str, str]) -> None:
+    """A text, bytes, or a copy of a file where that is there."""
+    if not isinstance(source, tuple):
+        with open(path, "wb") as file:
+            file.write(source.encode() if isinstance(source, str) else source)
         return
     old = os.path.join(*source)
     if os.path.exists(old):

@@ -56,13 +56,13 @@ class Published(NamedTuple):
       config: the content of config.json.
       tensors: by name.
       metadata: of the safetensors files.
-      files: others by name: their text, or the folder and name of one to copy if it is there.
+      files: others by name: their text or bytes, or the folder and name of one to copy if there.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Lazy]
     metadata: dict[str, str]
-    files: dict[str, str | tuple[str, str]]
+    files: dict[str, str | bytes | tuple[str, str]]
 
 
 def json_object(who: str, name: str, text: Callable[[], str]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Decoder(Network):
         cls,
         path: str | os.PathLike[str],
         *,
-        dtype: jax.typing.DTypeLike = jnp.float32,
+        dtype: jax.typing.DTypeLike | None = None,
         packed: bool = True,
         weights: KernelConfig | None = None,
         head: KernelConfig | None = None,
@@ -81,7 +81,8 @@ class Decoder(Network):
         Args:
           path: a folder with config.json and safetensors files; a GGUF file; or a file of
             :meth:`save`.
-          dtype: of the computation, and of what is held as floats.
+          dtype: of the computation, and of what is held as floats. None: as a file of
+            :meth:`save` has both, and float32 for others.
           packed: whether quantised kernels are held packed; False: as floats, to train.
           weights: a quantiser for projections that the checkpoint holds as floats and runs
             as floats, such as ``bj.Int8Config()``; None leaves them.
@@ -103,9 +104,11 @@ class Decoder(Network):
           FileNotFoundError: a missing folder, file or shard.
           ValueError: a key, tensor or dtype that does not fit, by its name.
         """
-        dtype = jnp.dtype(dtype)
+        kind = "gguf" if os.fspath(path).endswith(".gguf") else kind_of(path)
+        if dtype is None and kind != "saved":
+            dtype = jnp.float32
         options = Options(
-            dtype,
+            None if dtype is None else jnp.dtype(dtype),
             packed,
             weights,
             head,
@@ -115,7 +118,6 @@ class Decoder(Network):
             prepared,
             progress,
         )
-        kind = "gguf" if os.fspath(path).endswith(".gguf") else kind_of(path)
         readers = {"gguf": _load_gguf.load, "saved": _saved.load}
         loaded = readers.get(kind or "", _load_folder.load)(path, options)
         config = loaded.config
@@ -129,9 +131,9 @@ class Decoder(Network):
     def save(self, path: str | os.PathLike[str], *, dense: bool = False) -> None:
         """Writes the decoder to one file: parameters, config and tokenizer.
 
-        :meth:`from_pretrained` gives back the same bits where it is asked for the same
-        ``dtype``. The file is one of ``bj.io.save``: it appears whole or not at all, and a
-        changed bit is refused. Stacked layers are written one by one.
+        :meth:`from_pretrained` gives back the same bits. The file is one of ``bj.io.save``: it
+        appears whole or not at all, and a changed bit is refused. Stacked layers are written
+        one by one.
 
         Args:
           path: the file; by convention ``*.bitnet.safetensors``.

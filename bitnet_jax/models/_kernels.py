@@ -14,7 +14,7 @@ import numpy as np
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, is_packed
 from bitnet_jax._packed.pack import pack
 from bitnet_jax._packed.trits import ZEROS
-from bitnet_jax._quantize.int8 import Int8Config
+from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax.models import _codes, _grid
 from bitnet_jax.models._published import WHO, Stored
@@ -163,6 +163,20 @@ def turned(packed: PackedTernary) -> PackedTernary:
         config=packed.config,
         dtype=packed.dtype,
     )
+
+
+def activations(
+    options: Any, declared: ActivationConfig | None, kinds: Mapping[str, KernelConfig | None]
+) -> ActivationConfig | None:
+    """What meets the projections: as asked for, as declared, or int8 where it was float.
+
+    Int8 where ``weights=`` quantised a projection of a checkpoint that declares none: a
+    weight-only product would be slower than the float one.
+    """
+    if options.activations != "declared":
+        return options.activations
+    quantised = options.weights is not None and options.weights in kinds.values()
+    return INT8 if declared is None and quantised else declared
 
 
 def decided(kinds: Mapping[str, KernelConfig | None]) -> dict[str, Any]:

@@ -15,15 +15,18 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax._quantize.int8 import INT8, ActivationConfig
+from bitnet_jax._packed.pack import unpack
+from bitnet_jax._quantize.int8 import INT8
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax.io._huggingface import Folder
 from bitnet_jax.io._safetensors import parse_json
-from bitnet_jax.models import _grid, _kernels, _names
+from bitnet_jax.models import _kernels, _names
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
-from bitnet_jax.models._pretrained import DECLARED, Options, Origin, Pretrained, held
+from bitnet_jax.models._pretrained import Options, Origin, Pretrained, held
 from bitnet_jax.models._published import (
+    FLOATS,
+    ROUNDING,
     SCALES,
     WHO,
     Quantization,
@@ -40,7 +43,7 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
     """Reads a folder: the decoder's config, its leaves by path, and the report."""
     folder = Folder(WHO, path)
     content = folder.json("config.json")
-    says = quantization(content, options.quantization_config)
+    says = quantization_of(folder, content, options.quantization_config)
     shape = decoder_config(content)
     if shape.tied and says.of("lm_head") != "float":
         refuse(
@@ -59,6 +62,15 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
         text,
         Origin(content, folder.path),
     )
+
+
+def quantization_of(
+    folder: Folder, content: Mapping[str, Any], asked: Mapping[str, Any] | None
+) -> Quantization:
+    """How a folder's linear layers are stored: as asked, as config.json or an export says."""
+    if asked is None and folder.metadata.get(FLOATS) == "as they are":
+        asked = content.get("quantization_config", {})
+    return quantization(content, asked)
 
 
 class Texts(Protocol):
@@ -128,6 +140,7 @@ class _Loader:
         self.rows: list[LoadedKernel] = []
         self.kinds: dict[str, KernelConfig | None] = {}
         self.scales = _exact_scales(folder.metadata)
+        self.rounding = folder.metadata.get(ROUNDING)
 
     def leaves(self) -> Iterator[tuple[str, Any]]:
         """Every parameter of the decoder, by path."""
@@ -195,7 +208,7 @@ class _Loader:
         why = _kernels.oddness_of_codes(f"{name}.weight", value) or self.says.said
         if self.options.packed:
             return Kernel(value, B158, why), scale
-        return Kernel(value.dequantize(), _grid.config_of("tensor"), why), scale
+        return Kernel(unpack(value), B158, why), scale
 
     def _exact(self, name: str, scale: np.float32) -> np.float32:
         """A scale as it was before its reciprocal was stored, where the file says so."""
@@ -266,12 +279,11 @@ class _Loader:
         """The config with what was decided of every kernel."""
         options, says = self.options, self.says
         inner = {p: k for p, k in self.kinds.items() if p not in ("head", "embedding")}
-        activations: ActivationConfig | None = INT8 if says.stored != "float" else None
-        if options.weights is not None:
-            activations = INT8
-        if options.activations != DECLARED:
-            activations = options.activations
-        rounding = "input" if says.stored == "divide" else "float32"
+        declared = INT8 if says.stored != "float" else None
+        activations = _kernels.activations(options, declared, inner)
+        rounding = self.rounding or ("input" if says.stored == "divide" else "float32")
+        if activations is not None and activations.group is not None:
+            rounding = "float32"  # of what is asked for here; BitLinear has one scale per token
         return dataclasses.replace(
             self.config,
             **_kernels.decided(inner),
@@ -288,6 +300,13 @@ class _Loader:
 
     def refuse_rest(self) -> None:
         """Refuses tensors that nothing used."""
+        unknown = sorted(set(self.scales) - {name.removesuffix(".weight") for name in self.used})
+        if unknown:
+            _kernels.refuse_tensor(
+                f"{unknown[0]}.weight_scale",
+                f"is in the metadata ({SCALES}), and there is no such kernel",
+                "Export the model again.",
+            )
         rest = sorted(n for n in set(self.tensors) - self.used if not n.endswith(".inv_freq"))
         if rest:
             shown = ", ".join(rest[:4]) + (", ..." if len(rest) > 4 else "")

@@ -25,7 +25,7 @@ from bitnet_jax.models import _codes, _gguf_tokenizer, _grid, _kernels
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
 from bitnet_jax.models._names import norms, projections
-from bitnet_jax.models._pretrained import DECLARED, Options, Origin, Pretrained, held
+from bitnet_jax.models._pretrained import Options, Origin, Pretrained, held
 from bitnet_jax.models._published import WHO, refuse
 from bitnet_jax.models._report import LoadedKernel, LoadReport
 from bitnet_jax.models._rope import Rope
@@ -278,11 +278,8 @@ class _Loader:
         """The config with what was decided of every kernel."""
         options = self.options
         inner = {p: k for p, k in self.kinds.items() if p not in ("head", "embedding")}
-        activations = INT8 if self.types & {*_INT8_TYPES} else None
-        if options.weights is not None:
-            activations = INT8
-        if options.activations != DECLARED:
-            activations = options.activations
+        declared = INT8 if self.types & {*_INT8_TYPES} else None
+        activations = _kernels.activations(options, declared, inner)
         return dataclasses.replace(
             self.config,
             **_kernels.decided(inner),

@@ -65,7 +65,7 @@ class Origin:
 
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     folder: str | None = None
-    texts: dict[str, str] | None = None
+    texts: Mapping[str, bytes] | None = None
 
     def files(self, text: Any) -> dict[str, Any]:
         """Tokenizer files: by name, a path to copy or the text itself."""
@@ -120,7 +120,10 @@ def fill(model: nnx.Module, config: DecoderConfig, leaves: dict[str, Any]) -> No
 def held(path: str, leaf: Any, options: Options) -> Any:
     """A parameter as a decoder holds it: norms in float32, other floats in the asked dtype."""
     if not is_packed(leaf):
-        return leaf.astype(np.float32 if path.endswith("/scale") else options.dtype)
+        floats = leaf.astype(np.float32 if path.endswith("/scale") else options.dtype)
+        if options.dtype == np.float16 and not np.isfinite(np.asarray(floats)).all():
+            refuse_leaf(path, "has values that float16 cannot hold; use bfloat16 or float32")
+        return floats
     return jax.block_until_ready(laid_out(leaf)) if options.prepared else leaf
 
 

@@ -26,7 +26,7 @@ from bitnet_jax.io._huggingface import Lazy, Published
 from bitnet_jax.models import _codes, _names
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._pretrained import apart
-from bitnet_jax.models._published import SCALES
+from bitnet_jax.models._published import FLOATS, ROUNDING, SCALES
 from bitnet_jax.models._rope import Rope
 
 WHO = "export_huggingface"
@@ -47,6 +47,10 @@ def published(model: Any, layout: Layout) -> Published:
     if writer.packed:
         content["quantization_config"] = writer.quantization_config()
     metadata = {"format": "pt"}
+    if writer.packed:
+        metadata[ROUNDING] = config.activation_rounding
+    else:
+        metadata[FLOATS] = "as they are"
     if writer.scales:
         metadata[SCALES] = json.dumps(writer.scales, sort_keys=True)
     return Published(content, tensors, metadata, model.origin.files(model.text))

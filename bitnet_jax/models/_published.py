@@ -68,7 +68,11 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 
 WHO = "from_pretrained"
 
-SCALES = "bitnet_jax.scales"  # the key of exact scales in the metadata of exported files
+# Keys in the metadata of exported files: exact scales; whether activations are rounded in
+# float32 or in the input's dtype; that weights without a quantization_config run as they are.
+SCALES = "bitnet_jax.scales"
+ROUNDING = "bitnet_jax.activation_rounding"
+FLOATS = "bitnet_jax.floats"
 
 
 def refuse(key: str, value: Any, wanted: str) -> NoReturn:
@@ -167,7 +171,8 @@ def rope(content: Mapping[str, Any], default_theta: float) -> Rope:
     if not isinstance(given, dict):
         refuse(where, given, "an object")
     keys = Keys(given, {}, where)
-    theta = given.get("rope_theta", content.get("rope_theta")) or default_theta
+    theta = given.get("rope_theta", content.get("rope_theta"))
+    theta = default_theta if theta is None else theta
     kind = given.get("rope_type", given.get("type", "default"))
     if type(theta) not in (int, float):
         refuse("rope_theta", theta, "a number")

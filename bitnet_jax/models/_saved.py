@@ -16,8 +16,9 @@ import numpy as np
 
 from bitnet_jax import _checks
 from bitnet_jax._packed.kernel import is_stored
+from bitnet_jax._packed.pack import unpack
 from bitnet_jax._packed.static_data import decoded, encoded
-from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
+from bitnet_jax._quantize.int8 import ActivationConfig, Int8Config
 from bitnet_jax._quantize.ternary import TernaryConfig
 from bitnet_jax.io import _chunks, _file
 from bitnet_jax.io._huggingface import json_object
@@ -27,7 +28,6 @@ from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
 from bitnet_jax.models._load_folder import text_of
 from bitnet_jax.models._pretrained import (
-    DECLARED,
     Options,
     Origin,
     Pretrained,
@@ -51,7 +51,7 @@ def save(model: Any, path: str | os.PathLike[str], dense: bool) -> None:
     tree: dict[str, Any] = {"params": nested(unstacked(model))}
     texts = dict(_texts(model))
     if texts:
-        tree["files"] = {n: np.frombuffer(t.encode(), np.uint8) for n, t in texts.items() if t}
+        tree["files"] = {n: np.frombuffer(t, np.uint8) for n, t in texts.items() if t}
     config = dataclasses.replace(model.config, scan=False)
     says = {"config": encoded(config), "origin": model.origin.config}
     _file.write(path, tree, dense=dense, notes={KEY: canonical_json(says)})
@@ -69,14 +69,15 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _texts(model: Any) -> Iterator[tuple[str, str]]:
-    """The text files that come with a decoder; a folder's are read."""
+def _texts(model: Any) -> Iterator[tuple[str, bytes]]:
+    """The files that come with a decoder, byte for byte; a folder's are read."""
     for name, source in model.origin.files(model.text).items():
-        if isinstance(source, str):
-            yield name, source
-        elif os.path.exists(file := os.path.join(*source)) and not name.endswith(".model"):
-            with open(file, encoding="utf-8") as opened:
-                yield name, opened.read()
+        if isinstance(source, tuple):
+            if os.path.exists(file := os.path.join(*source)):
+                with open(file, "rb") as opened:
+                    yield name, opened.read()
+        else:
+            yield name, source.encode() if isinstance(source, str) else source
 
 
 def described(metadata: Mapping[str, str]) -> tuple[DecoderConfig, dict[str, Any]] | None:
@@ -107,7 +108,17 @@ class _Files:
         return name in self.content
 
     def text(self, name: str) -> str:
-        return np.asarray(self.content[name]).tobytes().decode()
+        try:
+            return self.bytes(name).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{WHO}: {name!r} in {self.path!r} is no UTF-8 text ({error.reason} at byte "
+                f"{error.start}). Convert the checkpoint again, without it."
+            ) from None
+
+    def bytes(self, name: str) -> bytes:
+        """A file's content, which may be no text."""
+        return np.asarray(self.content[name]).tobytes()
 
     def json(self, name: str, *, needed: bool = True) -> dict[str, Any]:
         del needed
@@ -138,7 +149,7 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
     texts = {_joined(p): leaf for p, leaf in everything.items() if p[0] == "files"}
     files = _Files(path, texts)
     text = text_of(files, origin, config.vocabulary)
-    says = Origin(origin, texts={name: files.text(name) for name in texts})
+    says = Origin(origin, texts={name: files.bytes(name) for name in texts})
     return Pretrained(reading.config(), leaves, reading.report(), text, says)
 
 
@@ -150,7 +161,9 @@ class _Reading:
     """Takes leaves as they come, into the dtype and the form that a caller asked for."""
 
     def __init__(self, config: DecoderConfig, options: Options):
-        self._config, self._options = config, options
+        self._dtype = options.dtype or config.dtype
+        self._config = config
+        self._options = dataclasses.replace(options, dtype=options.dtype or config.param_dtype)
         self._places = dict(_places(config))
         self._made: dict[str, Kernel] = {}
         self._rows: dict[str, LoadedKernel] = {}
@@ -162,7 +175,8 @@ class _Reading:
         place = _joined(path)
         if place in self._places:
             name = self._places[place]
-            kernel = _kernel(place, leaf, self._config.kernel(_kind(name)), self._options)
+            asked = self._config.kernel(_kind(name))
+            kernel = _kernel(place, leaf, asked, self._options, tied=self._config.tied)
             self._made[place] = kernel._replace(value=None)
             self._rows[place] = _kernels.row(name, place, kernel)
             leaf = kernel.value
@@ -176,14 +190,14 @@ class _Reading:
                 refuse_leaf(place, "is missing")
         kinds = {_kind(name): self._made[place].config for place, name in self._places.items()}
         inner = {path: k for path, k in kinds.items() if path not in ("head", "embedding")}
-        activations = INT8 if options.weights is not None else self._config.activations
+        activations = _kernels.activations(options, self._config.activations, inner)
         return dataclasses.replace(
             self._config,
             **_kernels.decided(inner),
-            activations=activations if options.activations == DECLARED else options.activations,
+            activations=activations,
             embedding=kinds["embedding"],
             head=kinds.get("head"),
-            dtype=options.dtype,
+            dtype=self._dtype,
             param_dtype=options.dtype,
             scan=bool(options.scan),
         )
@@ -207,15 +221,16 @@ def _places(config: DecoderConfig) -> Iterator[tuple[str, str]]:
         yield "head/kernel", "head"
 
 
-def _kernel(place: str, value: Any, config: Any, options: Options) -> Kernel:
+def _kernel(place: str, value: Any, config: Any, options: Options, *, tied: bool) -> Kernel:
     """One kernel in the form that was asked for."""
     if is_stored(value):
         if options.packed:
             return Kernel(dataclasses.replace(value, dtype=options.dtype), config, "as saved")
-        return Kernel(value.dequantize(options.dtype), config, "as saved")
+        # The floats that this config quantises to the same codes and scales.
+        return Kernel(unpack(value, options.dtype), config, "as saved")
     whole = place == "embed/embedding"
-    outer = whole or place == "head/kernel"
-    asked = options.head if outer else options.weights
+    outer = place == "head/kernel" or (whole and tied)
+    asked = options.head if outer else None if whole else options.weights
     if config is not None or asked is None:
         return Kernel(value, config, "as saved")
     stored = np.asarray(value).astype(options.dtype)

@@ -70,7 +70,7 @@ def _of_folder(path: str) -> str:
     content = folder.json("config.json")
     name, _ = _published.architecture(content)
     config = _published.decoder_config(content)
-    says = _published.quantization(content, None)
+    says = _load_folder.quantization_of(folder, content, None)
     tensors = _load_folder.canonical_names(folder)
     rows = list(_folder_rows(tensors, config, says))
     text = _load_folder.text_of(folder, content, config.vocabulary)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -26,7 +27,7 @@ from bitnet_jax._display import size_text
 from bitnet_jax._quantize.int8 import Int8Config
 from bitnet_jax.io import _chunks, _file
 from bitnet_jax.io._gguf import Gguf
-from bitnet_jax.io._huggingface import CONFIG, INDEX, Folder
+from bitnet_jax.io._huggingface import CONFIG, INDEX, WHOLE, Folder
 from bitnet_jax.io._source import kind_of
 from bitnet_jax.models import _saved
 from bitnet_jax.models._command import Progress
@@ -38,6 +39,10 @@ WHO = "convert"
 _FILE = ".safetensors"
 
 _OTHERS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".msgpack", ".h5", ".onnx", ".json")
+
+_SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
+
+_NO_FLOATS = re.compile(r"norm|weight_scale$|inv_freq$")
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -52,7 +57,7 @@ def run(parsed: argparse.Namespace) -> int:
             f"{WHO}: there is no {source!r}. Name a folder with config.json and *.safetensors, a "
             ".gguf file, or a file of bj.io.save."
         )
-    to_file = target.endswith(_FILE)
+    to_file = target.lower().endswith(_FILE)
     _require_options(parsed, to_file)
     _require_target(source, target, to_file, parsed.overwrite)
     decoder = kind != "saved" or _holds_decoder(source)
@@ -62,8 +67,9 @@ def run(parsed: argparse.Namespace) -> int:
             f"needs. Name a DST that ends in {_FILE}, or write SRC with Decoder.save."
         )
     if decoder:
-        _convert(parsed, to_file, begin)
+        _convert(parsed, kind, to_file, begin)
     else:
+        _require_as_they_are(parsed)
         bitnet_io.save(target, bitnet_io.load(source), dense=parsed.dense)
     taken = time.perf_counter() - begin
     print(f"wrote {target}, {size_text(_size(target))}, in {taken:.1f} s", file=sys.stderr)
@@ -81,6 +87,8 @@ def _require_options(parsed: argparse.Namespace, to_file: bool) -> None:
             f"DST {parsed.target!r} is of a kind that is not written. Name a file that ends in "
             f"{_FILE}, or a folder."
         )
+    if not to_file and parsed.target.lower().rstrip(os.sep).endswith(_FILE):
+        _refuse(f"DST {parsed.target!r} names a file and a folder. Leave out the {os.sep!r}.")
     if to_file and parsed.layout is not None:
         _refuse(f"--layout is of a folder, and DST {parsed.target!r} is a file. Leave it out.")
     for name in ("dense", "int8"):
@@ -88,6 +96,16 @@ def _require_options(parsed: argparse.Namespace, to_file: bool) -> None:
             _refuse(
                 f"--{name} is of a file, and DST {parsed.target!r} is a folder. Leave it out, or "
                 f"name a DST that ends in {_FILE}."
+            )
+
+
+def _require_as_they_are(parsed: argparse.Namespace) -> None:
+    """Refuses options that only a decoder's parameters can follow."""
+    for name in ("dtype", "int8"):
+        if getattr(parsed, name):
+            _refuse(
+                f"--{name} is for decoders, and {parsed.source!r} holds parameters without a "
+                "decoder's config. Leave it out."
             )
 
 
@@ -101,25 +119,32 @@ def _require_target(source: str, target: str, to_file: bool, overwrite: bool) ->
         raise FileNotFoundError(f"{WHO}: there is no folder {above!r} for DST. Make it first.")
     if not os.path.exists(b):
         return
-    if to_file == os.path.isdir(b):
+    if os.path.lexists(b) and to_file == os.path.isdir(b):
         what = "a folder" if to_file else "a file"
         _refuse(f"DST {target!r} is {what} already. Name another, or remove it.")
     if not to_file:
-        strange = [name for name in sorted(os.listdir(b)) if not _is_ours(name)]
+        there = sorted(os.listdir(b))
+        strange = [name for name in there if not _is_ours(b, name)]
         if strange:
             _refuse(
                 f"DST {target!r} holds {strange[0]!r}, which is no part of a checkpoint. Name "
                 "another folder."
             )
-        if not os.listdir(b):
+        if b == os.getcwd():
+            _refuse(f"DST {target!r} is the folder you are in, which is replaced. Name another.")
+        if not there:
             return
+        if CONFIG not in there:
+            _refuse(f"DST {target!r} is no checkpoint: it has no {CONFIG}. Name another folder.")
     if not overwrite:
         raise FileExistsError(f"{WHO}: DST {target!r} is there. Pass --overwrite to replace it.")
 
 
-def _is_ours(name: str) -> bool:
+def _is_ours(folder: str, name: str) -> bool:
     """Whether an export has a file of this name."""
-    return name.endswith(_FILE) or name in (CONFIG, INDEX, *PASSED)
+    path = os.path.join(folder, name)
+    known = name in (CONFIG, INDEX, WHOLE, *PASSED) or re.fullmatch(_SHARD, name)
+    return bool(known) and os.path.isfile(path) and not os.path.islink(path)
 
 
 def _holds_decoder(path: str) -> bool:
@@ -128,14 +153,14 @@ def _holds_decoder(path: str) -> bool:
         return _saved.described(source.header.metadata) is not None
 
 
-def _convert(parsed: argparse.Namespace, to_file: bool, begin: float) -> None:
+def _convert(parsed: argparse.Namespace, kind: str, to_file: bool, begin: float) -> None:
     """Loads a decoder and writes it."""
     narrow = Int8Config() if parsed.int8 else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = Decoder.from_pretrained(
             parsed.source,
-            dtype=jnp.dtype(parsed.dtype or own_dtype(parsed.source)),
+            dtype=parsed.dtype or (own_dtype(parsed.source) if kind != "saved" else None),
             weights=narrow,
             head=narrow,
             progress=Progress(begin),
@@ -152,18 +177,18 @@ def _convert(parsed: argparse.Namespace, to_file: bool, begin: float) -> None:
 
 
 def own_dtype(path: str) -> str:
-    """The narrowest dtype that holds every float matrix of a checkpoint."""
-    kind = kind_of(path)
-    if kind == "saved":
-        with _chunks.open_source(WHO, path) as source:
-            found = _saved.described(source.header.metadata)
-        return "float32" if found is None else found[0].param_dtype.name
-    if kind == "gguf":
+    """The narrowest dtype that holds what a checkpoint stores as floats.
+
+    Norms stay in float32, whatever the dtype, and scales are no parameters.
+    """
+    if kind_of(path) == "gguf":
         names = {"F16": "float16", "BF16": "bfloat16"}
-        blocks = [t.block for t in Gguf(WHO, path).values() if len(t.shape) > 1]
-        return _widest(names.get(b.name, "float32") for b in blocks if b.ternary is None)
-    arrays = Folder(WHO, path).values()
-    floats = (a.dtype for a in arrays if a.ndim > 1 and jnp.issubdtype(a.dtype, jnp.floating))
+        tensors = [t for n, t in Gguf(WHO, path).items() if "norm" not in n and "rope" not in n]
+        return _widest(
+            names.get(t.block.name, "float32") for t in tensors if t.block.ternary is None
+        )
+    arrays = {n: a for n, a in Folder(WHO, path).items() if not _NO_FLOATS.search(n)}
+    floats = (a.dtype for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating))
     return _widest(dtype.name for dtype in floats)
 
 
@@ -181,6 +206,7 @@ def _replacing(target: str) -> Iterator[str]:
     try:
         yield new
         if os.path.exists(target):
+            shutil.copymode(target, new)
             os.rename(target, old)
         os.rename(new, target)
     except BaseException:

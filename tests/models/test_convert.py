@@ -6,6 +6,7 @@ import os
 import gguf_files
 import jax
 import numpy as np
+import oracles
 import pytest
 from flax import nnx
 from published import Checkpoint, byte_tokenizer
@@ -132,9 +133,9 @@ def test_floats_keep_the_dtype_of_the_source(dtype, tmp_path):
     assert _translate.own_dtype(tmp_path / "in") == dtype
     file = converted(tmp_path / "in", tmp_path / "a.safetensors")
     assert bj.io.load(file)["params"]["embed"]["embedding"].dtype == kind
-    assert _translate.own_dtype(str(file)) == dtype
+    assert load(file).config.param_dtype == kind
     wide = converted(file, tmp_path / "b.safetensors", "--dtype", "float32")
-    assert _translate.own_dtype(str(wide)) == "float32"
+    assert load(wide).config.param_dtype == np.float32
 
 
 def test_other_parameters_are_copied(tmp_path):
@@ -153,7 +154,7 @@ REFUSED = [
     (["in", "nowhere/out"], "Make it first"),
     (["in", "there.safetensors"], "Pass --overwrite to replace it"),
     (["in", "strange"], "holds 'notes.md', which is no part of a checkpoint"),
-    (["in", "there.safetensors/"], "is a file already"),
+    (["in", "there.safetensors/"], "names a file and a folder"),
     (["in", "strange.safetensors"], "is a folder already"),
     (["in", "out", "--dense"], "--dense is of a file"),
     (["in", "out", "--int8"], "--int8 is of a file"),
@@ -267,3 +268,135 @@ def test_inspect_refuses_in_a_line(folder, tmp_path, capsys):
         said = capsys.readouterr().err
         assert match in said
         assert said.rstrip("\n").isprintable()
+
+
+BASE = {"vocabulary": 64, "width": 32, "hidden": 64, "depth": 1, "heads": 4}
+PLAIN = {"sub_norms": False, "activation": "silu"}
+TOKENS = jax.numpy.arange(6)[None]
+
+
+def small(**fields):
+    model = bj.models.Decoder(bj.models.DecoderConfig(**BASE | fields), rngs=nnx.Rngs(1))
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1] == "bias":
+            noise = jax.random.normal(jax.random.key(2), variable.shape)
+            variable.set_value(noise.astype(variable.dtype))
+    return model
+
+
+def same_logits(a, b):
+    oracles.assert_same_bits(a(TOKENS)[0], b(TOKENS)[0])
+
+
+def test_only_a_whole_checkpoint_is_overwritten(folder, tmp_path, capsys):
+    for name, make in {
+        "own files": lambda path: bj.io.save(path / "run.bitnet.safetensors", {"a": np.ones(3)}),
+        "a folder inside": lambda path: (path / "model.safetensors").mkdir(),
+        "no config": lambda path: (path / "tokenizer.json").write_text("{}"),
+    }.items():
+        target = tmp_path / name
+        target.mkdir()
+        make(target)
+        kept = sorted(target.iterdir())
+        assert main(["convert", str(folder), str(target), "--overwrite"]) == 1
+        assert "Name another folder" in capsys.readouterr().err
+        assert sorted(target.iterdir()) == kept
+
+
+@pytest.mark.parametrize("weights", [bj.B158, bj.PHASE4, bj.TernaryConfig(granularity=16)])
+def test_a_saved_packed_decoder_is_trained_on_from_the_same_bits(weights, tmp_path):
+    packed, _ = bj.nnx.pack(small(weights=weights, **PLAIN))
+    packed.save(tmp_path / "a.safetensors")
+    floats = load(tmp_path / "a.safetensors", packed=False)
+    assert floats.config == packed.config
+    same_logits(floats, packed)
+    same_model(bj.nnx.pack(floats)[0], packed)
+
+
+def test_float32_biases_of_16_bit_weights_are_kept(tmp_path):
+    model = small(attention_bias=True, weights=None, activations=None, **PLAIN)
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1] != "bias":
+            variable.set_value(variable.get_value().astype("bfloat16").astype("float32"))
+    model = nnx.clone(model)
+    bj.io.export_huggingface(model, tmp_path / "in")
+    same_logits(load(converted(tmp_path / "in", tmp_path / "a.safetensors")), model)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"activations": None, "weights": bj.PHASE4},
+        {"activations": None, "weights": None},
+        {"dtype": "bfloat16", "param_dtype": "bfloat16"},
+        {"dtype": "bfloat16", "param_dtype": "bfloat16", **PLAIN},
+    ],
+    ids=str,
+)
+def test_exports_load_with_the_same_bits(fields, tmp_path):
+    model, _ = bj.nnx.pack(small(**fields)) if fields.get("weights", 1) else (small(**fields), None)
+    bj.io.export_huggingface(model, tmp_path / "out")
+    dtype = fields.get("dtype", "float32")
+    same_logits(load(tmp_path / "out", dtype=dtype), model)
+    same_logits(load(converted(tmp_path / "out", tmp_path / "a.safetensors")), model)
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+
+
+def test_options_change_what_they_name_alone(tmp_path):
+    untied, _ = bj.nnx.pack(small(tied=False, **PLAIN))
+    untied.save(tmp_path / "untied.safetensors")
+    model = load(tmp_path / "untied.safetensors", head=bj.Int8Config())
+    assert (model.config.embedding, model.config.head) == (None, bj.Int8Config())
+    for activations in (None, bj.ActivationConfig(group=16)):
+        ternary, _ = bj.nnx.pack(small(activations=activations, **PLAIN))
+        ternary.save(tmp_path / "a.safetensors")
+        model = load(tmp_path / "a.safetensors", weights=bj.Int8Config())
+        assert model.config == ternary.config
+        same_logits(model, ternary)
+    floats = small(weights=None, activations=None, **PLAIN)
+    floats.save(tmp_path / "b.safetensors")
+    model = load(tmp_path / "b.safetensors", weights=bj.Int8Config())
+    assert model.config.activations == bj.ActivationConfig()
+
+
+def test_a_saved_decoder_keeps_both_of_its_dtypes(tmp_path):
+    model = small(dtype="bfloat16", **PLAIN)
+    model.save(tmp_path / "a.safetensors")
+    again = load(tmp_path / "a.safetensors")
+    assert again.config == model.config
+    same_logits(again, model)
+
+
+def test_groups_are_asked_of_a_layout_with_one_scale(tmp_path):
+    packed, _ = bj.nnx.pack(small(**PLAIN))
+    bj.io.export_huggingface(packed, tmp_path / "out")
+    model = load(tmp_path / "out", activations=bj.ActivationConfig(group=16))
+    assert model.config.activation_rounding == "float32"
+    assert np.isfinite(model(TOKENS)[0]).all()
+
+
+def test_what_would_not_be_the_same_is_refused(folder, tmp_path, capsys):
+    model = small(weights=None, activations=None, **PLAIN)
+    table = model.embed.embedding
+    table.set_value(table.get_value().at[0, 0].set(1e6))
+    bj.io.export_huggingface(model, tmp_path / "wide")
+    assert main(["convert", str(tmp_path / "wide"), str(tmp_path / "x"), "--dtype", "float16"]) == 1
+    assert "float16 cannot hold" in capsys.readouterr().err
+    bj.io.save(tmp_path / "p.safetensors", {"a": np.ones(3, np.float32)})
+    for option in (["--int8"], ["--dtype", "bfloat16"]):
+        arguments = [str(tmp_path / "p.safetensors"), str(tmp_path / "q.safetensors"), *option]
+        assert main(["convert", *arguments]) == 1
+        assert f"{option[0]} is for decoders" in capsys.readouterr().err
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"rope_theta": 0}))
+    with pytest.raises(ValueError, match="theta"):
+        load(folder)
+
+
+def test_files_come_along_byte_for_byte(folder, tmp_path):
+    (folder / "merges.txt").write_bytes(b"a b\r\nc d\r\n")
+    (folder / "tokenizer.model").write_bytes(b"\xff\x00\n")
+    file = converted(folder, tmp_path / "a.safetensors")
+    back = converted(file, tmp_path / "back")
+    for name in ("merges.txt", "tokenizer.model", "chat_template.jinja"):
+        assert (back / name).read_bytes() == (folder / name).read_bytes()
