@@ -165,6 +165,10 @@ def _convert(parsed: argparse.Namespace, kind: str, to_file: bool, begin: float)
             head=narrow,
             progress=Progress(begin),
         )
+    widened = sorted(_widened(parsed.source)) if kind == "gguf" and not parsed.int8 else []
+    if widened:
+        remedy = "--int8 writes int8" if to_file else "a file takes --int8"
+        print(f"note: {', '.join(widened)} weights become floats; {remedy}", file=sys.stderr)
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     if to_file:
@@ -174,6 +178,12 @@ def _convert(parsed: argparse.Namespace, kind: str, to_file: bool, begin: float)
     same = "autobitlinear" if says.get("linear_class") == "autobitlinear" else "bitlinear"
     with _replacing(parsed.target) as folder:
         bitnet_io.export_huggingface(model, folder, layout=parsed.layout or same)
+
+
+def _widened(path: str) -> set[str]:
+    """The block types of a GGUF file that hold neither trits nor floats."""
+    blocks = [tensor.block for tensor in Gguf(WHO, path).values()]
+    return {b.name for b in blocks if b.ternary is None and b.name not in ("F32", "F16", "BF16")}
 
 
 def own_dtype(path: str) -> str:
