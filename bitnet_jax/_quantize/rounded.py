@@ -36,7 +36,12 @@ def quotient(a: Num[Array, "..."] | float, b: Float32[Array, "..."]) -> Float32[
     A quotient that is zero, subnormal or not finite is the backend's own.
     """
     a, b = jnp.broadcast_arrays(jnp.asarray(a, jnp.float32), b)
-    return by_platform(lax.div, _quotient, a, b)
+    return by_platform(_divided, _quotient, a, b)
+
+
+def _divided(a: Float32[Array, "..."], b: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """``a / b``, also where b is known: XLA would multiply by its rounded reciprocal."""
+    return lax.div(a, lax.optimization_barrier(b))
 
 
 def by_platform(

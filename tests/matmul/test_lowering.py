@@ -1,6 +1,7 @@
 """Which form of the native product runs is decided when a program is lowered, not when traced."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -153,3 +154,15 @@ def test_without_jit():
     with jax.disable_jit():
         y = bj.matmul(x, packed)
     oracles.assert_same_bits(y, bj.matmul(x, packed, implementation="reference"))
+
+
+@pytest.mark.parametrize("config", [bj.B158, bj.TernaryConfig(granularity=8), bj.Int8Config()])
+def test_integer_products_are_kept_apart_on_gpus(config):
+    """XLA's fusion of one with what makes its operands gave twice the sums on a GPU."""
+    x, w = normal(3, 64), normal(64, 48)
+    packed = bj.pack(w, config)
+    for call in (lambda: bj.ternary_dot(x, w, config), lambda: bj.matmul(x, packed)):
+        module = {p: export.export(jax.jit(call), platforms=[p])().mlir_module() for p in PLATFORMS}
+        apart = r"optimization_barrier[^\n]*xi8>"
+        assert re.search(apart, module["cuda"])
+        assert not re.search(apart, module["cpu"])

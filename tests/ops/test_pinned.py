@@ -130,3 +130,14 @@ def test_a_call_of_a_known_transposed_array(name, dtype):
 
     right = jax.jit(run)(known)
     jax.tree.map(assert_same_bits, jax.jit(lambda: jax.jit(run)(known))(), right)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_known_scale_is_divided_by(dtype):
+    """Large enough that XLA folds step by step, and would multiply by a rounded reciprocal."""
+    w = gaussian(8, 256, 512, dtype=dtype)
+    right = jax.jit(lambda w: bj.pack(w, INT8))(w)
+    known = jax.jit(lambda: jax.jit(lambda w: bj.pack(w, INT8))(w))()
+    jax.tree.map(assert_same_bits, known, right)
+    codes = jax.jit(bj.quantize_activations)(w)
+    jax.tree.map(assert_same_bits, jax.jit(lambda: jax.jit(bj.quantize_activations)(w))(), codes)
