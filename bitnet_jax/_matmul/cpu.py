@@ -61,8 +61,10 @@ def unsupported_reason(packed: Packed, activations: ActivationConfig | None = No
     reason = native.load().reason
     if reason is not None:
         return f"implementation 'cpu' is not there: {reason}. {remedy}"
+    group = None if activations is None else activations.group
+    if group is None:
+        return None
     depth = _spec_of(packed, None, _FLOATS[0]).layout.depth
-    group = activations.group if activations is not None and activations.group else depth
     part = math.gcd(depth, group)
     # A layout has its weights in fours: a part of a group of them is whole fours.
     if part == depth or part % _FOUR == 0:

@@ -18,6 +18,8 @@ WHO = "ternarize"
 
 UNREACHED = "no product reaches it"
 
+NOT_SELECTED = "not selected"
+
 EMBEDDING = "an embedding; select it with an Int8Config"
 
 # What a program is of its function: all of it; one call, which may leave kernels for others; or a
@@ -100,7 +102,7 @@ def _decide(
     if config is None:
         given = select is not None and not (isinstance(select, Patterns) and not select.keep)
         left_out = given or default is None
-        return Decision(None, "not selected" if left_out else str(default))
+        return Decision(None, NOT_SELECTED if left_out else str(default))
     refusal = reach.refusal()
     if refusal is not None:
         return Decision(None, "refused", refusal)

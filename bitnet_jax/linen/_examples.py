@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._layers.forward import LayerConfig
-from bitnet_jax._transform.decide import UNREACHED
+from bitnet_jax._transform.decide import NOT_SELECTED, UNREACHED
 from bitnet_jax._transform.explain import ProgramCoverage
 from bitnet_jax._transform.ternarize import Ternarized
 from bitnet_jax._tree.leaves import flatten
@@ -220,8 +220,11 @@ class _Asked:
         # A stacked bias has two axes, and is no kernel that was missed.
         rows = [row for row in table.rows if row.primitive != "-" or not _is_small(row.path)]
         if self._plan is None:  # nothing was selected, because nobody was asked
-            told = {"not selected": "a float layer; bj.linen.ternarize(model) makes it ternary"}
-            rows = [dataclasses.replace(row, why=told.get(row.why, row.why)) for row in rows]
+            why = "a float layer; bj.linen.ternarize(model) makes it ternary"
+            rows = [
+                dataclasses.replace(row, why=why) if row.why == NOT_SELECTED else row
+                for row in rows
+            ]
         return dataclasses.replace(table, rows=tuple(rows))
 
     def kernels(self, params: PyTree, variables: Mapping[str, PyTree] | None) -> Kernels:

@@ -17,6 +17,7 @@ from bitnet_jax._packed.trits import ZEROS
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax.models import _codes, _grid
+from bitnet_jax.models._pretrained import DECLARED, Options
 from bitnet_jax.models._published import WHO, Stored
 from bitnet_jax.models._report import LoadedKernel
 
@@ -166,14 +167,14 @@ def turned(packed: PackedTernary) -> PackedTernary:
 
 
 def activations(
-    options: Any, declared: ActivationConfig | None, kinds: Mapping[str, KernelConfig | None]
+    options: Options, declared: ActivationConfig | None, kinds: Mapping[str, KernelConfig | None]
 ) -> ActivationConfig | None:
     """What meets the projections: as asked for, as declared, or int8 where it was float.
 
     Int8 where ``weights=`` quantised a projection of a checkpoint that declares none: a
     weight-only product would be slower than the float one.
     """
-    if options.activations != "declared":
+    if options.activations != DECLARED:
         return options.activations
     quantised = options.weights is not None and options.weights in kinds.values()
     return INT8 if declared is None and quantised else declared

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from bitnet_jax import _checks
 from bitnet_jax._packed.kernel import is_stored
@@ -48,25 +49,13 @@ def save(model: Any, path: str | os.PathLike[str], dense: bool) -> None:
     """Writes a decoder; :func:`load` gives back the same bits."""
     remedy = "Name a file, by convention *.bitnet.safetensors."
     _checks.require_instance("save", "path", path, (str, os.PathLike), remedy)
-    tree: dict[str, Any] = {"params": nested(unstacked(model))}
+    tree: dict[str, Any] = {"params": unflatten_dict(unstacked(model), sep="/")}
     texts = dict(_texts(model))
     if texts:
         tree["files"] = {n: np.frombuffer(t, np.uint8) for n, t in texts.items() if t}
     config = dataclasses.replace(model.config, scan=False)
     says = {"config": encoded(config), "origin": model.origin.config}
     _file.write(path, tree, dense=dense, notes={KEY: canonical_json(says)})
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves by path as dicts of dicts."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *folders, last = path.split("/")
-        node = tree
-        for key in folders:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
 
 
 def _texts(model: Any) -> Iterator[tuple[str, bytes]]:

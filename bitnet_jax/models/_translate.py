@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NoReturn
 
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ _FILE = ".safetensors"
 _OTHERS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".msgpack", ".h5", ".onnx", ".json")
 
 _SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
+
+_GGUF_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _NO_FLOATS = re.compile(r"norm|weight_scale$|inv_freq$")
 
@@ -156,16 +158,19 @@ def _holds_decoder(path: str) -> bool:
 def _convert(parsed: argparse.Namespace, kind: str, to_file: bool, begin: float) -> None:
     """Loads a decoder and writes it."""
     narrow = Int8Config() if parsed.int8 else None
+    # A saved file says its own dtypes.
+    stored = set() if kind == "saved" else stored_floats(parsed.source, kind)
+    own = None if kind == "saved" else own_dtype(stored)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = Decoder.from_pretrained(
             parsed.source,
-            dtype=parsed.dtype or (own_dtype(parsed.source) if kind != "saved" else None),
+            dtype=parsed.dtype or own,
             weights=narrow,
             head=narrow,
             progress=Progress(begin),
         )
-    widened = sorted(_widened(parsed.source)) if kind == "gguf" and not parsed.int8 else []
+    widened = sorted(stored - {*_DTYPES}) if kind == "gguf" and not parsed.int8 else []
     if widened:
         remedy = "--int8 writes int8" if to_file else "a file takes --int8"
         print(f"note: {', '.join(widened)} weights become floats; {remedy}", file=sys.stderr)
@@ -180,31 +185,23 @@ def _convert(parsed: argparse.Namespace, kind: str, to_file: bool, begin: float)
         bitnet_io.export_huggingface(model, folder, layout=parsed.layout or same)
 
 
-def _widened(path: str) -> set[str]:
-    """The block types of a GGUF file that hold neither trits nor floats."""
-    blocks = [tensor.block for tensor in Gguf(WHO, path).values()]
-    return {b.name for b in blocks if b.ternary is None and b.name not in ("F32", "F16", "BF16")}
+def stored_floats(path: str, kind: str) -> set[str]:
+    """The types in which a folder or a GGUF file stores what is no trits: dtypes, or blocks.
 
-
-def own_dtype(path: str) -> str:
-    """The narrowest dtype that holds what a checkpoint stores as floats.
-
-    Norms stay in float32, whatever the dtype, and scales are no parameters.
+    Norms, which stay in float32, and scales are left out.
     """
-    if kind_of(path) == "gguf":
-        names = {"F16": "float16", "BF16": "bfloat16"}
+    if kind == "gguf":
         tensors = [t for n, t in Gguf(WHO, path).items() if "norm" not in n and "rope" not in n]
-        return _widest(
-            names.get(t.block.name, "float32") for t in tensors if t.block.ternary is None
-        )
+        names = [t.block.name for t in tensors if t.block.ternary is None]
+        return {_GGUF_FLOATS.get(name, name) for name in names}
     arrays = {n: a for n, a in Folder(WHO, path).items() if not _NO_FLOATS.search(n)}
-    floats = (a.dtype for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating))
-    return _widest(dtype.name for dtype in floats)
+    return {a.dtype.name for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating)}
 
 
-def _widest(names: Iterable[str]) -> str:
-    found = sorted(set(names))
-    return found[0] if len(found) == 1 and found[0] in _DTYPES else "float32"
+def own_dtype(stored: set[str]) -> str:
+    """The narrowest dtype that holds all of :func:`stored_floats`."""
+    (one, *more) = stored or {"float32"}
+    return one if not more and one in _DTYPES else "float32"
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._transform import ProgramCoverage
+from bitnet_jax._transform.decide import NOT_SELECTED
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
 from bitnet_jax._tree.select import Kernels, KernelUse, Path, Patterns, Select, decide, matched
@@ -165,7 +166,7 @@ def _require_one_choice(who: str, sites: Sequence[Site], plan: Plan) -> None:
 def _check_selection(who: str, name: str, decided: Sequence[Any], plan: Plan) -> None:
     """Raises for a selection that chose nothing, a packed model, and a ternarised one."""
     chosen = [site for site, config, why in decided if config or why == _coverage.BY_CALL]
-    reasons = {"/".join(s.path): why for s, c, why in decided if not c and why != "not selected"}
+    reasons = {"/".join(s.path): why for s, c, why in decided if not c and why != NOT_SELECTED}
     paths = [site.path for site, _, _ in decided]
     matched(who, paths, bool(chosen or reasons), plan.select)
     for site in chosen:

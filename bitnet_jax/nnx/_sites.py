@@ -12,6 +12,7 @@ from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.int8 import Int8Config
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._transform import EMBEDDING
+from bitnet_jax._transform.decide import NOT_SELECTED
 from bitnet_jax._tree.select import KernelUse, Path, Patterns, Select, decide, match
 from bitnet_jax.nnx import _bit_linear, _coverage
 from bitnet_jax.nnx._bit_linear import (
@@ -120,7 +121,7 @@ def decided(who: str, site: Site, place: Place) -> tuple[KernelConfig | None, st
         if config is None and meant and not site.is_known:
             return None, _coverage.BY_CALL
     if config is None:
-        return None, "not selected"
+        return None, NOT_SELECTED
     if by_default and path in plan.tables:
         return None, EMBEDDING
     why = why_not(site, config)
@@ -143,7 +144,7 @@ def settled(who: str, site: Site, plan: Plan | None = None) -> tuple[KernelConfi
     if place is None and plan is not None:
         place = Place(plan, site.path[: len(site.path) - len(site.names)])
     if place is None:
-        return None, why_not(site, B158) or "not selected"
+        return None, why_not(site, B158) or NOT_SELECTED
     return decided(who, site, place)
 
 

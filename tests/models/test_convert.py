@@ -131,7 +131,7 @@ def test_floats_keep_the_dtype_of_the_source(dtype, tmp_path):
     checkpoint.tensors[name] = checkpoint.tensors[name].astype(kind)
     checkpoint.write(tmp_path / "in")
     save_file(checkpoint.tensors, tmp_path / "in" / "model.safetensors")
-    assert _translate.own_dtype(tmp_path / "in") == dtype
+    assert _translate.own_dtype(_translate.stored_floats(tmp_path / "in", "folder")) == dtype
     file = converted(tmp_path / "in", tmp_path / "a.safetensors")
     assert bj.io.load(file)["params"]["embed"]["embedding"].dtype == kind
     assert load(file).config.param_dtype == kind
