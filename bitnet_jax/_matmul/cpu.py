@@ -99,10 +99,16 @@ def _is_table(packed: PackedInt8) -> bool:
 
 def prepare(packed: Stored) -> Prepared:
     """Lays codes out in panels of outputs."""
-    spec, stored = _spec_of(packed, None, _FLOATS[0]), _stored_codes(packed)
+    spec = _spec_of(packed, None, _FLOATS[0])
+    return lay_out(packed, _laid_out(spec, _stored_codes(packed)), "cpu")
+
+
+# One program: by itself, a reshape would copy the kernel, out of its large pages.
+@functools.partial(jax.jit, static_argnums=0)
+def _laid_out(spec: _Spec, stored: jax.Array) -> UInt8[Array, "*b bytes"]:
     *batch, r, n = stored.shape
     laid = by_platform.run(_laying_out(spec), stored.reshape(math.prod(batch), r, n))
-    return lay_out(packed, laid.reshape(*batch, spec.layout.nbytes), "cpu")
+    return laid.reshape(*batch, spec.layout.nbytes)
 
 
 def layout(prepared: Prepared) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -23,6 +24,8 @@ from bitnet_jax.models._report import LoadReport
 from bitnet_jax.models._text import TOKENIZER, Text
 
 DECLARED = "declared"
+
+_ALIGNMENT, _LARGE_PAGE = 64, 1 << 21  # bytes; JAX copies arrays on a CPU that start elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +154,33 @@ def _stacked(config: DecoderConfig, leaves: dict[str, Any]) -> Iterator[tuple[st
     rest = sorted({p.split("/", 2)[2] for p in leaves if p.startswith("layers/")})
     for path in rest:
         parts = [leaves.pop(f"layers/{i}/{path}") for i in range(config.depth)]
-        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-        jax.block_until_ready(stack)
-        del parts
-        _give_back_memory()
-        yield f"layers/{path}", stack
+        yield f"layers/{path}", _stack(path, parts)
     yield from leaves.items()
+
+
+def _stack(path: str, parts: list[Any]) -> Any:
+    """Parameters of all layers as one, in memory of its own; ``parts`` is emptied on the way."""
+    leaves, treedef = jax.tree.flatten(parts[0])
+    kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
+    stacks = [_memory((len(parts), *shape), dtype) for shape, dtype in kinds]
+    for i in range(len(parts)):
+        leaves, own = jax.tree.flatten(parts[i])
+        if own != treedef or [(leaf.shape, leaf.dtype) for leaf in leaves] != kinds:
+            refuse_leaf(f"layers/{i}/{path}", "is not as in layer 0, and scan=True stacks layers")
+        for stack, leaf in zip(stacks, leaves, strict=True):
+            stack[i] = leaf
+        parts[i] = leaves = leaf = None
+        if stacks[0].nbytes > _LARGE_PAGE:
+            _give_back_memory()
+    return treedef.unflatten(jax.device_put(stack) for stack in stacks)
+
+
+def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array, not filled, that a CPU's JAX takes as it lies: NumPy asks for large pages."""
+    size = math.prod(shape) * dtype.itemsize
+    align = _LARGE_PAGE if size > _LARGE_PAGE else _ALIGNMENT
+    raw = np.empty(size + align, np.uint8)
+    return raw[-raw.ctypes.data % align :][:size].view(dtype).reshape(shape)
 
 
 def _give_back_memory() -> None:

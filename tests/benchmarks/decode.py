@@ -9,11 +9,18 @@ roof of a decoded token is the time in which this machine reads what a token has
 kernels, the int8 head, and the cache; that of a prefill also the time in which it
 multiplies as much in registers. Both limits are taken before and after each answer, and what
 is quoted is the median of an answer's part of its own roof.
+
+llama.cpp runs the same shape in TQ2_0, its embedding in Q8_0, in turn with ours, where its
+Python package (built for this processor, which takes minutes) and ``gguf``, which writes its
+file, are installed::
+
+    CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -34,7 +41,7 @@ from flax import nnx
 import bitnet_jax as bj
 from bitnet_jax._display import size_text
 from bitnet_jax._matmul import limits
-from bitnet_jax.models import _names, _pretrained
+from bitnet_jax.models import _load_gguf, _names, _pretrained
 from bitnet_jax.models._generation import tokens_of
 from bitnet_jax.models._parts import Blank
 from bitnet_jax.models._request import checked
@@ -43,7 +50,8 @@ from bitnet_jax.models._sampling import Sampling
 PROMPTS = (128, 512)
 NEW = 24  # tokens after a prompt
 TURNS = 4_000_000
-PRESENT = ("llama_cpp", "litespark_inference")
+LLAMA = ("llama_cpp", "gguf")
+GOALS = {"prefill": 3.0, "decode": 1.5}  # times llama.cpp's tokens a second
 
 
 def config_of(layers: int, *, scan: bool) -> bj.models.DecoderConfig:
@@ -81,7 +89,7 @@ def random_leaves(config: bj.models.DecoderConfig) -> Iterator[tuple[str, Any]]:
 
 def random_model(config: bj.models.DecoderConfig, *, prepared: bool) -> bj.models.Decoder:
     """A decoder of random codes."""
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for path, leaf in random_leaves(config):
         packed = isinstance(leaf, (bj.PackedTernary, bj.PackedInt8))
         leaves[path] = bj.prepare(leaf) if prepared and packed else leaf
@@ -133,12 +141,15 @@ class Limits:
         return np.array([self.memory.nbytes / reading, self.operations / multiplying])
 
 
-def generation(model: bj.models.Decoder, rounds: int) -> list[list[str]]:
-    """Rows of the table: prefill and decode after each prompt, beside their roofs."""
+def generation(
+    model: bj.models.Decoder, rounds: int, peer: Llama | None
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Rows of two tables: prefill and decode after each prompt, beside roofs, and a peer."""
     machine_limits, weights = Limits(), bytes_of(model)
     products = sum(n_in * n_out for _, _, n_in, n_out, _ in _names.projections(model.config))
     rates: dict[tuple[str, int], list[float]] = {}
     roofs: dict[tuple[str, int], list[float]] = {}
+    theirs: dict[tuple[str, int], list[float]] = {}
     for prompt in PROMPTS:
         seconds(model, prompt)  # compiles
     before, seen = machine_limits.now(), []
@@ -147,18 +158,35 @@ def generation(model: bj.models.Decoder, rounds: int) -> list[list[str]]:
             each = seconds(model, prompt)
             after = machine_limits.now()
             read, multiply = (before + after) / 2
-            before = after
             seen.append((read, multiply))
             held = weights + cache_bytes(model, prompt + NEW // 2)
-            rates.setdefault(("prefill", prompt), []).append(prompt / each[0])
             roof = prompt / (weights / read + 2 * products * prompt / multiply)
+            _note(rates, prompt, each)
             roofs.setdefault(("prefill", prompt), []).append(roof)
-            # The second token waits for what compiles, the third for a step without overlap.
-            rates.setdefault(("decode after", prompt), []).append(1 / each[3:].mean())
             roofs.setdefault(("decode after", prompt), []).append(read / held)
+            if peer is not None:
+                _note(theirs, prompt, peer.seconds(prompt))
+                after = machine_limits.now()
+            before = after
     read, multiply = np.median(seen, axis=0) / 1e9
     print(f"reading {read:.1f} GB/s, multiplying {multiply:.0f} GOP/s (medians)")
-    return [_row(f"{what} {n}", rates[what, n], roofs[what, n]) for what, n in rates]
+    ours = [_row(f"{what} {n}", rates[what, n], roofs[what, n]) for what, n in rates]
+    return ours, [_beside(f"{what} {n}", rates[what, n], theirs[what, n]) for what, n in theirs]
+
+
+def _note(rates: dict[tuple[str, int], list[float]], prompt: int, each: np.ndarray) -> None:
+    """Tokens a second of one answer."""
+    rates.setdefault(("prefill", prompt), []).append(prompt / each[0])
+    # The second token waits for what compiles, the third for a step without overlap.
+    rates.setdefault(("decode after", prompt), []).append(1 / each[3:].mean())
+
+
+def _beside(name: str, ours: list[float], theirs: list[float]) -> list[str]:
+    low, ratio, high = np.percentile(np.array(ours) / np.array(theirs), (25, 50, 75))
+    goal = GOALS[name.split()[0]]
+    verdict = f">= {goal:.1f} {'ok' if ratio >= goal else 'MISSED'}"
+    medians = (f"{np.median(rates):.1f}" for rates in (ours, theirs))
+    return [name, *medians, f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", verdict]
 
 
 def _row(name: str, rates: list[float], roofs: list[float]) -> list[str]:
@@ -168,28 +196,87 @@ def _row(name: str, rates: list[float], roofs: list[float]) -> list[str]:
     return [name, *(f"{x:.1f}" for x in figures), f"{part:.2f}", f"{low:.2f}-{high:.2f}", goal]
 
 
-def others() -> list[list[str]]:
-    """A row for each library that is not there; those that are need files of their own."""
-    return [
-        [name.replace("_", "-"), *["not installed"], *[""] * 5]
-        for name in PRESENT
-        if importlib.util.find_spec(name) is None
-    ]
+class Llama:
+    """llama.cpp with random weights of the same shape."""
+
+    def __init__(self, config: bj.models.DecoderConfig, folder: str):
+        llama_cpp: Any = importlib.import_module("llama_cpp")
+        path = os.path.join(folder, "random.gguf")
+        write_gguf(config, path)
+        threads = os.cpu_count()
+        self.vocabulary = config.vocabulary
+        self.model = llama_cpp.Llama(
+            path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+
+    def seconds(self, prompt: int) -> np.ndarray:
+        """As :func:`seconds`; what comes next is drawn, which costs less than to choose it."""
+        ids = np.random.default_rng(1).integers(0, self.vocabulary, prompt + NEW).tolist()
+        self.model.reset()
+        parts = [ids[:prompt], *([token] for token in ids[prompt:])]
+        return np.array([took(lambda p=part: self.model.eval(p)) for part in parts])
+
+
+def write_gguf(config: bj.models.DecoderConfig, path: str) -> None:
+    """Random trits in TQ2_0, and a random table in Q8_0, as llama.cpp's bitnet."""
+    gguf: Any = importlib.import_module("gguf")
+    rng, kinds = np.random.default_rng(0), gguf.GGMLQuantizationType
+    four = np.indices((3,) * 4).reshape(4, -1).astype(np.uint8)
+    valid = four[0] | four[1] << 2 | four[2] << 4 | four[3] << 6
+    file = gguf.GGUFWriter(path, "bitnet")
+    file.add_block_count(config.depth)
+    file.add_context_length(config.context)
+    file.add_embedding_length(config.width)
+    file.add_feed_forward_length(config.hidden)
+    file.add_head_count(config.heads)
+    file.add_head_count_kv(config.kv_heads)
+    file.add_layer_norm_rms_eps(config.norm_eps)
+    file.add_rope_dimension_count(config.head_dim)
+    file.add_rope_freq_base(config.rope.theta)
+    file.add_vocab_size(config.vocabulary)
+    file.add_tokenizer_model("no_vocab")
+    for path, _, n_in, n_out, _ in _names.projections(config):
+        codes = valid[rng.integers(0, len(valid), (n_out, n_in // 256, 64), np.uint8)]
+        rows = np.concatenate([codes, _scales(1.2 * n_in**-0.5, codes.shape[:2])], -1)
+        name = f"{_load_gguf.name_of(path)}.weight"
+        file.add_tensor(name, rows.reshape(n_out, -1), raw_dtype=kinds.TQ2_0)
+    for path, _, length in _names.norms(config):
+        name = "output_norm" if path == "norm" else _load_gguf.name_of(path)
+        file.add_tensor(f"{name}.weight", np.ones(length, np.float32))
+    shape = config.vocabulary, config.width // 32, 32
+    codes = rng.integers(-127, 128, shape, np.int8).view(np.uint8)
+    rows = np.concatenate([_scales(config.width**-0.5 / 64, shape[:2]), codes], -1)
+    table = rows.reshape(config.vocabulary, -1)
+    file.add_tensor("token_embd.weight", table, raw_dtype=kinds.Q8_0)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+
+def _scales(scale: float, blocks: tuple[int, ...]) -> np.ndarray:
+    """A float16 as two bytes of each block."""
+    return np.broadcast_to(np.array([scale], np.float16).view(np.uint8), (*blocks, 2))
 
 
 def first_token(path: str) -> None:
     """In a process of its own: loads, generates one token, says what it took, and its memory."""
     begin = float(os.environ["BEGIN"])
+    jnp.zeros(1).block_until_ready()
+    idle = resident("VmRSS")
     model = bj.models.Decoder.from_pretrained(path, scan=None, prepared=True)
     loaded = time.time() - begin
     ids = np.random.default_rng(1).integers(0, model.config.vocabulary, 16).tolist()
     next(iter(model.stream(ids, max_new_tokens=16)))
     first = time.time() - begin
     model.generate(ids, max_new_tokens=16)
-    # Not ru_maxrss: that of a process counts the one that it was forked from.
+    print(loaded, first, resident("VmHWM"), idle, bytes_of(model) + cache_bytes(model, 32))
+
+
+def resident(key: str) -> int:
+    """Bytes. Not ru_maxrss: that of a process counts the one that it was forked from."""
     status = pathlib.Path("/proc/self/status").read_text()
-    peak = 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
-    print(loaded, first, peak, bytes_of(model) + cache_bytes(model, 32))
+    return 1024 * int(re.findall(rf"{key}:\s+(\d+) kB", status)[0])
 
 
 def starts(model: bj.models.Decoder) -> list[list[str]]:
@@ -211,10 +298,12 @@ def starts(model: bj.models.Decoder) -> list[list[str]]:
                 text=True,
                 check=True,
             )
-            loaded, first, peak, held = map(float, done.stdout.split()[-4:])
+            loaded, first, peak, idle, held = map(float, done.stdout.split()[-5:])
             verdict = "ok" if first <= 20 else "MISSED"
             memory = f"{peak / held:.2f} of {size_text(round(held))}"
-            rows.append([name, f"{loaded:.1f}", f"{first:.1f}", f"<= 20 {verdict}", memory])
+            beyond = f"{(peak - idle) / held:.2f}"
+            times = f"{loaded:.1f}", f"{first:.1f}", f"<= 20 {verdict}"
+            rows.append([name, *times, memory, beyond])
     return rows
 
 
@@ -233,12 +322,25 @@ def main() -> None:
         args.layers, args.rounds = 4, 2
     machine()
     config = config_of(args.layers, scan=not args.apart)
-    rows = generation(random_model(config, prepared=True), args.rounds)
+    missing = [name for name in LLAMA if importlib.util.find_spec(name) is None]
+    with tempfile.TemporaryDirectory() as folder:
+        peer = None if missing else Llama(config, folder)
+        rows, beside = generation(random_model(config, prepared=True), args.rounds, peer)
     header = ("tokens", "a second, best", "median", "roof", "of the roof", "quartiles", "goal")
     shape = f"{args.layers} layers of 2560/6912, 20+5 heads, {config.vocabulary} tokens"
-    table(f"Generating, {shape}", header, [*rows, *others()])
+    table(f"Generating, {shape}", header, rows)
+    header = ("tokens a second", "packed", "llama.cpp TQ2_0", "ratio", "quartiles", "goal")
+    absent = ["llama.cpp", f"not installed: {', '.join(missing)}", *[""] * 4]
+    table(f"Beside llama.cpp, {shape}", header, beside or [absent])
     rows = starts(random_model(config, prepared=False))
-    header = ("process", "loaded, s", "first token, s", "goal", "peak / kernels and cache")
+    header = (
+        "process",
+        "loaded, s",
+        "first token, s",
+        "goal",
+        "peak / kernels and cache",
+        "less an idle JAX",
+    )
     table("From the start of a process to its first token", header, rows)
     record(args)
 

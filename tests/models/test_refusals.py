@@ -266,6 +266,17 @@ def test_stacked_layers_must_be_alike():
         bj.models.Decoder(config, rngs=nnx.Rngs(0))
 
 
+def test_kernels_of_stacked_layers_must_be_alike(tmp_path):
+    config = bj.models.DecoderConfig(vocabulary=8, width=16, hidden=16, depth=2)
+    model, _ = bj.nnx.pack(bj.models.Decoder(config, rngs=nnx.Rngs(0)))
+    finer = bj.TernaryConfig(granularity="channel")
+    kernel = model.layers[1].mlp.up.linear.kernel
+    kernel.set_value(bj.pack(kernel.get_value().dequantize(), finer))
+    model.save(tmp_path / "file.safetensors")
+    match = r"'layers/1/mlp/up/linear/kernel' is not as in layer 0, and scan=True stacks layers"
+    refused(tmp_path / "file.safetensors", ValueError, match, scan=True)
+
+
 MESSAGES = [{"role": "user", "content": "x & <y>"}]
 LOOP = "{% for i in range(60) %}"
 BAD_TEMPLATES = {

@@ -18,6 +18,10 @@
 namespace bitnet {
 namespace {
 
+// A few tokens are cut along the slots too, for there may be fewer key heads than threads, and
+// by so many whatever their number: it decides no bit.
+constexpr int64_t kChunk = 64;
+
 // Slots [first, last).
 struct Slots {
   int64_t first, last;
@@ -65,9 +69,7 @@ auto Best() {
   return plain_attend::Part<Key>;
 }
 
-// A few tokens are cut along the slots too, for there may be fewer key heads than threads, and
-// by so many whatever their number: it decides no bit.
-constexpr int64_t kFewTokens = 4, kChunk = 128;
+constexpr int64_t kFewTokens = 4;
 
 // The slots that a token sees lie in these.
 template <class Key>
@@ -104,17 +106,20 @@ void Attend(Pool& pool, const Attention<Key>& a) {
   const int64_t chunks = a.length > kFewTokens ? 1 : CeilDiv(a.slots, kChunk);
   // (token, chunk, head): a thread takes tokens one after the other, which read the same keys.
   const int64_t rows = tokens * chunks * a.heads, pieces = tokens * chunks * a.kv_heads;
+  std::vector<Slots> seen(tokens);
+  ParallelFor(pool, tokens, chunks > 1 ? 1 : pool.Threads(), [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token) seen[token] = Seen(a, token);
+  });
   std::unique_ptr<float[]> all(new float[rows * (a.dim + 2)]);
   float *y = all.get(), *largest = y + rows * a.dim, *sums = largest + rows;
-  const int64_t run = chunks > 1 ? 1 : std::min(a.length, CeilDiv(pieces, 8 * pool.Threads()));
-  ParallelFor(pool, pieces, run, [&](int64_t first, int64_t last) {
+  ParallelFor(pool, pieces, pool.Threads(), [&](int64_t first, int64_t last) {
     thread_local std::vector<float> scores;
     scores.resize(4 * a.slots + 16);
     for (int64_t piece = first; piece < last; ++piece) {
       const int64_t l = piece % a.length, rest = piece / a.length;
       const int64_t kv = rest % a.kv_heads, c = rest / a.kv_heads % chunks;
       const int64_t b = rest / a.kv_heads / chunks, token = b * a.length + l;
-      Slots slots = Seen(a, token);
+      Slots slots = seen[token];
       if (chunks > 1) {
         slots.first = std::min(slots.last, slots.first + c * kChunk);
         slots.last = std::min(slots.last, slots.first + kChunk);

@@ -7,7 +7,7 @@ using Words = int32_t __attribute__((vector_size(64)));
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTogether = 4;  // query heads, and vectors of a value, at a time
-constexpr int64_t kAhead = 12;    // slots
+constexpr int64_t kAhead = 12;    // slots; values of a few are asked for with their keys
 
 inline Lanes Load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
 
@@ -118,7 +118,9 @@ inline void Gather(const float* weights, int64_t weight_stride, const Key* v, in
     constexpr int64_t kWidth = decltype(width)::value;
     Lanes sums[kTogether][kWidth] = {};
     for (int64_t t = 0; t < count; ++t) {
-      if (t + kAhead < count) Prefetch(v + (t + kAhead) * v_stride + d, kWidth * kLanes);
+      if (count > kChunk && t + kAhead < count) {
+        Prefetch(v + (t + kAhead) * v_stride + d, kWidth * kLanes);
+      }
       Lanes value[kWidth];
       for (int64_t i = 0; i < kWidth; ++i) value[i] = Load(v + t * v_stride + d + i * kLanes);
       for (int64_t h = 0; h < kTogether; ++h) {
@@ -165,6 +167,7 @@ void Part(const Attention<Key>& a, int64_t b, int64_t l, int64_t kv, Slots slots
     }
     for (int64_t t = 0; t < count; ++t) {
       if (t + kAhead < count) Prefetch(a.k + at + (t + kAhead) * stride, a.dim);
+      if (count <= kChunk) Prefetch(a.v + at + t * stride, a.dim);
       Score(q, a.k + at + t * stride, heads, a.dim, scores + t, a.slots);
       for (int64_t i = 0; i < heads; ++i) {
         float& score = scores[i * a.slots + t];

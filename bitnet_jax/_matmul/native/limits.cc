@@ -36,20 +36,18 @@ uint64_t ReadStreams(const uint8_t* from, int64_t bytes, int64_t streams) {
 }  // namespace
 
 uint64_t Read(Pool& pool, const uint8_t* from, int64_t bytes, int64_t streams) {
-  constexpr int64_t kPiece = int64_t{1} << 20;
-  const int64_t pieces = bytes / kPiece;
+  const int64_t pieces = 8 * pool.Threads(), piece = bytes / pieces;
+  const int64_t each = piece / streams / kLine * kLine;
   std::atomic<uint64_t> total{0};
-  const int64_t run = CeilDiv(pieces, 8 * pool.Threads());
-  ParallelFor(pool, pieces, run, [&](int64_t first, int64_t last) {
-    const int64_t each = (last - first) * kPiece / streams / kLine * kLine;
-    total += ReadStreams(from + first * kPiece, each, streams);
+  ParallelFor(pool, pieces, pool.Threads(), [&](int64_t first, int64_t last) {
+    for (; first < last; ++first) total += ReadStreams(from + first * piece, each, streams);
   });
   return total;
 }
 
 int64_t Busy(Pool& pool, int64_t turns) {
   std::atomic<int64_t> operations{0};
-  ParallelFor(pool, pool.Threads(), 1, [&](int64_t first, int64_t last) {
+  ParallelFor(pool, pool.Threads(), pool.Threads(), [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
       int32_t sink = 0;
       operations += Chosen().busy(turns, &sink);

@@ -20,11 +20,8 @@ std::atomic<const Path*> chosen{nullptr};
 constexpr int64_t kWorthAThread = 12000;
 constexpr int64_t kMultiplicationsPerUnit = 128, kBytesPerUnit = 32, kFloatsPerUnit = 4;
 
-// Pieces in a row that a thread takes at a time: long, so that it reads on where it is,
-// and enough of them for the last ones to even out.
-int64_t RunOf(const Pool& pool, int64_t pieces, int64_t work) {
-  if (work < kWorthAThread) return pieces;
-  return std::max<int64_t>(1, pieces / (8 * pool.Threads()));
+int64_t ThreadsFor(const Pool& pool, int64_t work) {
+  return work < kWorthAThread ? 1 : pool.Threads();
 }
 
 void Narrow(const float* from, int64_t count, float* to) {
@@ -84,7 +81,7 @@ class Pieces {
                    std::min(kWidth, product_.outputs - output)});
       }
     };
-    ParallelFor(pool, pieces, RunOf(pool, pieces, units), run);
+    ParallelFor(pool, pieces, ThreadsFor(pool, units), run);
   }
 
   // Sums of one part of a group of a piece: (rows, kWidth).
@@ -188,8 +185,8 @@ void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, int6
                   int64_t stride, float qmax, float eps, int8_t* codes, float* gamma) {
   const Path& path = Chosen();
   const int64_t depth = length / groups;
-  const int64_t run = RunOf(pool, rows, rows * length / kFloatsPerUnit);
-  ParallelFor(pool, rows, run, [&](int64_t first, int64_t last) {
+  const int64_t threads = ThreadsFor(pool, rows * length / kFloatsPerUnit);
+  ParallelFor(pool, rows, threads, [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
       int8_t* row = codes + m * stride;
       for (int64_t g = 0; g < groups; ++g) {
@@ -260,7 +257,7 @@ void LayOut(Pool& pool, const Stored& stored, uint8_t* panels) {
   const int64_t bytes = byte_rows * kRowBytes, pieces = stored.batch * stored.groups * count;
   const Strides strides = stored.transposed ? Strides{1, stored.depth} : Strides{stored.outputs, 1};
   WantLargePages(panels, pieces * bytes);
-  ParallelFor(pool, pieces, RunOf(pool, pieces, pieces * bytes), [&](int64_t from, int64_t to) {
+  ParallelFor(pool, pieces, ThreadsFor(pool, pieces * bytes), [&](int64_t from, int64_t to) {
     for (int64_t piece = from; piece < to; ++piece) {
       const int64_t panel = piece % count, g = piece / count % stored.groups;
       const int64_t kernel = piece / count / stored.groups * stored.rows * stored.outputs;

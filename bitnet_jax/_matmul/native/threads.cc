@@ -19,7 +19,7 @@ inline void Pause() {
 // `work`, which is gone by then; whoever takes the last reference frees the rest.
 struct Shared {
   const std::function<void(int64_t, int64_t)>* work;
-  int64_t pieces, run;
+  int64_t pieces, threads;
   std::atomic<int64_t> next{0}, done{0};
   std::mutex mutex;
   std::condition_variable all_done;
@@ -27,10 +27,12 @@ struct Shared {
   // What a piece throws (no memory) ends the process: others still use what it unwinds.
   void Run() noexcept {
     int64_t mine = 0;
-    for (int64_t first; (first = next.fetch_add(run)) < pieces;) {
-      const int64_t last = std::min(pieces, first + run);
+    for (int64_t first = next.load(); first < pieces;) {
+      const int64_t last = first + std::max<int64_t>(1, (pieces - first) / (2 * threads));
+      if (!next.compare_exchange_weak(first, last)) continue;
       (*work)(first, last);
       mine += last - first;
+      first = next.load();
     }
     if (mine > 0 && done.fetch_add(mine) + mine == pieces) {
       std::lock_guard<std::mutex> lock(mutex);
@@ -53,16 +55,15 @@ struct Shared {
 
 }  // namespace
 
-void ParallelFor(Pool& pool, int64_t pieces, int64_t run,
+void ParallelFor(Pool& pool, int64_t pieces, int64_t threads,
                  const std::function<void(int64_t, int64_t)>& work) {
   if (pieces <= 0) return;
-  run = std::max<int64_t>(run, 1);
-  const int64_t threads = std::min(pool.Threads(), (pieces + run - 1) / run);
+  threads = std::min({threads, pool.Threads(), pieces});
   if (threads <= 1) return work(0, pieces);
   auto shared = std::make_shared<Shared>();
   shared->work = &work;
   shared->pieces = pieces;
-  shared->run = run;
+  shared->threads = threads;
   for (int64_t t = 1; t < threads; ++t) pool.Schedule([shared] { shared->Run(); });
   shared->Run();
   shared->Wait();

@@ -14,10 +14,11 @@ class Pool {
   virtual void Schedule(std::function<void()> task) = 0;
 };
 
-// Calls work(first, last) over all pieces [0, pieces), in runs of at most `run`, on up to
-// Threads() threads; returns when all are done. The caller works too and waits only for
-// runs that somebody has begun, so it ends even where no thread of the pool ever comes.
-void ParallelFor(Pool& pool, int64_t pieces, int64_t run,
+// Calls work(first, last) over all pieces [0, pieces), on up to `threads` threads; returns
+// when all are done. Runs are long at first, so that a thread reads on where it is, and end
+// in single pieces, so that all end together. The caller works too and waits only for runs
+// that somebody has begun, so it ends even where no thread of the pool ever comes.
+void ParallelFor(Pool& pool, int64_t pieces, int64_t threads,
                  const std::function<void(int64_t, int64_t)>& work);
 
 }  // namespace bitnet
