@@ -11,7 +11,7 @@ namespace {
 
 struct Avx2 : Ymm {
   static constexpr int kTileRows = 4, kTilePanels = 1;
-  static constexpr int64_t kDirectRows = 4;
+  static constexpr int64_t kDirectRows = 8;
   // Pairs of ternary products are summed in int16, 2 * 2 * 127 each: 64 of them fit.
   static constexpr int64_t kStepRows = kBlockRows;
   static constexpr uint32_t kBias[2] = {1, 0};
@@ -25,6 +25,7 @@ struct Avx2 : Ymm {
     void Add(Row codes, Activations x) {
       low = Of(_mm256_add_epi16(Raw(low), _mm256_maddubs_epi16(codes.low, x)));
       high = Of(_mm256_add_epi16(Raw(high), _mm256_maddubs_epi16(codes.high, x)));
+      InOrder(low, high);
     }
     void AddTo(int32_t* to) const { Ymm::AddTo(to, {Wide(Raw(low)), Wide(Raw(high))}); }
   };

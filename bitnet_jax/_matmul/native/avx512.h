@@ -12,6 +12,7 @@ struct Avx512 {
   using Row = __m512i;
   using Activations = __m512i;
   static constexpr int kTileRows = 6, kTilePanels = 4;
+  static constexpr int kIndependent = 12;
   static constexpr int64_t kDirectRows = 32;
   static constexpr int64_t kSlab = 128;
   static constexpr int64_t kStepRows = int64_t{1} << 40;

@@ -12,6 +12,7 @@
 //   I::kBias[kind]                       what Add takes a code to be too large by
 //   I::kTileRows, kTilePanels            the block of sums that stays in registers
 //   I::kDirectRows                       up to so many rows, fields unpack in registers
+//   I::kIndependent                      Totals that hide the latency of each other's products
 //   I::OneRow                            kPanels ternary panels for a single row
 //
 // One row: codes are read once, from memory, end to end. A few rows: the same, each byte
@@ -160,30 +161,23 @@ void Bytes(const int8_t* x, int64_t stride, Panel codes, int64_t rows, int32_t* 
   tile.AddTo(sums);
 }
 
-// Calls Run::Go<R>(row) with R rows from `row` on, R at most Most, until all are done.
+// Calls run.Go<R>(row) for R rows from `row` on.
+template <int Most, class Run>
+inline void Go(int64_t rows, int64_t row, const Run& run) {
+  if constexpr (Most > 1) {
+    if (rows < Most) return Go<Most - 1>(rows, row, run);
+  }
+  run.template Go<Most>(row);
+}
+
+// All rows, at most Most at a time, in tiles that are about alike.
 template <int Most, class Run>
 inline void InTiles(int64_t count, const Run& run) {
-  int64_t m = 0;
-  for (; m + Most <= count; m += Most) run.template Go<Most>(m);
-  if constexpr (Most > 1) {
-    if (m < count) {
-      switch (count - m) {
-        case 5:
-          if constexpr (Most > 5) return run.template Go<5>(m);
-          break;
-        case 4:
-          if constexpr (Most > 4) return run.template Go<4>(m);
-          break;
-        case 3:
-          if constexpr (Most > 3) return run.template Go<3>(m);
-          break;
-        case 2:
-          if constexpr (Most > 2) return run.template Go<2>(m);
-          break;
-        default:
-          return run.template Go<1>(m);
-      }
-    }
+  int64_t row = 0;
+  for (int64_t tiles = CeilDiv(count, Most); tiles > 0; --tiles) {
+    const int64_t rows = CeilDiv(count - row, tiles);
+    Go<Most>(rows, row, run);
+    row += rows;
   }
 }
 
@@ -217,6 +211,11 @@ void Add(const Rows& x, int64_t k, Panel codes, int64_t rows, int64_t panels, in
     return Run<I, from, kPanels>{x, k, codes, rows, sums}.template Go<1>(0);
   }
   int64_t p = 0;
+  if constexpr (kWide == 1) {
+    for (; x.count == 2 && p + 2 <= panels; p += 2) {  // so do two, for two panels
+      Run<I, from, 2>{x, k, codes.Next(p), rows, sums + p * kOutputs}.template Go<2>(0);
+    }
+  }
   for (; p + kWide <= panels; p += kWide) {
     InTiles<I::kTileRows>(x.count,
                           Run<I, from, kWide>{x, k, codes.Next(p), rows, sums + p * kOutputs});
@@ -303,26 +302,42 @@ void OneRowDirect(const Rows& x, Panel codes, int64_t byte_rows, int32_t* sums) 
   }
 }
 
-// Independent sums from registers, enough to hide the latency of each.
+// So many sums that do not wait for each other, in registers all the time.
+template <class I, int Count>
+struct Independent {
+  typename I::template Total<Kind::kTernary> own{};
+  Independent<I, Count - 1> rest{};
+
+  BITNET_INLINE void Add(const typename I::Row& codes, typename I::Activations& four) {
+    I::Opaque(four);  // so that no product is worked out once for all
+    own.Add(codes, four);
+    rest.Add(codes, four);
+  }
+  BITNET_INLINE void AddTo(int32_t* sums) const {
+    own.AddTo(sums);
+    rest.AddTo(sums);
+  }
+};
+
+template <class I>
+struct Independent<I, 0> {
+  BITNET_INLINE void Add(const typename I::Row&, typename I::Activations&) {}
+  BITNET_INLINE void AddTo(int32_t*) const {}
+};
+
+// Products from registers alone, as many at a time as hide the latency of each.
 template <class I>
 int64_t Busy(int64_t turns, int32_t* sink) {
-  using Total = typename I::template Total<Kind::kTernary>;
-  constexpr int kTotals = 6;
   uint8_t zeros[kRowBytes] = {};
   asm volatile("" : : "r"(zeros) : "memory");  // no compiler knows what they are
   const typename I::Row codes = I::Load(zeros);
   typename I::Activations four = I::Every(reinterpret_cast<const int8_t*>(zeros));
-  Total a{}, b{}, c{}, d{}, e{}, f{};
-  const auto add = [&](Total& total) {
-    I::Opaque(four);  // so that no product is worked out once for all
-    total.Add(codes, four);
-  };
-  for (int64_t t = 0; t < turns; ++t) add(a), add(b), add(c), add(d), add(e), add(f);
-  int32_t sums[kTotals * kOutputs] = {};
-  const Total* const totals[kTotals] = {&a, &b, &c, &d, &e, &f};
-  for (int i = 0; i < kTotals; ++i) totals[i]->AddTo(sums + i * kOutputs);
+  Independent<I, I::kIndependent> totals;
+  for (int64_t t = 0; t < turns; ++t) totals.Add(codes, four);
+  int32_t sums[kOutputs] = {};
+  totals.AddTo(sums);
   for (const int32_t sum : sums) *sink += sum;
-  return turns * kTotals * kRowBytes * 2;
+  return turns * I::kIndependent * kRowBytes * 2;
 }
 
 template <class I>

@@ -14,6 +14,7 @@ struct Ymm {
   };
   using Activations = __m256i;
   static constexpr int64_t kSlab = 128;
+  static constexpr int kIndependent = 6;
 
   static Row Load(const uint8_t* row) {
     const __m256i* halves = reinterpret_cast<const __m256i*>(row);
@@ -34,6 +35,11 @@ struct Ymm {
   static void Prefetch(const uint8_t* row) {
     constexpr int64_t kAhead = 2048;
     _mm_prefetch(reinterpret_cast<const char*>(row + kAhead), _MM_HINT_T0);
+  }
+  // Compilers add products up among themselves first, and have no registers for them.
+  template <class Lanes>
+  static void InOrder(Lanes& low, Lanes& high) {
+    asm("" : "+x"(low), "+x"(high));
   }
   static void Opaque(Activations& x) { asm volatile("" : "+v"(x)); }
 
