@@ -17,8 +17,9 @@ from bitnet_jax._packed.trits import ZEROS
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax.models import _codes, _grid
+from bitnet_jax.models._keys import WHO
 from bitnet_jax.models._pretrained import DECLARED, Options
-from bitnet_jax.models._published import WHO, Stored
+from bitnet_jax.models._published import Stored
 from bitnet_jax.models._report import LoadedKernel
 
 

@@ -23,17 +23,16 @@ from bitnet_jax.io._safetensors import parse_json
 from bitnet_jax.models import _kernels, _names
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
+from bitnet_jax.models._keys import WHO, refuse
 from bitnet_jax.models._pretrained import Options, Origin, Pretrained, held
 from bitnet_jax.models._published import (
     FLOATS,
     ROUNDING,
     SCALES,
-    WHO,
     Quantization,
     Stored,
     decoder_config,
     quantization,
-    refuse,
 )
 from bitnet_jax.models._report import LoadedKernel, LoadReport
 from bitnet_jax.models._text import TOKENIZER, Text, tokenizer_from

@@ -24,9 +24,9 @@ from bitnet_jax.io._gguf import Gguf
 from bitnet_jax.models import _codes, _gguf_tokenizer, _grid, _kernels
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
+from bitnet_jax.models._keys import WHO, refuse, refuse_unknown
 from bitnet_jax.models._names import norms, projections
 from bitnet_jax.models._pretrained import Options, Origin, Pretrained, held
-from bitnet_jax.models._published import WHO, refuse
 from bitnet_jax.models._report import LoadedKernel, LoadReport
 from bitnet_jax.models._rope import Rope
 
@@ -60,6 +60,28 @@ def name_of(path: str) -> str:
     return f"blk.{layer}.{_NAMES[inner]}"
 
 
+# Keys that change no number, and the values with which others do not.
+_PASSING = {
+    "attention.layer_norm_epsilon",  # of models with another norm
+    "expert_used_count",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "tensor_data_layout",
+}
+_NEUTRAL = {
+    "attention.causal": True,
+    "logit_scale": 1,
+    "embedding_scale": 1,
+    "residual_scale": 1,
+    "rope.scale_linear": 1,
+    "rope.scaling.attn_factor": 1,
+    "rope.scaling.factor": 1,
+    "rope.scaling.yarn_attn_factor": 1,
+    "rope.scaling.yarn_beta_fast": 32,
+    "rope.scaling.yarn_beta_slow": 1,
+    "rope.scaling.yarn_ext_factor": 1,
+}
+
 _INT8_TYPES = ("TQ1_0", "TQ2_0")  # that llama.cpp runs with int8 activations
 
 
@@ -87,9 +109,11 @@ class _Keys:
         if not isinstance(arch, str) or arch not in _FLAGS:
             refuse("general.architecture", arch, f"one of {', '.join(_FLAGS)}")
         self.arch = arch
+        self.asked: set[str] = set()
 
     def get(self, key: str, kind: type, default: Any = ...) -> Any:
         """A value under the architecture's name; ``...`` as default: it must be there."""
+        self.asked.add(key)
         key = f"{self.arch}.{key}"
         value = self.metadata.get(key, default)
         if value is ...:
@@ -99,6 +123,14 @@ class _Keys:
         if value is not None and type(value) is not kind:
             refuse(key, value, f"a {kind.__name__}")
         return value
+
+    def refuse_rest(self) -> None:
+        """Refuses keys under the architecture's name that nothing asked for."""
+        start = f"{self.arch}."
+        content = {k: v for k, v in self.metadata.items() if k.startswith(start)}
+        known = {f"{start}{key}" for key in self.asked | _PASSING}
+        neutral = {f"{start}{key}": value for key, value in _NEUTRAL.items()}
+        refuse_unknown(content, known, neutral, "the file")
 
 
 def decoder_config(file: Gguf) -> DecoderConfig:
@@ -121,7 +153,7 @@ def decoder_config(file: Gguf) -> DecoderConfig:
     said = keys.get("vocab_size", int, vocabulary)
     if said != vocabulary:
         refuse(f"{keys.arch}.vocab_size", said, f"the rows of {table!r}, {vocabulary}")
-    return DecoderConfig(
+    config = DecoderConfig(
         vocabulary=vocabulary,
         width=width,
         hidden=keys.get("feed_forward_length", int),
@@ -138,6 +170,8 @@ def decoder_config(file: Gguf) -> DecoderConfig:
         norm_eps=keys.get("attention.layer_norm_rms_epsilon", float),
         **_FLAGS[keys.arch],
     )
+    keys.refuse_rest()
+    return config
 
 
 def _rope(keys: _Keys, file: Gguf, head_dim: int) -> Rope:

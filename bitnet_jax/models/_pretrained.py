@@ -18,8 +18,8 @@ from bitnet_jax._matmul import prepare
 from bitnet_jax._packed.kernel import PackedTernary, Prepared, is_packed
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.models._decoder_config import DecoderConfig
+from bitnet_jax.models._keys import WHO
 from bitnet_jax.models._parts import Blank
-from bitnet_jax.models._published import WHO
 from bitnet_jax.models._report import LoadReport
 from bitnet_jax.models._text import TOKENIZER, Text
 

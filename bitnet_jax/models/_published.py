@@ -7,7 +7,7 @@ Three stored forms are told apart by ``quantization_config`` and by nothing else
       autobitlinear   ... s, which outputs are multiplied by
       bitlinear       ... 1/s, which outputs are divided by; also where linear_class is missing
 
-A key that is unknown in value or type is refused by its name.
+A key that is unknown, or unknown in value or type, is refused by its name.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from bitnet_jax.models._decoder_config import DecoderConfig
+from bitnet_jax.models._keys import NEUTRAL, PASSING, WHO, Keys, refuse
 from bitnet_jax.models._rope import Rope
 
 Stored = Literal["float", "online", "multiply", "divide"]
@@ -66,40 +67,11 @@ FAMILIES = {
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 
-WHO = "from_pretrained"
-
 # Keys in the metadata of exported files: exact scales; whether activations are rounded in
 # float32 or in the input's dtype; that weights without a quantization_config run as they are.
 SCALES = "bitnet_jax.scales"
 ROUNDING = "bitnet_jax.activation_rounding"
 FLOATS = "bitnet_jax.floats"
-
-
-def refuse(key: str, value: Any, wanted: str) -> NoReturn:
-    """Reports a key of a config that this library cannot follow."""
-    raise ValueError(f"{WHO}: `{key}` is {value!r:.200}, and must be {wanted}.")
-
-
-class Keys:
-    """A JSON object whose values are checked as they are asked for."""
-
-    def __init__(self, content: Mapping[str, Any], defaults: Mapping[str, Any], where: str):
-        self.content, self.defaults, self.where = content, defaults, where
-
-    def get(self, key: str, kind: type, default: Any = ...) -> Any:
-        """A value of a kind; ``...`` as default: it must be there."""
-        value = self.content.get(key)
-        if value is None:
-            value = self.defaults.get(key, default)
-        if value is ...:
-            raise ValueError(
-                f"{WHO}: {self.where} has no `{key}`. Download the checkpoint's own file."
-            )
-        if kind is float and type(value) is int:
-            value = float(value)
-        if value is not None and type(value) is not kind:
-            refuse(key, value, f"a {kind.__name__} in {self.where}")
-        return value
 
 
 def architecture(content: Mapping[str, Any]) -> tuple[str, Family]:
@@ -118,7 +90,7 @@ def decoder_config(content: Mapping[str, Any]) -> DecoderConfig:
     activation = keys.get("hidden_act", str)
     if activation not in _ACTIVATIONS:
         refuse("hidden_act", activation, f"one of {', '.join(_ACTIVATIONS)}")
-    _refuse_what_is_left_out(content)
+    _refuse_what_is_left_out(content, family)
     width, heads = keys.get("hidden_size", int), keys.get("num_attention_heads", int)
     fields: dict[str, Any] = {
         "vocabulary": keys.get("vocab_size", int),
@@ -139,7 +111,9 @@ def decoder_config(content: Mapping[str, Any]) -> DecoderConfig:
     }
     if name == "MiniCPMForCausalLM":
         fields |= _multipliers(keys, width, fields["depth"])
-    return DecoderConfig(**fields)
+    config = DecoderConfig(**fields)
+    keys.refuse_rest(PASSING | _READ_ELSEWHERE, {**NEUTRAL, "kv_channels": config.head_dim})
+    return config
 
 
 def _multipliers(keys: Keys, width: int, depth: int) -> dict[str, float]:
@@ -151,10 +125,28 @@ def _multipliers(keys: Keys, width: int, depth: int) -> dict[str, float]:
     }
 
 
-def _refuse_what_is_left_out(content: Mapping[str, Any]) -> None:
+_READ_ELSEWHERE = {
+    "layer_types",
+    "num_experts",
+    "num_local_experts",
+    "quantization_config",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "use_sliding_window",
+}
+
+
+def _refuse_what_is_left_out(content: Mapping[str, Any], family: Family) -> None:
     """Refuses what a config may ask for and no decoder here does."""
     if content.get("use_sliding_window"):
         refuse("use_sliding_window", True, "false: sliding windows are not implemented")
+    window, context = content.get("sliding_window"), content.get("max_position_embeddings")
+    # Qwen3 writes the window that it does not use.
+    unused = "use_sliding_window" in content or family.flags.get("query_key_norm")
+    if window and not unused and not (type(window) is type(context) and window >= context):
+        refuse("sliding_window", window, "null: sliding windows are not implemented")
     kinds = content.get("layer_types") or []
     if any(kind != "full_attention" for kind in kinds):
         refuse("layer_types", kinds, "full_attention everywhere")
@@ -164,9 +156,35 @@ def _refuse_what_is_left_out(content: Mapping[str, Any]) -> None:
         refuse("num_experts", content.get("num_experts"), "absent: experts are not implemented")
 
 
+_ROPE_NOTES = ("finetuned", "rope_theta", "rope_type", "type")
+_ROPE_NEUTRAL: dict[str, Any] = dict.fromkeys(
+    (
+        "attention_factor",
+        "attn_factor",
+        "extrapolation_factor",
+        "factor",
+        "mscale",
+        "mscale_all_dim",
+        "partial_rotary_factor",
+    ),
+    1,
+)
+
+
 def rope(content: Mapping[str, Any], default_theta: float) -> Rope:
-    """Positions, from ``rope_parameters``, or ``rope_theta`` and ``rope_scaling``."""
-    where = "rope_parameters" if content.get("rope_parameters") else "rope_scaling"
+    """Positions, from ``rope_parameters`` or ``rope_scaling``, and ``rope_theta``."""
+    found = [
+        _rope(content, where, default_theta)
+        for where in ("rope_parameters", "rope_scaling")
+        if content.get(where)
+    ]
+    if len({*found}) > 1:
+        refuse("rope_scaling", content["rope_scaling"], "absent, or say what rope_parameters says")
+    return found[0] if found else _rope(content, "rope_scaling", default_theta)
+
+
+def _rope(content: Mapping[str, Any], where: str, default_theta: float) -> Rope:
+    """Positions as the object under one key says; the key may be absent."""
     given = content.get(where) or {}
     if not isinstance(given, dict):
         refuse(where, given, "an object")
@@ -174,26 +192,34 @@ def rope(content: Mapping[str, Any], default_theta: float) -> Rope:
     theta = given.get("rope_theta", content.get("rope_theta"))
     theta = default_theta if theta is None else theta
     kind = given.get("rope_type", given.get("type", "default"))
+    if "type" in given and given["type"] != kind:
+        refuse(f"{where}.type", given["type"], f"absent, or rope_type, {kind!r}")
     if type(theta) not in (int, float):
         refuse("rope_theta", theta, "a number")
     context = keys.get("original_max_position_embeddings", int, None)
     context = context or content.get("max_position_embeddings", 0)
+    made = _rope_of_kind(kind, keys, float(theta), context)
+    keys.refuse_rest(_ROPE_NOTES, _ROPE_NEUTRAL)
+    return made
+
+
+def _rope_of_kind(kind: Any, keys: Keys, theta: float, context: int) -> Rope:
     if kind == "default":
-        return Rope(float(theta))
+        return Rope(theta)
     if kind == "linear":
-        return Rope(float(theta), kind="linear", factor=keys.get("factor", float))
+        return Rope(theta, kind="linear", factor=keys.get("factor", float))
     if kind == "llama3":
         return Rope(
-            float(theta),
+            theta,
             kind="llama3",
             factor=keys.get("factor", float),
             original_context=context,
             low=keys.get("low_freq_factor", float),
             high=keys.get("high_freq_factor", float),
         )
-    if kind == "yarn":
-        return _yarn(keys, float(theta), context)
-    refuse(f"{where}.rope_type", kind, "one of default, linear, llama3, yarn")
+    if kind != "yarn":
+        refuse(f"{keys.where}.rope_type", kind, "one of default, linear, llama3, yarn")
+    return _yarn(keys, theta, context)
 
 
 def _yarn(keys: Keys, theta: float, context: int) -> Rope:
@@ -282,12 +308,14 @@ def quantization(content: Mapping[str, Any], asked: Mapping[str, Any] | None) ->
         isinstance(left, (list, tuple)) and all(isinstance(one, str) for one in left)
     ):
         refuse(f"{where}.modules_to_not_convert", left, "a list of names")
+    norm = keys.get("use_rms_norm", bool, False), keys.get("rms_norm_eps", float, 1e-6)
+    keys.refuse_rest(("modules_to_not_convert",), {})
     offline: Stored = "divide" if linear == "bitlinear" else "multiply"
     declared = linear if "linear_class" in given else "no linear_class, so bitlinear"
     return Quantization(
         stored="online" if mode == "online" else offline,
         left=None if left is None else tuple(left),
-        norm=keys.get("use_rms_norm", bool, False),
-        norm_eps=keys.get("rms_norm_eps", float, 1e-6),
+        norm=norm[0],
+        norm_eps=norm[1],
         said=f"{declared}, {mode}",
     )

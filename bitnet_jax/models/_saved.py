@@ -27,6 +27,7 @@ from bitnet_jax.io._safetensors import FormatError, canonical_json, parse_json
 from bitnet_jax.models import _kernels, _names
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
+from bitnet_jax.models._keys import WHO
 from bitnet_jax.models._load_folder import text_of
 from bitnet_jax.models._pretrained import (
     Options,
@@ -36,7 +37,6 @@ from bitnet_jax.models._pretrained import (
     refuse_leaf,
     unstacked,
 )
-from bitnet_jax.models._published import WHO
 from bitnet_jax.models._report import LoadedKernel, LoadReport
 from bitnet_jax.models._rope import Rope
 

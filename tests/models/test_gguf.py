@@ -164,12 +164,32 @@ def refused(path, match, error=bj.io.FormatError):
         (lambda m: m.update({"llama.vocab_size": 33}), "`llama.vocab_size` is 33"),
         (lambda m: m.update({"llama.hidden_activation": "gelu"}), "`llama.hidden_activation`"),
         (lambda m: m.update({"llama.feed_forward_length": 128}), "has shape"),
+        (
+            lambda m: m.update({"llama.attn_logit_softcapping": 50.0}),
+            "in the file `llama.attn_logit_softcapping` is 50.0, which this library",
+        ),
+        (lambda m: m.update({"llama.rope.scaling.factor": 4.0}), "`llama.rope.scaling.factor`"),
+        (lambda m: m.update({"llama.attention.causal": False}), "`llama.attention.causal`"),
     ],
 )
 def test_metadata(change, match, tmp_path):
     file = Model(kind="Q8_0", width=64)
     change(file.metadata)
     refused(file.write(tmp_path / "model.gguf"), match, ValueError)
+
+
+def test_metadata_that_changes_nothing(tmp_path):
+    file = Model(kind="Q8_0", width=64)
+    want = bj.models.Decoder.from_pretrained(file.write(tmp_path / "a.gguf")).config
+    file.metadata |= {
+        "llama.attention.causal": True,
+        "llama.final_logit_softcapping": 0.0,
+        "llama.rope.scaling.factor": 1.0,
+        "llama.rope.scaling.finetuned": False,
+        "llama.tensor_data_layout": "Meta AI original pth",
+        "other.logit_scale": 2.0,  # of another architecture
+    }
+    assert bj.models.Decoder.from_pretrained(file.write(tmp_path / "b.gguf")).config == want
 
 
 def test_tensors(tmp_path):

@@ -37,6 +37,27 @@ KEYS = {
     "partial_rotary_factor": (0.5, "`partial_rotary_factor`"),
     "num_local_experts": (8, "experts"),
     "vocab_size": (None, "config.json has no `vocab_size`"),
+    "sliding_window": (32, "`sliding_window` is 32, and must be null"),
+    "final_logit_softcapping": (30.0, "in config.json `final_logit_softcapping` is 30.0, which"),
+    "attn_logit_softcapping": (50, "`attn_logit_softcapping`"),
+    "logit_scale": (0.5, "`logit_scale`"),
+    "scale_emb": (12, "`scale_emb` is 12"),  # of another family
+    "attention_multiplier": (1.0, "`attention_multiplier`"),  # in place of 1 / sqrt(head_dim)
+    "is_causal": (False, "`is_causal` is False"),
+    "input_bits": (4, "`input_bits` is 4"),
+    "kv_channels": (4, "`kv_channels` is 4"),
+    "no_rope_layers": ([1, 0], "`no_rope_layers`"),
+    "rope_parameters": ({"rope_type": "yarn", "attn_scale": 2.0, "factor": 2.0}, "`attn_scale`"),
+}
+SCALINGS = {
+    "factor of a kind without one": ({"factor": 8.0}, "in rope_scaling `factor` is 8.0"),
+    "a part of each head": ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` is 0.5"),
+    "yarn's key for linear": (
+        {"rope_type": "linear", "factor": 2.0, "attention_factor": 1.5},
+        "`attention_factor` is 1.5",
+    ),
+    "two kinds": ({"rope_type": "default", "type": "linear", "factor": 2.0}, "rope_scaling.type"),
+    "one for each kind of layer": ({"full_attention": {"rope_theta": 1.0}}, "`full_attention`"),
 }
 SAYS = {
     "quant_method": ("gptq", "`quantization_config.quant_method` is 'gptq'"),
@@ -44,6 +65,44 @@ SAYS = {
     "quantization_mode": ("later", "`quantization_config.quantization_mode` is 'later'"),
     "modules_to_not_convert": ("lm_head", "`quantization_config.modules_to_not_convert`"),
     "use_rms_norm": ("yes", "`use_rms_norm` is 'yes', and must be a bool"),
+    "group_size": (128, "in quantization_config `group_size` is 128, which this library"),
+}
+# What transformers 4 and 5 write by default for these families, and what publishers add.
+ORDINARY = {
+    "_name_or_path": "x/y",
+    "_attn_implementation_autoset": True,
+    "activation": "swiglu",
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_bitnet.BitNetConfig"},
+    "cache_implementation": "dynamic",
+    "dtype": "bfloat16",
+    "final_logit_softcapping": None,
+    "id2label": {"0": "LABEL_0"},
+    "initializer_range": 0.02,
+    "input_bits": 8,
+    "is_causal": True,
+    "is_llama_config": True,
+    "kv_channels": 8,
+    "layer_types": ["full_attention"],
+    "logit_scale": 1.0,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_experts": 0,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "qk_layernorm": False,
+    "repetition_penalty": 1.0,
+    "rope_interleaved": False,
+    "sliding_window": 4096,
+    "temperature": 0.6,
+    "torch_dtype": "float16",
+    "transformers.js_config": {"dtype": "q4"},
+    "transformers_version": "5.24.0",
+    "unsloth_fixed": True,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "weight_bits": 1,
 }
 
 
@@ -60,6 +119,38 @@ def test_keys_of_a_quantization_config(key, tmp_path):
     value, match = SAYS[key]
     checkpoint = Checkpoint(**ONE, quantization_config={key: value})
     refused(checkpoint.write(tmp_path), ValueError, match)
+
+
+@pytest.mark.parametrize("case", SCALINGS)
+def test_keys_of_a_rope(case, tmp_path):
+    value, match = SCALINGS[case]
+    refused(Checkpoint(**ONE, rope_scaling=value).write(tmp_path), ValueError, match)
+
+
+def test_two_ropes_that_differ(tmp_path):
+    linear = {"rope_type": "linear", "factor": 2.0}
+    both = Checkpoint(**ONE, rope_scaling=linear)
+    both.config["rope_parameters"] = dict(linear)
+    bj.models.Decoder.from_pretrained(both.write(tmp_path / "a"))
+    both.config["rope_parameters"]["factor"] = 4.0
+    refused(both.write(tmp_path / "b"), ValueError, "`rope_scaling` is .*what rope_parameters says")
+
+
+def test_unknown_keys_are_named_together(tmp_path):
+    checkpoint = Checkpoint(**ONE)
+    checkpoint.config |= {"b_scale": 2, "a_scale": [3]}
+    said = refused(checkpoint.write(tmp_path), ValueError, r"`a_scale` is \[3\], `b_scale` is 2, ")
+    assert said.endswith("If it does not, remove it from config.json.")
+
+
+def test_ordinary_keys_change_nothing(tmp_path):
+    plain = Checkpoint(**ONE)
+    want = bj.models.Decoder.from_pretrained(plain.write(tmp_path / "a")).config
+    plain.config = ORDINARY | plain.config
+    rope = {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 1.0}
+    plain.config["rope_parameters"] = rope
+    plain.config["quantization_config"] |= {"_load_in_4bit": False, "rms_norm_eps": 1e-6}
+    assert bj.models.Decoder.from_pretrained(plain.write(tmp_path / "b")).config == want
 
 
 def test_online_needs_autobitlinear(tmp_path):
