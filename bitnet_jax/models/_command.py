@@ -9,15 +9,22 @@ import time
 import jax.numpy as jnp
 
 from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax.models import _generation
+from bitnet_jax.io._source import kind_of
+from bitnet_jax.models import _generation, _load_folder, _load_gguf
 from bitnet_jax.models._decoder import Decoder
-from bitnet_jax.models._request import Request, checked
+from bitnet_jax.models._pretrained import Outline
+from bitnet_jax.models._request import Request, checked, stops_of
 from bitnet_jax.models._sampling import Sampling
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Loads, generates and reports; returns the exit code."""
-    prompt = sys.stdin.read() if parsed.prompt is None else parsed.prompt
+    """Checks, loads, generates and reports; returns the exit code."""
+    sampling = _sampling(parsed)
+    stops_of(parsed.max_new_tokens, parsed.stop)
+    asked = _asked(parsed)
+    outline = _outline(parsed.path)
+    how = (asked, parsed.max_new_tokens, sampling, parsed.stop, None, None)
+    request = None if outline is None else checked(outline, *how)
     begin = time.perf_counter()
     narrow = Int8Config() if parsed.int8 else None
     model = Decoder.from_pretrained(
@@ -31,11 +38,19 @@ def run(parsed: argparse.Namespace) -> int:
     )
     loaded = time.perf_counter()
     print(f"loaded in {loaded - begin:.1f} s", file=sys.stderr)
-    asked: str | list[dict[str, str]] = prompt
-    if parsed.chat:
-        system = [{"role": "system", "content": parsed.system}] if parsed.system else []
-        asked = [*system, {"role": "user", "content": prompt}]
-    sampling = Sampling(
+    if outline is not None:
+        model.text = outline.text  # whose tokenizer is made
+    request = request or checked(model, *how)
+    times: list[float] = []
+    for piece in _generation.stream(model, request, times.append):
+        print(piece, end="", flush=True)
+    print()
+    _report(model, request, loaded, times)
+    return 0
+
+
+def _sampling(parsed: argparse.Namespace) -> Sampling:
+    return Sampling(
         parsed.temperature,
         parsed.top_k,
         parsed.top_p,
@@ -43,13 +58,25 @@ def run(parsed: argparse.Namespace) -> int:
         parsed.repetition_penalty,
         parsed.seed,
     )
-    request = checked(model, asked, parsed.max_new_tokens, sampling, parsed.stop, None, None)
-    times: list[float] = []
-    for piece in _generation.stream(model, request, times.append):
-        print(piece, end="", flush=True)
-    print()
-    _report(model, request, loaded, times)
-    return 0
+
+
+def _asked(parsed: argparse.Namespace) -> str | list[dict[str, str]]:
+    """The prompt, or the messages that a chat template makes a text of."""
+    if parsed.system is not None and not parsed.chat:
+        raise ValueError("generate: --system is a message of a chat. Pass --chat too.")
+    prompt = sys.stdin.read() if parsed.prompt is None else parsed.prompt
+    if not parsed.chat:
+        return prompt
+    system = [{"role": "system", "content": parsed.system}] if parsed.system else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def _outline(path: str) -> Outline | None:
+    """What a checkpoint says without its weights; None: a saved file, which is read whole."""
+    kind = "gguf" if path.endswith(".gguf") else kind_of(path)
+    if kind == "saved":
+        return None
+    return (_load_gguf if kind == "gguf" else _load_folder).outline(path)
 
 
 def _report(model: Decoder, request: Request, loaded: float, times: list[float]) -> None:

@@ -24,7 +24,7 @@ from bitnet_jax.models import _kernels, _names
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
 from bitnet_jax.models._keys import WHO, refuse
-from bitnet_jax.models._pretrained import Options, Origin, Pretrained, held
+from bitnet_jax.models._pretrained import Options, Origin, Outline, Pretrained, held
 from bitnet_jax.models._published import (
     FLOATS,
     ROUNDING,
@@ -61,6 +61,14 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
         text,
         Origin(content, folder.path),
     )
+
+
+def outline(path: str | os.PathLike[str]) -> Outline:
+    """What a folder says without its weights."""
+    folder = Folder(WHO, path)
+    content = folder.json("config.json")
+    config = decoder_config(content)
+    return Outline(config, text_of(folder, content, config.vocabulary))
 
 
 def quantization_of(

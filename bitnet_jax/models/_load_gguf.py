@@ -26,7 +26,7 @@ from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
 from bitnet_jax.models._keys import WHO, refuse, refuse_unknown
 from bitnet_jax.models._names import norms, projections
-from bitnet_jax.models._pretrained import Options, Origin, Pretrained, held
+from bitnet_jax.models._pretrained import Options, Origin, Outline, Pretrained, held
 from bitnet_jax.models._report import LoadedKernel, LoadReport
 from bitnet_jax.models._rope import Rope
 
@@ -98,6 +98,13 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
     loader.refuse_rest()
     text = _gguf_tokenizer.text_of(file, loader.config.vocabulary)
     return Pretrained(loader.final_config(), leaves, LoadReport(tuple(loader.rows)), text, Origin())
+
+
+def outline(path: str | os.PathLike[str]) -> Outline:
+    """What a file says without its weights."""
+    file = Gguf(WHO, path)
+    config = decoder_config(file)
+    return Outline(config, _gguf_tokenizer.text_of(file, config.vocabulary))
 
 
 class _Keys:

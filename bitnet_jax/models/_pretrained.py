@@ -98,6 +98,19 @@ class Pretrained:
     origin: Origin
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What a checkpoint says without its weights; enough to check a request.
+
+    Attributes:
+      config: of the decoder; how kernels are quantised is not decided.
+      text: the tokenizer and chat template.
+    """
+
+    config: DecoderConfig
+    text: Text
+
+
 def fill(model: nnx.Module, config: DecoderConfig, leaves: dict[str, Any]) -> None:
     """Puts leaves into a decoder that ``nnx.eval_shape`` made, without arrays of its own.
 

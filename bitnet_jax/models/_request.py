@@ -58,24 +58,20 @@ def checked(
     cache_size: int | None,
     cache_dtype: Any,
 ) -> Request:
-    """The arguments of ``generate``, checked and in one form."""
-    who = "generate"
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(
-            f"{who}: `max_new_tokens` must be an integer >= 1, got {max_new_tokens!r}."
-        )
+    """The arguments of ``generate``, checked and in one form.
+
+    Of the model only ``config`` and ``text`` are read: an :class:`Outline` will do.
+    """
+    given = stops_of(max_new_tokens, stop)
     rows, as_text, single = rows_of(model, prompt)
     require_tokens(rows, model.config.vocabulary)
     longest, context = max(map(len, rows)), model.config.context
     if longest + max_new_tokens > context:
         raise ValueError(
-            f"{who}: the prompt has {longest} tokens, max_new_tokens is {max_new_tokens}, and the "
-            f"model's context {context}. Shorten the prompt, or ask for at most "
+            f"generate: the prompt has {longest} tokens, max_new_tokens is {max_new_tokens}, and "
+            f"the model's context {context}. Shorten the prompt, or ask for at most "
             f"{max(context - longest, 0)} tokens."
         )
-    given = [stop] if isinstance(stop, (str, int)) else list(stop or ())
-    if not all(isinstance(one, int) or (isinstance(one, str) and one) for one in given):
-        raise TypeError(f"{who}: `stop` must be strings or token ids, got {stop!r}.")
     own = frozenset() if model.text is None else model.text.stops
     return Request(
         rows,
@@ -88,6 +84,19 @@ def checked(
         cache_size,
         cache_dtype,
     )
+
+
+def stops_of(max_new_tokens: int, stop: Any) -> list[str | int]:
+    """The stops as a list; refuses what is wrong of both whatever the model is."""
+    who = "generate"
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(
+            f"{who}: `max_new_tokens` must be an integer >= 1, got {max_new_tokens!r}."
+        )
+    given: list[Any] = [stop] if isinstance(stop, (str, int)) else list(stop or ())
+    if not all(isinstance(one, int) or (isinstance(one, str) and one) for one in given):
+        raise TypeError(f"{who}: `stop` must be strings or token ids, got {stop!r}.")
+    return given
 
 
 def rows_of(model: Any, prompt: Any) -> tuple[list[list[int]], bool, bool]:

@@ -52,6 +52,8 @@ class Sampling:
                 raise ValueError(f"{who}: `{name}` must be above 0 and at most 1, got {value!r}.")
         if self.repetition_penalty is not None:
             _checks.require_positive(who, "repetition_penalty", self.repetition_penalty)
+        if not isinstance(self.seed, (int, np.integer)) or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"{who}: `seed` must be an integer of 64 bits, got {self.seed!r}.")
 
     @property
     def filters(self) -> Filters:

@@ -2,11 +2,12 @@
 
 import io
 
+import gguf_files
 import pytest
 from published import Checkpoint, byte_tokenizer
 
 from bitnet_jax.__main__ import main
-from bitnet_jax.models import _command
+from bitnet_jax.models import Decoder, _command
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,63 @@ def test_errors_are_said_in_a_line(folder, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: from_pretrained: no folder")
     assert main(["generate", str(folder), "--prompt", "x", "--top-k", "0"]) == 1
     assert "`top_k` must be" in capsys.readouterr().err
+
+
+WRONG = {
+    "temperature": (["--temperature", "-1"], "`temperature`"),
+    "top_p": (["--top-p", "1.5"], "`top_p`"),
+    "min_p": (["--min-p", "0"], "`min_p`"),
+    "repetition_penalty": (["--repetition-penalty", "0"], "`repetition_penalty`"),
+    "seed": (["--seed", str(2**63)], "`seed` must be an integer of 64 bits"),
+    "max_new_tokens": (["--max-new-tokens", "0"], "`max_new_tokens`"),
+    "stop": (["--stop", ""], "`stop`"),
+    "system": (["--system", "be brief"], "--system is a message of a chat. Pass --chat too"),
+    "context": (["--max-new-tokens", "62"], "the prompt has 3 tokens"),
+    "empty": (["--prompt", ""], "a prompt has no tokens"),
+}
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Fails where weights are read."""
+
+    def read(*_, **__):
+        pytest.fail("the weights were read first")
+
+    monkeypatch.setattr(_command.Decoder, "from_pretrained", read)
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_before_weights_are_read(name, folder, capsys):
+    options, match = WRONG[name]
+    assert main(["generate", str(folder), "--prompt", "abc", *options]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: generate: ")
+    assert match in said
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_missing_template_or_tokenizer_is_said_before_weights_are_read(tmp_path, capsys):
+    folder = str(Checkpoint(vocab_size=256, num_hidden_layers=1).write(tmp_path))
+    gguf = gguf_files.Model(kind="Q8_0", width=64).write(tmp_path / "model.gguf")
+    for path in (folder, str(gguf)):
+        assert main(["generate", path, "--prompt", "abc"]) == 1
+        assert "there is no tokenizer" in capsys.readouterr().err
+        assert main(["generate", path, "--prompt", "abc", "--chat"]) == 1
+        assert "no chat template" in capsys.readouterr().err
+
+
+def test_a_saved_file_talks_as_its_folder_does(folder, tmp_path, capsys):
+    options = ["--prompt", "abc", "--max-new-tokens", "3"]
+    assert main(["generate", str(folder), *options]) == 0
+    want = capsys.readouterr().out
+    file = tmp_path / "model.bitnet.safetensors"
+    Decoder.from_pretrained(folder).save(file)
+    assert main(["generate", str(file), *options]) == 0
+    assert capsys.readouterr().out == want
+    assert main(["generate", str(file), *options, "--max-new-tokens", "62"]) == 1
+    assert "the prompt has 3 tokens" in capsys.readouterr().err
 
 
 def test_it_can_be_stopped(folder, capsys, monkeypatch):
