@@ -45,7 +45,7 @@ def export_huggingface(
       FileExistsError: the folder holds weights.
       NotImplementedError: a decoder that no architecture of transformers computes.
       TypeError: another kind of model; prepared or int8 kernels.
-      ValueError: outputs that are no multiple of four.
+      ValueError: outputs that are no multiple of four; a tensor with NaN or Inf, by its name.
 
     Example:
       >>> import os, tempfile, bitnet_jax as bj

@@ -311,6 +311,6 @@ class Decoder(Network):
         Raises:
           NotImplementedError: flags that no architecture of transformers has.
           TypeError: prepared or int8 kernels.
-          ValueError: outputs that are no multiple of four.
+          ValueError: outputs that are no multiple of four; a tensor with NaN or Inf, by its name.
         """
         return published(self, layout)

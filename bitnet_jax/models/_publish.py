@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Prepared
@@ -75,9 +76,11 @@ class _Writer:
             projection = self._at(path)
             yield from self._linear(name, projection.linear, n_in, n_out, bias)
             if projection.norm is not None:
-                yield f"{name}.rms_norm.weight", self._floats(projection.norm.scale.get_value())
+                norm = f"{name}.rms_norm.weight"
+                yield norm, self._floats(norm, projection.norm.scale.get_value())
         for path, name, _ in _names.norms(self.config):
-            yield f"{name}.weight", self._floats(self._at(path).scale.get_value())
+            norm = f"{name}.weight"
+            yield norm, self._floats(norm, self._at(path).scale.get_value())
         if self.model.head is not None:
             sizes = self.config.width, self.config.vocabulary
             yield from self._linear("lm_head", self.model.head, *sizes, False)
@@ -95,6 +98,7 @@ class _Writer:
         kernel: Any = layer.kernel.get_value()
         weights = getattr(layer, "weights", None)
         _require_published_kind(name, kernel, weights)
+        _require_finite(f"{name}.weight", kernel)
         if isinstance(weights, TernaryConfig) and not isinstance(kernel, PackedTernary):
             kernel = pack(kernel, weights)
         if not isinstance(kernel, PackedTernary):
@@ -107,7 +111,7 @@ class _Writer:
             self.packed.append(name)
             yield from self._codes(name, kernel, n_in, n_out)
         if bias:
-            stored = self._floats(layer.bias.get_value())
+            stored = self._floats(f"{name}.bias", layer.bias.get_value())
             if self.layout == "autobitlinear" and name in self.packed:
                 stored = _over(stored.make(), np.float32(kernel.scale.reshape(())))
             yield f"{name}.bias", stored
@@ -125,6 +129,11 @@ class _Writer:
             stored, exact = _reciprocal(scale[0])
             if not exact:
                 self.scales[name] = float(scale[0]).hex()
+            if not 0 < stored < np.inf:
+                raise ValueError(
+                    f"{WHO}: '{name}.weight_scale' would be {stored}, for 1/{scale[0]} is no "
+                    "float32. Use layout='autobitlinear', which stores the scale itself."
+                )
             scale = np.array([stored], np.float32)
         yield (
             f"{name}.weight",
@@ -136,8 +145,9 @@ class _Writer:
         )
         yield f"{name}.weight_scale", Lazy((1,), scale.dtype, lambda: scale)
 
-    def _floats(self, array: Any) -> Lazy:
+    def _floats(self, name: str, array: Any) -> Lazy:
         """A vector: in the model's dtype, unless that would change it."""
+        _require_finite(name, array)
         wide = np.asarray(array)
         narrow = wide.astype(self.dtype)
         kept = narrow if np.array_equal(narrow.astype(wide.dtype), wide) else wide
@@ -156,6 +166,7 @@ class _Writer:
     def _table(self, table: Any) -> Lazy:
         kind = self.config.kernel("embedding")
         _require_published_kind("the embedding", table, kind)
+        _require_finite("model.embed_tokens.weight", table)
         if kind is not None and not isinstance(table, PackedTernary):
             table = pack(table, kind, contracting_axes=-1)
         return Lazy(
@@ -221,9 +232,28 @@ def _require_published_kind(name: str, kernel: Any, weights: Any) -> None:
     raise TypeError(f"{WHO}: {name} {what}, which no published layout holds. {remedy}.")
 
 
+def _require_finite(name: str, array: Any) -> None:
+    """Refuses a tensor with NaN or Inf, and scales that are none; one tensor at a time."""
+    what = "NaN or Inf"
+    if isinstance(array, PackedTernary):
+        scale = np.asarray(array.scale)
+        if scale.size > 1:  # written as floats in the kernel's own dtype
+            scale = scale.astype(array.dtype)
+        bad = np.count_nonzero(~(np.isfinite(scale) & (scale > 0)))
+        what = "scales that are 0, negative, NaN or Inf"
+    else:
+        bad = int(jnp.count_nonzero(~jnp.isfinite(array)))
+    if bad:
+        raise ValueError(
+            f"{WHO}: {name!r} has {bad} {what}, which no model computes with. Export a checkpoint "
+            "from before they came; jax_debug_nans finds where they come from."
+        )
+
+
 def _reciprocal(scale: np.float32) -> tuple[np.float32, bool]:
     """A float32 whose reciprocal is a scale, and whether there is one."""
-    near = np.float32(1) / scale
+    with np.errstate(over="ignore"):  # of a subnormal scale
+        near = np.float32(1) / scale
     for one in (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))):
         if np.float32(1) / one == scale:
             return one, True

@@ -209,3 +209,60 @@ def test_biases_survive_the_scale(tmp_path):
     bias = model.layers[0].attention.query.linear.bias.get_value()
     np.testing.assert_allclose(stored * scale, bias, rtol=1e-7)
     assert stored.dtype == np.float64
+
+
+def small(**fields):
+    shape = {"vocabulary": 24, "width": 16, "hidden": 16, "depth": 1, "heads": 2}
+    return bj.models.Decoder(bj.models.DecoderConfig(**shape | fields), rngs=nnx.Rngs(0))
+
+
+# A parameter of a decoder, what is in it, and the tensor that the refusal names.
+BROKEN = {
+    "kernel": ("layers/0/mlp/up/linear/kernel", np.nan, "model.layers.0.mlp.up_proj.weight"),
+    "bias": ("layers/0/attention/key/linear/bias", np.inf, "model.layers.0.self_attn.k_proj.bias"),
+    "norm": ("layers/0/mlp_norm/scale", -np.inf, "model.layers.0.post_attention_layernorm.weight"),
+    "inner norm": (
+        "layers/0/attention/out/norm/scale",
+        np.nan,
+        "model.layers.0.self_attn.o_proj.rms_norm.weight",
+    ),
+    "embedding": ("embed/embedding", np.nan, "model.embed_tokens.weight"),
+    "head": ("head/kernel", np.nan, "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("weights", [None, bj.B158])
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_parameter_that_is_not_finite_is_named(case, weights, tmp_path):
+    path, value, name = BROKEN[case]
+    weights = bj.B158 if case == "inner norm" else weights  # float projections have none
+    flags = {"projection_norm": True, "attention_bias": True, "tied": False, "weights": weights}
+    model = small(**flags)
+    nnx.update(model, broken(nnx.state(model, nnx.Param), path, value))
+    with pytest.raises(ValueError, match=f"^export_huggingface: '{name}' has 1 NaN or Inf"):
+        bj.io.export_huggingface(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def broken(state, path, value):
+    flat = dict(nnx.to_flat_state(state))
+    (key,) = [key for key in flat if "/".join(map(str, key)) == path]
+    array = flat[key].get_value()
+    flat[key] = flat[key].replace(array.at[(0,) * array.ndim].set(value))
+    return nnx.from_flat_state(flat)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_scale_that_is_none_is_named(granularity, tmp_path):
+    config = dataclasses.replace(bj.B158, granularity=granularity)
+    activations = bj.ActivationConfig() if granularity == "tensor" else None
+    model, _ = bj.nnx.pack(small(weights=config, activations=activations))
+    kernel = model.layers[0].mlp.up.linear.kernel
+    packed = kernel.get_value()
+    kernel.set_value(dataclasses.replace(packed, scale=packed.scale.at[0, 0].set(np.nan)))
+    with pytest.raises(ValueError, match=r"up_proj.weight' has 1 scales that are 0, negative"):
+        bj.io.export_huggingface(model, tmp_path / "out")
+    kernel.set_value(dataclasses.replace(packed, scale=jnp.full_like(packed.scale, 1e-39)))
+    if granularity == "tensor":
+        with pytest.raises(ValueError, match=r"weight_scale' would be inf, for 1/.*autobitlinear"):
+            bj.io.export_huggingface(model, tmp_path / "out")
