@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -16,6 +17,10 @@ from bitnet_jax.models._rope import Rope
 _DEFAULT_ROPE = Rope()
 
 ACTIVATIONS = ("silu", "relu2")
+
+_PROJECTION = re.compile(
+    r"layers/(0|[1-9]\d{0,8})/(?:attention/(?:query|key|value|out)|mlp/(?:gate|up|down))"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,7 @@ class DecoderConfig:
       activation_rounding: ``"float32"``, or ``"input"``: activations are quantised in
         the dtype that they come in, as transformers' ``BitLinear`` does.
       embedding: the embedding's quantiser; None: float.
-      head: an untied head's quantiser; None: float. A tied one is the embedding.
+      head: an untied head's quantiser; None: float. A tied head is the embedding, and takes none.
       overrides: (path, quantiser) of single kernels, such as
         ``("layers/0/mlp/down", None)``.
       dtype: of the computation between layers. Norms and softmax are float32.
@@ -130,6 +135,8 @@ class DecoderConfig:
             _require_quantiser(who, name, getattr(self, name))
         for path, config in self.overrides:
             _require_quantiser(who, f"overrides[{path!r}]", config)
+        _require_head(who, self)
+        _require_kernels(who, self)
         for name in ("dtype", "param_dtype"):
             object.__setattr__(self, name, _float_dtype(who, name, getattr(self, name)))
 
@@ -150,6 +157,31 @@ class DecoderConfig:
         """The activations' quantiser at the head: int8 products always take int8."""
         config = self.kernel("embedding" if self.tied else "head")
         return (self.activations or INT8) if isinstance(config, Int8Config) else self.activations
+
+
+def _require_head(who: str, config: DecoderConfig) -> None:
+    """Refuses a quantiser for the head of a tied decoder, which has none."""
+    if config.tied and config.head is not None:
+        raise ValueError(
+            f"{who}: `head` is {config.head}, and a tied decoder's head is its embedding. Give "
+            "`embedding=` the quantiser, or make the decoder with tied=False."
+        )
+
+
+def _require_kernels(who: str, config: DecoderConfig) -> None:
+    """Refuses overrides that name no kernel, or one twice."""
+    paths = [path for path, _ in config.overrides]
+    for path in paths:
+        outer = path == "embedding" or (path == "head" and not config.tied)
+        found = _PROJECTION.fullmatch(path) if isinstance(path, str) else None
+        if not outer and (found is None or int(found[1]) >= config.depth):
+            own = "'embedding'" if config.tied else "'embedding', 'head'"
+            raise ValueError(
+                f"{who}: `overrides` names {path!r}, which is no kernel of this decoder. Name "
+                f"{own}, or a projection such as 'layers/{config.depth - 1}/mlp/down'."
+            )
+        if paths.count(path) > 1:
+            raise ValueError(f"{who}: `overrides` names {path!r} twice. Leave one out.")
 
 
 def _require_one_scale(who: str, rounding: str, activations: ActivationConfig | None) -> None:

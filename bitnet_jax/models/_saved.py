@@ -75,7 +75,7 @@ def described(metadata: Mapping[str, str]) -> tuple[DecoderConfig, dict[str, Any
         return None
     try:
         says = parse_json(metadata[KEY])
-        config, origin = decoded(says["config"], _KINDS), says["origin"]
+        config, origin = decoded(_usable(says["config"]), _KINDS), says["origin"]
         if not isinstance(config, DecoderConfig) or not isinstance(origin, dict):
             raise TypeError("another kind of value")
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -84,6 +84,13 @@ def described(metadata: Mapping[str, str]) -> tuple[DecoderConfig, dict[str, Any
             "or write it again with Decoder.save."
         ) from None
     return config, origin
+
+
+def _usable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored config without a tied decoder's ``head``, which earlier versions let through."""
+    fields = config[DecoderConfig.__name__]
+    unused = {"head": None} if fields.get("tied") else {}
+    return {DecoderConfig.__name__: {**fields, **unused}}
 
 
 @dataclasses.dataclass(frozen=True)

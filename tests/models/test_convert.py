@@ -13,7 +13,8 @@ from published import Checkpoint, byte_tokenizer
 
 import bitnet_jax as bj
 from bitnet_jax.__main__ import main
-from bitnet_jax.models import _translate
+from bitnet_jax._packed.static_data import encoded
+from bitnet_jax.models import _saved, _translate
 
 SMALL = {"num_hidden_layers": 1}
 CASES = {
@@ -401,3 +402,11 @@ def test_files_come_along_byte_for_byte(folder, tmp_path):
     back = converted(file, tmp_path / "back")
     for name in ("merges.txt", "tokenizer.model", "chat_template.jinja"):
         assert (back / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_file_whose_config_has_a_head_that_its_decoder_has_not():
+    """Earlier versions took a tied config with a quantiser for a head, which nothing used."""
+    config = bj.models.DecoderConfig(vocabulary=8, width=16, hidden=16, depth=1)
+    says = {"config": encoded(config), "origin": {}}
+    says["config"]["DecoderConfig"]["head"] = encoded(bj.Int8Config())
+    assert _saved.described({_saved.KEY: json.dumps(says)}) == (config, {})

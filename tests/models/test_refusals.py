@@ -1,5 +1,6 @@
 """Checkpoints and requests that are refused, each with what is wrong and what to do."""
 
+import dataclasses
 import json
 import re
 
@@ -10,6 +11,7 @@ from flax import nnx
 from published import Checkpoint, byte_tokenizer
 
 import bitnet_jax as bj
+from bitnet_jax.models import _names
 from bitnet_jax.models._template import render
 from bitnet_jax.models._template_limits import TemplateError
 
@@ -340,6 +342,12 @@ def test_calls(model):
         ({"norm_eps": 0.0}, "`eps`"),
         ({"dtype": jnp.int8}, "`dtype` must be a floating-point"),
         ({"logit_multiplier": 0.0}, "`logit_multiplier`"),
+        ({"head": bj.Int8Config()}, "`head` is Int8Config.*its embedding. Give `embedding=`"),
+        ({"overrides": (("head", bj.B158),)}, "'head', which is no kernel of this decoder"),
+        ({"overrides": (("embed", None),)}, "`overrides` names 'embed', which .* 'embedding'"),
+        ({"overrides": (("layers/4/mlp/up", None),)}, "'layers/4/mlp/up', .*'layers/3/mlp/down'"),
+        ({"overrides": (("layers/0/mlp/up/kernel", None),)}, "is no kernel"),
+        ({"overrides": (("layers/0/mlp/up", None),) * 2}, "'layers/0/mlp/up' twice"),
     ],
 )
 def test_configs(fields, match):
@@ -347,6 +355,15 @@ def test_configs(fields, match):
         bj.models.DecoderConfig(vocabulary=8, **fields)
     with pytest.raises(ValueError, match=re.escape("Rope: `kind` must be one of")):
         bj.models.Rope(kind="dynamic")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_kernel_can_be_overridden(tied):
+    config = bj.models.DecoderConfig(vocabulary=8, width=16, hidden=16, depth=11, tied=tied)
+    paths = [path for path, *_ in _names.projections(config)]
+    paths += ["embedding"] if tied else ["embedding", "head"]
+    made = dataclasses.replace(config, overrides=tuple((p, bj.Int8Config()) for p in paths))
+    assert {made.kernel(path) for path in paths} == {bj.Int8Config()}
 
 
 def test_stacked_layers_must_be_alike():
