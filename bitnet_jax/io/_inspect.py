@@ -27,18 +27,23 @@ _WIDEST = 120
 _KINDS = {"packed": "ternary", "int8": "int8", "array": "array", "empty": "empty"}
 
 
-def inspect(path: str, about: Callable[[Mapping[str, str]], dict[str, str]] = lambda _: {}) -> int:
+Page = Callable[[list[Leaf], Source], str | None]
+
+
+def inspect(path: str, page: Page = lambda *_: None) -> int:
     """Prints what a file contains, from its header; returns the exit code.
 
-    ``about`` makes more lines, by name, of a file's metadata.
+    ``page`` makes the text for files that it knows; None: a row for each leaf.
     """
 
     def text() -> str:
         with _chunks.open_source("inspect", path) as source:
             leaves = _file.declared(source.header)
+            known = page(leaves, source)
+            if known is not None:
+                return known
             rows = [_row(leaf, source) for leaf in leaves]
-            lines = about(source.header.metadata) | _totals(leaves, source)
-            return f"{table(_COLUMNS, rows)}\n\n{aligned(lines)}"
+            return f"{table(_COLUMNS, rows)}\n\n{aligned(totals(leaves, source))}"
 
     return report(text)
 
@@ -91,20 +96,26 @@ def _row(leaf: Leaf, source: Source) -> tuple[str, ...]:
     described, kind = leaf.described, leaf.described["kind"]
     if kind == "empty":
         return (name_of(leaf.path)[:_WIDEST], "empty", *("",) * 6)
-    dense = any(part.dense for part in leaf.parts)
-    packed = "5 trits/byte" if dense else "2 bits"
     cells = (
         name_of(leaf.path),
         _KINDS[kind],
         "x".join(map(str, described["shape"])) or "scalar",
         _config(described.get("config")),
         described["dtype"],
-        {"packed": packed, "int8": "8 bits"}.get(kind, str(described["dtype"])),
-        size_text(_stored_bytes(leaf, source)),
+        stored_as(leaf),
+        size_text(stored_bytes(leaf, source)),
         size_text(_loaded_bytes(leaf)),
     )
     # A column is as wide as its widest cell, in every row.
     return tuple(cell if len(cell) <= _WIDEST else f"{cell[: _WIDEST - 3]}..." for cell in cells)
+
+
+def stored_as(leaf: Leaf) -> str:
+    """The form of a leaf's numbers in the file."""
+    if any(part.dense for part in leaf.parts):
+        return "5 trits/byte"
+    forms = {"packed": "2 bits", "int8": "8 bits"}
+    return forms.get(leaf.described["kind"], str(leaf.described["dtype"]))
 
 
 def _config(config: dict[str, Any] | None) -> str:
@@ -122,7 +133,8 @@ def _size(leaf: Leaf) -> int:
     return 0 if leaf.described["kind"] == "empty" else math.prod(leaf.described["shape"])
 
 
-def _stored_bytes(leaf: Leaf, source: Source) -> int:
+def stored_bytes(leaf: Leaf, source: Source) -> int:
+    """Bytes of a leaf in the file."""
     entries = [source.header.tensors[part.name] for part in leaf.parts]
     return sum(entry.end - entry.begin for entry in entries)
 
@@ -131,7 +143,7 @@ def _loaded_bytes(leaf: Leaf) -> int:
     return sum(part.nbytes for part in leaf.parts)
 
 
-def _totals(leaves: list[Leaf], source: Source) -> dict[str, str]:
+def totals(leaves: list[Leaf], source: Source) -> dict[str, str]:
     """The lines below the table: sizes of the whole file."""
     parameters = sum(map(_size, leaves))
     loaded = sum(map(_loaded_bytes, leaves))
@@ -139,7 +151,7 @@ def _totals(leaves: list[Leaf], source: Source) -> dict[str, str]:
     ternary = [leaf for leaf in leaves if leaf.described["kind"] == "packed"]
     lines = {"parameters": f"{parameters:,}"}
     if ternary:
-        bits = 8 * sum(_stored_bytes(leaf, source) for leaf in ternary)
+        bits = 8 * sum(stored_bytes(leaf, source) for leaf in ternary)
         said = f"{len(ternary)}, at {bits / max(sum(map(_size, ternary)), 1):.2f} bits a weight"
         lines["ternary kernels"] = said
     return lines | {

@@ -160,7 +160,7 @@ class _Reading:
         self._dtype = options.dtype or config.dtype
         self._config = config
         self._options = dataclasses.replace(options, dtype=options.dtype or config.param_dtype)
-        self._places = dict(_places(config))
+        self._places = dict(places(config))
         self._made: dict[str, Kernel] = {}
         self._rows: dict[str, LoadedKernel] = {}
 
@@ -171,7 +171,7 @@ class _Reading:
         place = _joined(path)
         if place in self._places:
             name = self._places[place]
-            asked = self._config.kernel(_kind(name))
+            asked = self._config.kernel(kernel_name(name))
             kernel = _kernel(place, leaf, asked, self._options, tied=self._config.tied)
             self._made[place] = kernel._replace(value=None)
             self._rows[place] = _kernels.row(name, place, kernel)
@@ -184,7 +184,9 @@ class _Reading:
         for place in self._places:
             if place not in self._made:
                 refuse_leaf(place, "is missing")
-        kinds = {_kind(name): self._made[place].config for place, name in self._places.items()}
+        kinds = {
+            kernel_name(name): self._made[place].config for place, name in self._places.items()
+        }
         inner = {path: k for path, k in kinds.items() if path not in ("head", "embedding")}
         activations = _kernels.activations(options, self._config.activations, inner)
         return dataclasses.replace(
@@ -203,12 +205,12 @@ class _Reading:
         return LoadReport(tuple(self._rows[place] for place in self._places))
 
 
-def _kind(path: str) -> str:
+def kernel_name(path: str) -> str:
     """What a config calls a kernel."""
     return "embedding" if path == "embed" else path
 
 
-def _places(config: DecoderConfig) -> Iterator[tuple[str, str]]:
+def places(config: DecoderConfig) -> Iterator[tuple[str, str]]:
     """The path of every kernel's parameter, and of the kernel."""
     for path, *_ in _names.projections(config):
         yield f"{path}/linear/kernel", path

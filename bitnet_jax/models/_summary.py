@@ -1,7 +1,8 @@
-"""``python -m bitnet_jax inspect`` of a published checkpoint: what it holds, by its headers.
+"""``python -m bitnet_jax inspect`` of a checkpoint: what it holds, by its headers.
 
 Nothing but config.json, the headers of safetensors files or the metadata of a GGUF file
-is read. Whether float weights lie on a ternary grid is in their data, and so is not said.
+is read; of a file of ``Decoder.save``, its header. Whether float weights lie on a ternary
+grid is in their data, and so is not said.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from bitnet_jax._display import size_text, table
+from bitnet_jax._quantize.int8 import Int8Config
+from bitnet_jax._quantize.ternary import KernelConfig, TernaryConfig
 from bitnet_jax.io import _inspect
+from bitnet_jax.io._chunks import Source
 from bitnet_jax.io._gguf import Gguf
 from bitnet_jax.io._huggingface import Folder
+from bitnet_jax.io._manifest import Leaf
 from bitnet_jax.io._source import kind_of
+from bitnet_jax.io._tensors import name_of
 from bitnet_jax.models import _load_folder, _load_gguf, _names, _published, _saved
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._text import TOKENIZER
@@ -62,7 +68,7 @@ def inspect(path: str) -> int:
     texts = {"folder": _of_folder, "gguf": _of_gguf}
     if kind in texts:
         return _inspect.report(lambda: texts[kind](path))
-    return _inspect.inspect(path, about=_of_saved)
+    return _inspect.inspect(path, _of_saved)
 
 
 def _of_folder(path: str) -> str:
@@ -146,15 +152,59 @@ def _gguf_rows(file: Gguf, config: DecoderConfig) -> Iterator[_Stored]:
         yield _Stored(path, shape, kind, block.name, scales, tensor.nbytes)
 
 
-def _of_saved(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Lines about the decoder in a file of this library; none where it holds other parameters."""
-    found = _saved.described(metadata)
+def _of_saved(leaves: list[Leaf], source: Source) -> str | None:
+    """The page of a decoder in a file of this library; None where it holds other parameters."""
+    found = _saved.described(source.header.metadata)
     if found is None:
-        return {}
+        return None
     config, origin = found
+    named = {name_of(leaf.path): leaf for leaf in leaves}
+    rows = list(_saved_rows(named, source, config))
     names = origin.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    return {"architecture": name or "Decoder", **_shape(config)}
+    lines = {
+        "architecture": name or "Decoder",
+        **_shape(config),
+        "quantization": ", ".join(sorted({f"{row.kind} as {row.form}" for row in rows})),
+        **_sizes(rows),
+        **_tokens(f"files/{TOKENIZER}" in named, "files/chat_template.jinja" in named),
+    }
+    if "files/chat_template.jinja" not in named and "files/tokenizer_config.json" in named:
+        lines["text"] = lines["text"].replace(
+            "no chat template", "a chat template if tokenizer_config.json, not read, has one"
+        )
+    totals = _inspect.totals(leaves, source)
+    return _page(rows, lines | {k: v for k, v in totals.items() if k not in lines})
+
+
+def _saved_rows(
+    leaves: Mapping[str, Leaf], source: Source, config: DecoderConfig
+) -> Iterator[_Stored]:
+    shapes = {p: (n_in, n_out) for p, _, n_in, n_out, _ in _names.projections(config)}
+    shapes["embed"] = config.vocabulary, config.width
+    shapes["head"] = config.width, config.vocabulary
+    for place, path in _saved.places(config):
+        leaf = leaves.get(f"params/{place}")
+        if leaf is None or leaf.described.get("shape") != list(shapes[path]):
+            raise ValueError(
+                f"inspect: the file has no {place!r} of shape {shapes[path]}, which its decoder's "
+                "config asks for. Write it again with Decoder.save."
+            )
+        runs_as = config.kernel(_saved.kernel_name(path))
+        kind = {TernaryConfig: "ternary", Int8Config: "int8"}.get(type(runs_as), "float")
+        scales = "" if runs_as is None else _scales(runs_as)
+        if runs_as is not None and leaf.described["kind"] == "array":
+            scales += ", when run"
+        nbytes = _inspect.stored_bytes(leaf, source)
+        yield _Stored(path, shapes[path], kind, _inspect.stored_as(leaf), scales, nbytes)
+
+
+def _scales(config: KernelConfig) -> str:
+    """How many weights share a scale."""
+    per = config.granularity if isinstance(config, TernaryConfig) else "channel"
+    if isinstance(per, int):
+        return f"one for each {per} inputs"
+    return "one for a tensor" if per == "tensor" else "one for each output"
 
 
 def _shape(config: DecoderConfig) -> dict[str, str]:
@@ -207,5 +257,6 @@ def _page(rows: list[_Stored], lines: dict[str, str]) -> str:
         )
         for one, group in alike.items()
     ]
-    lines = {**lines, "data": "not read; python -m bitnet_jax generate or convert reads it"}
+    if "data" not in lines:
+        lines = lines | {"data": "not read; python -m bitnet_jax generate or convert reads it"}
     return f"{table(_COLUMNS, cells)}\n\n{_inspect.aligned(lines)}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import gguf_files
 import jax
@@ -203,7 +204,7 @@ def test_a_folder_is_written_whole_or_not_at_all(error, tmp_path, monkeypatch, c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_a_damaged_description_is_refused(tmp_path):
+def test_a_damaged_description_is_refused(tmp_path, capsys):
     from bitnet_jax.io import _file
 
     def write(**changes):
@@ -219,6 +220,8 @@ def test_a_damaged_description_is_refused(tmp_path):
     write()
     with pytest.raises(ValueError, match=r"is missing|has no place"):
         load(tmp_path / "a")
+    assert main(["inspect", str(tmp_path / "a")]) == 1
+    assert "has no 'layers/0/attention/query/linear/kernel' of shape" in capsys.readouterr().err
 
 
 def lines(text):
@@ -238,12 +241,46 @@ def test_inspect_reads_headers_alone(folder, tmp_path, capsys, monkeypatch):
         assert found["vocabulary"] == "256, tied head"
         assert found["ternary kernels"].startswith("7")
         assert "not read" in found["data"]
-        if path == folder:
-            row = next(line for line in printed.splitlines() if "mlp/down" in line).split()
-            assert row[:5] == ["layers/*/mlp/down", "1", "48x32", "ternary", "2"]
-            assert row[-1] == f"{8 * (48 * 32 / 4 + 4) / (48 * 32):.2f}"
-            assert found["quantization"] == "autobitlinear, offline"
-            assert found["text"] == "tokenizer, a chat template"
+        row = next(line for line in printed.splitlines() if "mlp/down" in line).split()
+        assert row[:5] == ["layers/*/mlp/down", "1", "48x32", "ternary", "2"]
+        assert row[-1] == f"{8 * (48 * 32 / 4 + 4) / (48 * 32):.2f}"
+        said = "autobitlinear, offline" if path == folder else "float as float32, ternary as 2 bits"
+        assert found["quantization"] == said
+        assert found["text"] == "tokenizer, a chat template"
+    assert "verify checks it" in found["data"]
+    assert found["format"].startswith("version ")
+
+
+def rows_of(path, capsys):
+    """The table of ``inspect``, by kernel."""
+    assert main(["inspect", str(path)]) == 0
+    cells = [
+        re.split(r"  +", line) for line in capsys.readouterr().out.split("\n\n")[0].split("\n")
+    ]
+    return {row[0]: dict(zip(cells[0], row, strict=False)) for row in cells[1:]}
+
+
+def test_inspect_of_a_saved_decoder_groups_layers(tmp_path, capsys):
+    """Alike in all layers is one row; one that differs has its own."""
+    other = (("layers/1/mlp/up", None),)
+    fields = {"depth": 3, "tied": False, "head": bj.Int8Config(), "overrides": other}
+    trained = small(**PLAIN | fields)
+    packed, _ = bj.nnx.pack(trained)
+    packed.save(tmp_path / "packed.safetensors")
+    rows = rows_of(tmp_path / "packed.safetensors", capsys)
+    assert len(rows) == 9  # seven projections, the embedding and the head; up is there twice
+    assert rows["layers/*/mlp/down"]["tensors"] == "3"
+    assert rows["layers/*/mlp/down"]["stored as"] == "2 bits"
+    assert rows["layers/*/mlp/down"]["scales"] == "one for a tensor"
+    assert rows["head"]["kind"] == "int8"
+    assert rows["head"]["scales"] == "one for each output"
+    trained.save(tmp_path / "trained.safetensors")
+    row = rows_of(tmp_path / "trained.safetensors", capsys)["layers/*/mlp/down"]
+    assert (row["kind"], row["stored as"]) == ("ternary", "float32")
+    assert row["scales"] == "one for a tensor, when run"
+    packed.save(tmp_path / "dense.safetensors", dense=True)
+    row = rows_of(tmp_path / "dense.safetensors", capsys)["layers/*/mlp/down"]
+    assert row["stored as"] == "5 trits/byte"
 
 
 def test_inspect_of_a_gguf_file(tmp_path, capsys):
