@@ -62,6 +62,7 @@ def write(
     tensors: Mapping[str, Entry],
     metadata: Mapping[str, str],
     content: Callable[[str], Callable[[slice], np.ndarray]],
+    progress: Callable[[float], None] = lambda _: None,
 ) -> None:
     """Writes a file with its digest. On failure nothing changes on the disk.
 
@@ -70,7 +71,9 @@ def write(
       tensors: as ``_safetensors.lay_out`` places them.
       metadata: all but the digest.
       content: from a tensor's name to a function from a chunk to its bytes.
+      progress: called with the part of the tensors' bytes that is written, 0 to 1.
     """
+    end = max((entry.end for entry in tensors.values()), default=0)
     # The digest covers the data and is in the header, so the header is written twice.
     header = _safetensors.encode(tensors, metadata, "0" * 64)
     hashes: dict[str, list[bytes]] = {}
@@ -78,6 +81,7 @@ def write(
         file.write(header)
         for name, entry in tensors.items():
             hashes[name] = _write_tensor(file, threads, entry, content(name))
+            progress(entry.end / end if end else 1.0)
         digest = _safetensors.digest(tensors, metadata, hashes.__getitem__)
         file.seek(0)
         file.write(_safetensors.encode(tensors, metadata, digest))

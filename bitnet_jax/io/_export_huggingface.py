@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ def export_huggingface(
     *,
     layout: Literal["bitlinear", "autobitlinear"] = "bitlinear",
     shard_bytes: int = 5_000_000_000,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> None:
     """Writes a decoder as a folder that transformers loads and runs.
 
@@ -40,6 +41,7 @@ def export_huggingface(
         transformers divides by; it loads such a file in any dtype and saves it again.
         ``"autobitlinear"``: s, which it multiplies by.
       shard_bytes: a file is begun when the one before has so many bytes of tensors.
+      progress: called with the part that is written, 0 to 1.
 
     Raises:
       FileExistsError: the folder holds weights.
@@ -74,10 +76,27 @@ def export_huggingface(
         raise FileExistsError(
             f"{_WHO}: {folder!r} holds {there[0]} already. Name an empty folder, or remove it."
         )
-    _write_tensors(folder, content.tensors, content.metadata, shard_bytes)
+    tensors = dict(_counted(content.tensors, progress))
+    _write_tensors(folder, tensors, content.metadata, shard_bytes)
     for name, source in content.files.items():
         _write_file(os.path.join(folder, name), source)
     _write_file(os.path.join(folder, CONFIG), json.dumps(content.config, indent=2) + "\n")
+
+
+def _counted(
+    tensors: Mapping[str, Lazy], progress: Callable[[float], None]
+) -> Iterator[tuple[str, Lazy]]:
+    """The tensors, each of which says when it is made what part of all bytes that makes."""
+    whole, done = sum(lazy.nbytes for lazy in tensors.values()), 0
+
+    def made(lazy: Lazy) -> np.ndarray:
+        nonlocal done
+        array, done = lazy.make(), done + lazy.nbytes
+        progress(done / whole)
+        return array
+
+    for name, lazy in tensors.items():
+        yield name, lazy._replace(make=lambda lazy=lazy: made(lazy))
 
 
 def _write_tensors(

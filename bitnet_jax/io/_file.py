@@ -92,8 +92,9 @@ def write(
     *,
     dense: bool,
     notes: Mapping[str, str] = MappingProxyType({}),
+    progress: Callable[[float], None] = lambda _: None,
 ) -> None:
-    """As :func:`save`, with more metadata beside its own."""
+    """As :func:`save`, with more metadata beside its own, and word of what is written."""
     _checks.require_instance(
         "save", "dense", dense, bool, "True packs five codes to a byte in the file."
     )
@@ -107,7 +108,9 @@ def write(
     tensors = _safetensors.lay_out({name: part.stored for name, (part, _) in contents.items()})
     leaves = _safetensors.canonical_json(described)
     metadata = {**notes, "format": FORMAT, "version": VERSIONS[-1], "leaves": leaves}
-    _chunks.write(os.fspath(path), tensors, metadata, lambda name: _content(*contents[name]))
+    _chunks.write(
+        os.fspath(path), tensors, metadata, lambda name: _content(*contents[name]), progress
+    )
 
 
 def _describe(

@@ -96,15 +96,15 @@ def _report(model: Decoder, request: Request, loaded: float, times: list[float])
 
 
 class Progress:
-    """How much is loaded, on one line, where that takes more than a moment."""
+    """How much is done, on one line, where that takes more than a moment."""
 
-    def __init__(self, begin: float):
-        self.begin, self.shown = begin, 0
+    def __init__(self, begin: float, doing: str = "loading"):
+        self.begin, self.doing, self.shown = begin, doing, 0
 
     def __call__(self, part: float) -> None:
         percent = int(100 * part)
         if time.perf_counter() - self.begin > 2 and percent > self.shown and sys.stderr.isatty():
             self.shown = percent
-            print(f"\rloading {percent} %", end="", file=sys.stderr, flush=True)
+            print(f"\r{self.doing} {percent} %", end="", file=sys.stderr, flush=True)
             if part >= 1:
                 print("\r", end="", file=sys.stderr)

@@ -128,7 +128,13 @@ class Decoder(Network):
         model.report, model.text, model.origin = loaded.report, loaded.text, loaded.origin
         return model
 
-    def save(self, path: str | os.PathLike[str], *, dense: bool = False) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dense: bool = False,
+        progress: Callable[[float], None] = lambda _: None,
+    ) -> None:
         """Writes the decoder to one file: parameters, config and tokenizer.
 
         :meth:`from_pretrained` gives back the same bits. The file is one of ``bj.io.save``: it
@@ -138,6 +144,7 @@ class Decoder(Network):
         Args:
           path: the file; by convention ``*.bitnet.safetensors``.
           dense: whether two-bit kernels are stored at 1.6 bits a weight.
+          progress: called with the part that is written, 0 to 1.
 
         Raises:
           TypeError: prepared kernels; another kind of path.
@@ -155,7 +162,7 @@ class Decoder(Network):
           >>> again.config == model.config
           True
         """
-        _saved.save(self, path, dense)
+        _saved.save(self, path, dense, progress)
 
     def generate(
         self,

@@ -53,6 +53,7 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
     loader = _Loader(folder, shape, says, options)
     leaves = {path: held(path, leaf, options) for path, leaf in loader.leaves()}
     loader.refuse_rest()
+    options.progress(1.0)
     text = text_of(folder, content, shape.vocabulary)
     return Pretrained(
         loader.final_config(),

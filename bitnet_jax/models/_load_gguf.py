@@ -96,6 +96,7 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
     loader = _Loader(file, options)
     leaves = {path: held(path, leaf, options) for path, leaf in loader.leaves()}
     loader.refuse_rest()
+    options.progress(1.0)
     text = _gguf_tokenizer.text_of(file, loader.config.vocabulary)
     return Pretrained(loader.final_config(), leaves, LoadReport(tuple(loader.rows)), text, Origin())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,9 @@ KEY = "decoder"  # of the metadata
 _KINDS = {k.__name__: k for k in (DecoderConfig, Rope, TernaryConfig, Int8Config, ActivationConfig)}
 
 
-def save(model: Any, path: str | os.PathLike[str], dense: bool) -> None:
+def save(
+    model: Any, path: str | os.PathLike[str], dense: bool, progress: Callable[[float], None]
+) -> None:
     """Writes a decoder; :func:`load` gives back the same bits."""
     remedy = "Name a file, by convention *.bitnet.safetensors."
     _checks.require_instance("save", "path", path, (str, os.PathLike), remedy)
@@ -55,7 +57,8 @@ def save(model: Any, path: str | os.PathLike[str], dense: bool) -> None:
         tree["files"] = {n: np.frombuffer(t, np.uint8) for n, t in texts.items() if t}
     config = dataclasses.replace(model.config, scan=False)
     says = {"config": encoded(config), "origin": model.origin.config}
-    _file.write(path, tree, dense=dense, notes={KEY: canonical_json(says)})
+    notes = {KEY: canonical_json(says)}
+    _file.write(path, tree, dense=dense, notes=notes, progress=progress)
 
 
 def _texts(model: Any) -> Iterator[tuple[str, bytes]]:
@@ -130,7 +133,7 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
             "stored. Leave it out."
         )
     with _chunks.open_source(WHO, path) as source:
-        _file.declared(source.header)
+        count = sum(bool(leaf.parts) for leaf in _file.declared(source.header))
         found = described(source.header.metadata)
     if found is None:
         raise ValueError(
@@ -138,9 +141,8 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
             "into the model that it was saved from; Decoder.save writes both."
         )
     config, origin = found
-    reading = _Reading(config, options)
+    reading = _Reading(config, options, count)
     everything = _file.load_each(WHO, path, reading.each)
-    options.progress(1.0)
     leaves = {_joined(p): leaf for p, leaf in everything.items() if p[0] == "params"}
     texts = {_joined(p): leaf for p, leaf in everything.items() if p[0] == "files"}
     files = _Files(path, texts)
@@ -156,7 +158,8 @@ def _joined(path: Sequence[str | int]) -> str:
 class _Reading:
     """Takes leaves as they come, into the dtype and the form that a caller asked for."""
 
-    def __init__(self, config: DecoderConfig, options: Options):
+    def __init__(self, config: DecoderConfig, options: Options, count: int):
+        self._count, self._read = count, 0  # leaves
         self._dtype = options.dtype or config.dtype
         self._config = config
         self._options = dataclasses.replace(options, dtype=options.dtype or config.param_dtype)
@@ -166,6 +169,8 @@ class _Reading:
 
     def each(self, path: Sequence[str | int], leaf: Any) -> Any:
         """A leaf as the decoder holds it; what is no parameter stays."""
+        self._read += 1
+        self._options.progress(self._read / self._count)
         if path[0] != "params":
             return leaf
         place = _joined(path)

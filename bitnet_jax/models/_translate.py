@@ -72,7 +72,8 @@ def run(parsed: argparse.Namespace) -> int:
         _convert(parsed, kind, to_file, begin)
     else:
         _require_as_they_are(parsed)
-        bitnet_io.save(target, bitnet_io.load(source), dense=parsed.dense)
+        tree = bitnet_io.load(source)
+        _file.write(target, tree, dense=parsed.dense, progress=_writing())
     taken = time.perf_counter() - begin
     print(f"wrote {target}, {size_text(_size(target))}, in {taken:.1f} s", file=sys.stderr)
     return 0
@@ -177,12 +178,17 @@ def _convert(parsed: argparse.Namespace, kind: str, to_file: bool, begin: float)
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     if to_file:
-        model.save(parsed.target, dense=parsed.dense)
+        model.save(parsed.target, dense=parsed.dense, progress=_writing())
         return
     says = model.origin.config.get("quantization_config") or {}
     same = "autobitlinear" if says.get("linear_class") == "autobitlinear" else "bitlinear"
     with _replacing(parsed.target) as folder:
-        bitnet_io.export_huggingface(model, folder, layout=parsed.layout or same)
+        layout = parsed.layout or same
+        bitnet_io.export_huggingface(model, folder, layout=layout, progress=_writing())
+
+
+def _writing() -> Progress:
+    return Progress(time.perf_counter(), "writing")
 
 
 def stored_floats(path: str, kind: str) -> set[str]:

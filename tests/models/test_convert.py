@@ -16,6 +16,7 @@ import bitnet_jax as bj
 from bitnet_jax.__main__ import main
 from bitnet_jax._packed.static_data import encoded
 from bitnet_jax.models import _saved, _translate
+from bitnet_jax.models._command import Progress
 
 SMALL = {"num_hidden_layers": 1}
 CASES = {
@@ -447,3 +448,40 @@ def test_a_file_whose_config_has_a_head_that_its_decoder_has_not():
     says = {"config": encoded(config), "origin": {}}
     says["config"]["DecoderConfig"]["head"] = encoded(bj.Int8Config())
     assert _saved.described({_saved.KEY: json.dumps(says)}) == (config, {})
+
+
+class Told:
+    """What a command says of its progress: (what is done, the part), one after the other."""
+
+    calls = ()
+
+    def __init__(self, _, doing="loading"):
+        self.doing = doing
+
+    def __call__(self, part):
+        Told.calls += ((self.doing, part),)
+
+
+def test_convert_shows_what_it_loads_and_what_it_writes(folder, tmp_path, monkeypatch):
+    file, plain = tmp_path / "a.safetensors", tmp_path / "plain.safetensors"
+    bj.io.save(plain, {"a": np.ones(3), "b": np.ones((2, 2))})
+    monkeypatch.setattr(_translate, "Progress", Told)
+    ways = ((folder, file), (file, tmp_path / "out"), (file, tmp_path / "b.safetensors"))
+    for source, target in (*ways, (plain, tmp_path / "c.safetensors")):
+        Told.calls = ()
+        converted(source, target)
+        for doing in ("loading", "writing")[source == plain :]:
+            parts = [part for what, part in Told.calls if what == doing]
+            assert len(parts) > 1
+            assert parts == sorted(parts)
+            assert 0 < parts[0] < parts[-1] == 1
+        words = [what for what, _ in Told.calls]
+        assert words == sorted(words)  # all of loading, then all of writing
+
+
+def test_a_line_of_progress(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    show = Progress(-1e9, "writing")  # long ago
+    for part in (0.251, 0.252, 1.0):
+        show(part)
+    assert capsys.readouterr().err == "\rwriting 25 %\rwriting 100 %\r"
