@@ -5,8 +5,8 @@ Counted, for a tree of parameters sharded by ``PartitionSpec``\\ s::
     parameters, gradients       this device's shards
     optimizer's state           what ``init`` allocates for the shards
     saved for the backward pass of each ternary contraction: x's codes (int8) and gammas
-                                (float32, one a token), the kernel's codes (int8, the shard)
-                                and its scale
+                                (float32, one for a token, or one for each of its groups), the
+                                kernel's codes (int8, the shard) and its scale
     gathered                    the codes of each kernel under :func:`gather_codes`, once in
                                 the forward pass and once in the backward pass
 
@@ -33,7 +33,12 @@ from bitnet_jax._ops.gather import gather_of
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import PackedTernary, Stored, is_stored
 from bitnet_jax._packed.pack import pack_quantized
-from bitnet_jax._quantize.int8 import Int8Config
+from bitnet_jax._quantize.int8 import (
+    INT8,
+    ActivationConfig,
+    Int8Config,
+    require_activation_groups,
+)
 from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
@@ -123,12 +128,13 @@ def training_memory(
     rules: _partition_specs.Rules | _partition_specs.SpecOf | None = None,
     select: Select | None = None,
     axes: AxesOf | None = None,
+    activations: ActivationConfig = INT8,
 ) -> TrainingMemory:
     """The bytes that training takes on each device, and the bytes of the model to serve.
 
     Computed from shapes: nothing is allocated, and no device is needed. A table for 70
     billion parameters takes seconds, from ``jax.eval_shape(model.init, ...)`` and an
-    ``AbstractMesh``. It assumes full quantisation (strength 1) and one int8 scale per token; the
+    ``AbstractMesh``. It assumes full quantisation (strength 1) and quantised activations; the
     other paths save floats.
 
     Call it inside :func:`gather_codes` if training will run inside it; else nothing is
@@ -151,13 +157,17 @@ def training_memory(
       rules: the shardings, as for :func:`partition_specs`; by default Flax's metadata.
       select: as for :func:`pack_params`.
       axes: as for :func:`pack_params`.
+      activations: of all layers; with a ``group``, every token saves a gamma for each of its
+        groups.
 
     Returns:
       A :class:`TrainingMemory`.
 
     Raises:
-      TypeError: as :func:`pack_params`; a mesh, optimizer or count of another type.
-      ValueError: as :func:`pack_params` and :func:`partition_specs`.
+      TypeError: as :func:`pack_params`; a mesh, optimizer, count or activations of another
+        type.
+      ValueError: as :func:`pack_params` and :func:`partition_specs`; groups of activations
+        that do not divide a contraction.
 
     Example:
       >>> import jax, optax, bitnet_jax as bj
@@ -191,6 +201,8 @@ def training_memory(
     _checks.require_instance(
         who, "optimizer", optimizer, kind, "Use for example optax.adamw(1e-3)."
     )
+    remedy = "Use bj.ActivationConfig(). Float activations are not counted here."
+    _checks.require_instance(who, "activations", activations, ActivationConfig, remedy)
     if not callable(tokens):
         _checks.require_instance(who, "tokens", tokens, int, "Count the tokens on one device.")
         _checks.require_positive(who, "tokens", tokens)
@@ -209,7 +221,7 @@ def training_memory(
             forms = [_packed(w, kernel._replace(config=Int8Config())), _packed(w, kernel)]
             rows = _rows(who, leaf, tokens)
             if rows:
-                kernels.append(_kernel(who, forms[1], entries, mesh, rows))
+                kernels.append(_kernel(who, forms[1], entries, mesh, rows, activations))
         served[16] += 2 * w.size
         served[8] += _nbytes(forms[0])
         served[2] += _nbytes(forms[1])
@@ -242,10 +254,16 @@ class _Kernel(NamedTuple):
 
 
 def _kernel(
-    who: str, packed: Stored, entries: _mesh.Spec, mesh: AbstractMesh, rows: int
+    who: str,
+    packed: Stored,
+    entries: _mesh.Spec,
+    mesh: AbstractMesh,
+    rows: int,
+    activations: ActivationConfig,
 ) -> _Kernel:
     """What one contraction saves and gathers, by the same decisions as the training op."""
     batch, k, n = packed.axes.split(packed.shape)
+    require_activation_groups(who, activations, k)
     parts = packed.axes.split(entries)
     gather = gather_of(
         who,
@@ -260,11 +278,15 @@ def _kernel(
     shape = (*batch, math.prod(k), math.prod(n))
     merged = [tuple(a for e in part for a in _mesh.names(e)) for part in parts[1:]]
     shards = (*parts[0], *merged)
-    *slices, depth, outputs = _cut(shape, shards if gather is None else gather.whole, mesh)
+    whole = shards if gather is None else gather.whole
+    *slices, depth, outputs = _cut(shape, whole, mesh)
+    gammas = 1 if activations.group is None else math.prod(k) // activations.group
+    (gammas,) = _cut((gammas,), _mesh.fit(whole[-2:-1], (gammas,), mesh), mesh)
     # A scale is sharded along its axes that the mesh divides.
     scale_entries = _mesh.fit(entries, packed.scale.shape, mesh)
     scale = math.prod(_cut(packed.scale.shape, scale_entries, mesh)) * _FLOAT32
-    saved = rows * math.prod(slices) * (depth + _FLOAT32) + math.prod(_cut(shape, shards, mesh))
+    saved = rows * math.prod(slices) * (depth + gammas * _FLOAT32)
+    saved += math.prod(_cut(shape, shards, mesh))
     if gather is None:
         return _Kernel(saved + scale, 0, 0)
     weights = math.prod(slices) * depth * outputs

@@ -20,12 +20,15 @@ GROUPS = bj.TernaryConfig(granularity=8)
 BATCH, FEATURES = 16, (32, 64, 48, 16)
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 EACH = (bj.B158, bj.PHASE4, bj.Int8Config())
+TOKEN, GROUP = bj.ActivationConfig(), bj.ActivationConfig(group=8)
 CASES = {
-    # how the kernels lie, and their quantisers
+    # how the kernels lie, and their quantisers; with "shared" a gamma for each 8 inputs
     "fsdp": ((("data", None),) * 3, EACH),
     "fsdp, outputs": (((None, "data"),) * 3, EACH),
     "fsdp, groups": ((("data", None),) * 3, (GROUPS,) * 3),
     "tensor, groups": (((None, "model"), ("model", None), (None, "model")), (GROUPS,) * 3),
+    "fsdp, shared": ((("data", None),) * 3, (GROUPS, bj.B158, bj.Int8Config())),
+    "tensor, shared": (((None, "model"), ("model", None), (None, "model")), EACH),
     "fsdp and tensor": ((("data", "model"), ("model", "data"), (("data", "model"), None)), EACH),
 }
 ADAMW = optax.adamw(1e-3)
@@ -42,13 +45,18 @@ class Net(nn.Module):
 
     specs: tuple
     configs: tuple
+    activations: bj.ActivationConfig
 
     @nn.compact
     def __call__(self, x):
         for i, features in enumerate(FEATURES[1:]):
             init = nn.with_partitioning(nn.initializers.lecun_normal(), self.specs[i])
             layer = bj.linen.BitDense(
-                features, kernel_init=init, weights=self.configs[i], name=f"layer_{i}"
+                features,
+                kernel_init=init,
+                weights=self.configs[i],
+                activations=self.activations,
+                name=f"layer_{i}",
             )
             x = layer(x)
         return x
@@ -70,7 +78,8 @@ class Real:
     def __init__(self, kind, case):
         specs, configs = CASES[case]
         self.mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(KINDS[kind],) * 2)
-        self.net = Net(specs, configs)
+        activations = GROUP if "shared" in case else TOKEN
+        self.net = Net(specs, configs, activations)
         x = normal(BATCH, FEATURES[0], seed=1)
         boxed = params_of(self.net, x)
         with self.training():
@@ -84,6 +93,7 @@ class Real:
                 optimizer=ADAMW,
                 tokens=BATCH // 4,
                 select=lambda path, _: path[-1] == "kernel" and configs[int(path[0][-1])],
+                activations=activations,
             )
 
     def training(self):
@@ -129,7 +139,7 @@ def test_what_is_gathered(kind, case):
     program, told = step.compiled((0, 1)), step.told
     assert told.gradients == on_one_device(program(step.params, step.x)[0])
     assert told.gathered == codes_gathered(program)
-    if case == "tensor, groups":
+    if case.startswith("tensor"):
         assert (told.gathered_weights, told.largest_codes, told.largest_gradient) == (0, 0, 0)
         return
     cut = 2 if case == "fsdp and tensor" else 1
@@ -188,6 +198,19 @@ def test_stacked_kernels():
         _, back = jax.jit(lambda w, x, product=product: jax.vjp(product, w, x))(w, x)
         assert saved() == on_one_device(back)
     assert saved(rules=[("kernel", P("data"))]) == saved() // 8
+
+
+def test_groups_of_activations_that_shards_cut():
+    """One gamma for each 32 of 96 inputs, over 4 devices, which do not divide three of them."""
+    group = bj.ActivationConfig(group=32)
+    rules = [("kernel", P("data", None))]
+    how = {"mesh": AbstractMesh((4,), ("data",)), "rules": rules, "activations": group}
+    params = {"kernel": jax.ShapeDtypeStruct((96, 16), "float32")}
+    assert told(params, **how).saved == 32 * (96 // 4 + 3 * 4) + 96 * 16 // 4 + 4
+    with pytest.raises(ValueError, match=r"training_memory: `activations.group`=32 does not"):
+        told({"kernel": jnp.ones((48, 16))}, activations=group)
+    with pytest.raises(TypeError, match="training_memory: `activations` must be"):
+        told(params, activations=None)
 
 
 def test_tokens_by_leaf():
