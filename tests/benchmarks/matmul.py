@@ -8,7 +8,8 @@
 Each candidate is one jit that chains different kernels: at M <= 8 at least twenty, over
 600 MB where they are ours, so that neither dispatch nor a warm cache is what is timed;
 `hot` multiplies by one kernel again and again. Ours quantises x and applies the epilogue
-inside; `sums` is the integer product alone. With PyTorch installed, its bfloat16 and its
+inside, `groups` with a scale for each 128 inputs of a token; `sums` is the integer product
+alone. With PyTorch installed, its bfloat16 and its
 int8 (oneDNN's prepacked linear, and the same with quantising and epilogue around it) are
 timed in the same rounds.
 
@@ -45,6 +46,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 STREAMED = 8  # rows up to which memory may be what limits
 BYTES, LAYERS = 600e6, 20
 FEW = 4  # kernels where multiplying is what limits
+GROUPED = (1, 128)  # rows at which activations in groups are timed too
+GROUP = bj.ActivationConfig(group=128)
 GOAL = 0.40  # of float32, at every M: without AMX, which this is written for as well
 
 
@@ -130,9 +133,11 @@ def jax_candidates(x: jax.Array, kernels: Kernels, count: int, hot: bool) -> dic
     codes, _ = bj.quantize_activations(x)
     rows = x.shape[0]
     ours = kernels.panels if rows <= STREAMED and not hot else kernels.panels[:count]
+    grouped = functools.partial(bj.matmul, activations=GROUP, implementation="cpu")
     pairs = {
         "float32": (lambda x, w: x @ w, x, kernels.floats[:count]),
         "cpu": (lambda x, w: bj.matmul(x, w, implementation="cpu"), x, ours),
+        **({"cpu, groups": (grouped, x, ours)} if rows in GROUPED else {}),
         "cpu, bfloat16": (lambda x, w: bj.matmul(x, w, dtype=jnp.bfloat16), low, ours),
         "cpu, sums": (lambda x, w: cpu.sums(x, w)[0], codes, ours),
         "xla": (lambda x, w: bj.matmul(x, w, implementation="xla"), x, kernels.xla[:count]),
