@@ -65,7 +65,8 @@ class DecoderConfig:
       remat: whether layers are computed again in the backward pass.
 
     Raises:
-      ValueError: a number out of range, or numbers that do not fit each other.
+      ValueError: a number out of range, or numbers that do not fit each other; a quantiser for
+        a kernel that the decoder has not.
       TypeError: a field of another type.
 
     Example:

@@ -17,12 +17,13 @@ WHO = "from_pretrained"
 
 # Any value passes: it is not about what the model computes.
 _NOTES = re.compile(
-    r"^_|^unsloth_|^transformers\b|_token(_ids?)?$|_version$|_dtype$|dropout$|_pdrop$|label$"
+    r"^_|^unsloth_|^transformers\b|_token_ids?$|(bos|eos|pad|unk|sep|cls|mask)_token$"
+    r"|_version$|_dtype$|dropout$|_pdrop$"
 )
 
 _ABOUT = (
-    "architectures auto_map base_model dtype finetuning_task is_llama_config license model_type "
-    "name tokenizer_class torch_dtype"
+    "architectures auto_map base_model dtype finetuning_task id2label is_llama_config label2id "
+    "license model_type name num_labels tokenizer_class torch_dtype"
 )
 _TRAINING = (
     "gradient_checkpointing initializer_range initializer_factor mup_denominator "
