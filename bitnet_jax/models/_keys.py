@@ -1,10 +1,11 @@
-"""Keys of a config: each is used, or is known to change no number, or is refused by its name.
+"""Keys of a config that nothing here reads: they change no number, or are refused by name.
 
-A key that nothing here reads may ask for what a decoder does not do, such as
-``final_logit_softcapping``; to leave it out would give other logits in silence. What is null,
-false, zero or empty asks for nothing. The lists below are of what transformers' configs of
-these families write by default, and of what publishers add: names and versions, token ids,
-defaults of generation, caching, training.
+Such a key may ask for what a decoder does not do, ``final_logit_softcapping`` for one; to
+leave it out would give other logits in silence. What is null, false, zero or empty asks for
+nothing. At the top of a config, where publishers add what they like, a key is refused if its
+name is one of arithmetic; inside ``rope_scaling`` and ``quantization_config``, whatever it is.
+The lists are of what transformers' configs of these families write by default, and of what
+publishers add: names and versions, token ids, defaults of generation, caching, training.
 """
 
 from __future__ import annotations
@@ -19,6 +20,15 @@ WHO = "from_pretrained"
 _NOTES = re.compile(
     r"^_|^unsloth_|^transformers\b|_token_ids?$|(bos|eos|pad|unk|sep|cls|mask)_token$"
     r"|_version$|_dtype$|dropout$|_pdrop$"
+)
+
+ANY = re.compile("")
+
+# Names of what changes numbers.
+ARITHMETIC = re.compile(
+    r"softcap|multiplier|scal(e|ing|ar)|clip|qk_?(layer)?norm|alibi|rope|rotary|chunk|window|causal"
+    r"|bidirectional|parallel|residual|experts?|moe|adapter|lora|conv_|ssm|mamba|sink|channels"
+    r"|_bits|group_size|^quantization$"
 )
 
 _ABOUT = (
@@ -86,13 +96,19 @@ class Keys:
             refuse(key, value, f"a {kind.__name__} in {self.where}")
         return value
 
-    def refuse_rest(self, passing: Collection[str], neutral: Mapping[str, Any]) -> None:
+    def refuse_rest(
+        self, passing: Collection[str], neutral: Mapping[str, Any], named: re.Pattern[str] = ANY
+    ) -> None:
         """Refuses keys that nothing asked for; call it when all are."""
-        refuse_unknown(self.content, self.asked | {*passing}, neutral, self.where)
+        refuse_unknown(self.content, self.asked | {*passing}, neutral, self.where, named)
 
 
 def refuse_unknown(
-    content: Mapping[str, Any], known: Collection[str], neutral: Mapping[str, Any], where: str
+    content: Mapping[str, Any],
+    known: Collection[str],
+    neutral: Mapping[str, Any],
+    where: str,
+    named: re.Pattern[str],
 ) -> None:
     """Refuses keys that are not known and may change what a model computes.
 
@@ -101,6 +117,7 @@ def refuse_unknown(
       known: keys that were read, or that change no number.
       neutral: the value of a key with which it changes none.
       where: what holds the object, for the error.
+      named: of the others, those whose names match are refused.
 
     Raises:
       ValueError: with the keys by name.
@@ -108,7 +125,10 @@ def refuse_unknown(
     said = [
         f"`{key}` is {value!r:.100}"
         for key, value in sorted(content.items())
-        if key not in known and not _NOTES.search(key) and not _asks_nothing(key, value, neutral)
+        if key not in known
+        and not _NOTES.search(key)
+        and (key in neutral or named.search(key))
+        and not _asks_nothing(key, value, neutral)
     ]
     if said:
         shown = ", ".join(said[:4]) + (", ..." if len(said) > 4 else "")

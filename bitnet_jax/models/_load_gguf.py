@@ -24,7 +24,7 @@ from bitnet_jax.io._gguf import Gguf
 from bitnet_jax.models import _codes, _gguf_tokenizer, _grid, _kernels
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._kernels import Kernel
-from bitnet_jax.models._keys import WHO, refuse, refuse_unknown
+from bitnet_jax.models._keys import ARITHMETIC, WHO, refuse, refuse_unknown
 from bitnet_jax.models._names import norms, projections
 from bitnet_jax.models._pretrained import Options, Origin, Outline, Pretrained, held
 from bitnet_jax.models._report import LoadedKernel, LoadReport
@@ -138,7 +138,7 @@ class _Keys:
         content = {k: v for k, v in self.metadata.items() if k.startswith(start)}
         known = {f"{start}{key}" for key in self.asked | _PASSING}
         neutral = {f"{start}{key}": value for key, value in _NEUTRAL.items()}
-        refuse_unknown(content, known, neutral, "the file")
+        refuse_unknown(content, known, neutral, "the file", ARITHMETIC)
 
 
 def decoder_config(file: Gguf) -> DecoderConfig:

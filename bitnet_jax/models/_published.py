@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from bitnet_jax.models._decoder_config import DecoderConfig
-from bitnet_jax.models._keys import NEUTRAL, PASSING, WHO, Keys, refuse
+from bitnet_jax.models._keys import ARITHMETIC, NEUTRAL, PASSING, WHO, Keys, refuse
 from bitnet_jax.models._rope import Rope
 
 Stored = Literal["float", "online", "multiply", "divide"]
@@ -112,7 +112,8 @@ def decoder_config(content: Mapping[str, Any]) -> DecoderConfig:
     if name == "MiniCPMForCausalLM":
         fields |= _multipliers(keys, width, fields["depth"])
     config = DecoderConfig(**fields)
-    keys.refuse_rest(PASSING | _READ_ELSEWHERE, {**NEUTRAL, "kv_channels": config.head_dim})
+    neutral = {**NEUTRAL, "kv_channels": config.head_dim}
+    keys.refuse_rest(PASSING | _READ_ELSEWHERE, neutral, ARITHMETIC)
     return config
 
 

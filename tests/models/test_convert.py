@@ -51,7 +51,7 @@ def converted(source, target, *options):
 
 @pytest.fixture
 def folder(tmp_path):
-    checkpoint = Checkpoint(vocab_size=256, _my_own_key=[1], eos_token_id=255, **SMALL)
+    checkpoint = Checkpoint(vocab_size=256, my_own_key=[1], eos_token_id=255, **SMALL)
     byte_tokenizer().save(str(checkpoint.write(tmp_path / "in") / "tokenizer.json"))
     (tmp_path / "in" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     return tmp_path / "in"
@@ -92,7 +92,7 @@ def test_text_files_and_unknown_keys_come_along(folder, tmp_path):
         assert again.text.encode("abc") == model.text.encode("abc")
         assert again.text.chat([{"role": "user", "content": "ab"}]) == model.text.encode("ab")
         assert again.text.stops == {255}
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["_my_own_key"] == [1]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["my_own_key"] == [1]
 
 
 @pytest.mark.full

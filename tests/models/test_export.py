@@ -122,7 +122,7 @@ def test_what_is_written_is_what_the_layout_means(tmp_path):
 
 
 def test_tokenizer_and_unknown_keys_pass_through(tmp_path):
-    folder = Checkpoint(vocab_size=256, num_hidden_layers=1, _my_own_key=[1, 2]).write(
+    folder = Checkpoint(vocab_size=256, num_hidden_layers=1, my_own_key=[1, 2]).write(
         tmp_path / "a"
     )
     byte_tokenizer().save(str(folder / "tokenizer.json"))
@@ -131,7 +131,7 @@ def test_tokenizer_and_unknown_keys_pass_through(tmp_path):
     again = load(tmp_path / "b")
     assert again.text.encode("abc") == load(folder).text.encode("abc")
     assert again.text.stops == {2, 7, 9}
-    assert json.loads((tmp_path / "b" / "config.json").read_text())["_my_own_key"] == [1, 2]
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["my_own_key"] == [1, 2]
 
 
 @pytest.mark.parametrize(

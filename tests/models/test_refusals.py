@@ -72,6 +72,7 @@ SAYS = {
 }
 # What transformers 4 and 5 write by default for these families, and what publishers add.
 ORDINARY = {
+    "a_note_of_the_publisher": [1],
     "_name_or_path": "x/y",
     "_attn_implementation_autoset": True,
     "activation": "swiglu",
