@@ -174,7 +174,7 @@ def _stack(path: str, parts: list[Any]) -> Any:
     """Parameters of all layers as one, in memory of its own; ``parts`` is emptied on the way."""
     leaves, treedef = jax.tree.flatten(parts[0])
     kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
-    stacks = [_memory((len(parts), *shape), dtype) for shape, dtype in kinds]
+    stacks = [in_large_pages((len(parts), *shape), dtype) for shape, dtype in kinds]
     for i in range(len(parts)):
         leaves, own = jax.tree.flatten(parts[i])
         if own != treedef or [(leaf.shape, leaf.dtype) for leaf in leaves] != kinds:
@@ -187,7 +187,7 @@ def _stack(path: str, parts: list[Any]) -> Any:
     return treedef.unflatten(jax.device_put(stack) for stack in stacks)
 
 
-def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def in_large_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array, not filled, that a CPU's JAX takes as it lies: NumPy asks for large pages."""
     size = math.prod(shape) * dtype.itemsize
     align = _LARGE_PAGE if size > _LARGE_PAGE else _ALIGNMENT
