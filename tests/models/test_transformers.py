@@ -54,18 +54,11 @@ def run_transformers(folder, dtype=torch.float32):
         return model, model(torch.tensor(IDS)).logits.float().numpy()
 
 
-# transformers would scale the bias of autobitlinear, so export refuses that (test_export).
-@pytest.mark.parametrize(
-    ("case", "layout"),
-    [
-        (case, layout)
-        for case in CASES
-        for layout in ("bitlinear", "autobitlinear")
-        if (case, layout) != ("llama-untied-bias", "autobitlinear")
-    ],
-)
-def test_transformers_agrees(case, layout, tmp_path):
-    model = bj.models.Decoder.from_pretrained(CASES[case].write(tmp_path / "in"))
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("layout", ["bitlinear", "autobitlinear"])
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_agrees(case, layout, scan, tmp_path):
+    model = bj.models.Decoder.from_pretrained(CASES[case].write(tmp_path / "in"), scan=scan)
     bj.io.export_huggingface(model, tmp_path / "out", layout=layout)
     theirs, wanted = run_transformers(tmp_path / "out")
     got = nnx.jit(lambda m, ids: m(ids)[0])(model, jnp.asarray(IDS))
