@@ -68,7 +68,9 @@ struct Path {
   int64_t (*busy)(int64_t turns, int32_t* sink);
 };
 
-extern const Path kAmxPath, kAvx512Path, kAvxVnniPath, kAvx2Path, kPortablePath;
+extern const Path kAmxPath, kAvx512Path, kAvxVnniPath, kAvx2Path;  // x86
+extern const Path kI8mmPath, kDotprodPath, kNeonPath;               // Arm
+extern const Path kPortablePath;
 
 // Fastest first; the last one runs everywhere.
 extern const Path* const kPaths[];

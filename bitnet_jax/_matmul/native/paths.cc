@@ -16,7 +16,15 @@ const Path* const kPaths[] = {
 #ifdef BITNET_X86
     &kAvx2Path,
 #endif
-    // NEON with dot product has its place here.
+#ifdef BITNET_I8MM
+    &kI8mmPath,
+#endif
+#ifdef BITNET_DOTPROD
+    &kDotprodPath,
+#endif
+#ifdef BITNET_ARM
+    &kNeonPath,
+#endif
     &kPortablePath,
 };
 const int kPathCount = sizeof(kPaths) / sizeof(kPaths[0]);

@@ -22,6 +22,27 @@
 #define BITNET_AMX 1
 #endif
 #endif
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#define BITNET_ARM 1
+#include <arm_neon.h>
+// Names of the targets whose intrinsics <arm_neon.h> declares: GCC always, for the base of its
+// own headers, Clang from 16 on, Apple's from 15 on, or where all of the build is for them.
+#if !defined(__clang__)
+#define BITNET_DOTPROD "arch=armv8.2-a+dotprod"
+#if __GNUC__ >= 10
+#define BITNET_I8MM "arch=armv8.2-a+dotprod+i8mm"
+#endif
+#else
+#if defined(__apple_build_version__) ? __clang_major__ >= 15 : __clang_major__ >= 16
+#define BITNET_INTRINSICS_BY_TARGET 1
+#endif
+#if defined(BITNET_INTRINSICS_BY_TARGET) || defined(__ARM_FEATURE_DOTPROD)
+#define BITNET_DOTPROD "dotprod"
+#endif
+#if defined(BITNET_INTRINSICS_BY_TARGET) || defined(__ARM_FEATURE_MATMUL_INT8)
+#define BITNET_I8MM "dotprod,i8mm"
+#endif
+#endif
 #endif
 
 #define BITNET_PRAGMA(text) _Pragma(#text)
