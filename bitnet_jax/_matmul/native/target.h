@@ -25,8 +25,8 @@
 #elif defined(__aarch64__) && defined(__ARM_NEON)
 #define BITNET_ARM 1
 #include <arm_neon.h>
-// Names of the targets whose intrinsics <arm_neon.h> declares: GCC always, for the base of its
-// own headers, Clang from 16 on, Apple's from 15 on, or where all of the build is for them.
+// The targets whose intrinsics <arm_neon.h> declares. GCC: always, for functions of the base that
+// it has them for. Clang from 16 on and Apple's from 15 on; before, where all is built for them.
 #if !defined(__clang__)
 #define BITNET_DOTPROD "arch=armv8.2-a+dotprod"
 #if __GNUC__ >= 10
@@ -34,13 +34,13 @@
 #endif
 #else
 #if defined(__apple_build_version__) ? __clang_major__ >= 15 : __clang_major__ >= 16
-#define BITNET_INTRINSICS_BY_TARGET 1
+#define BITNET_BY_TARGET 1
 #endif
-#if defined(BITNET_INTRINSICS_BY_TARGET) || defined(__ARM_FEATURE_DOTPROD)
+#if defined(BITNET_BY_TARGET) || defined(__ARM_FEATURE_DOTPROD)
 #define BITNET_DOTPROD "dotprod"
-#endif
-#if defined(BITNET_INTRINSICS_BY_TARGET) || defined(__ARM_FEATURE_MATMUL_INT8)
+#if defined(BITNET_BY_TARGET) || defined(__ARM_FEATURE_MATMUL_INT8)
 #define BITNET_I8MM "dotprod,i8mm"
+#endif
 #endif
 #endif
 #endif
