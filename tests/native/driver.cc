@@ -361,20 +361,21 @@ int64_t CheckPath(Pool& pool) {
 }
 
 // Outputs of attention that are far from the equation, some slots hidden.
+template <class Key>
 int64_t WrongAttention(Pool& pool, int64_t length, int64_t slots, int64_t dim) {
   const int64_t batch = 2, kv_heads = 2, heads = 6, group = heads / kv_heads;
   const int64_t queries = batch * length * heads * dim, keys = batch * slots * kv_heads * dim;
   auto q = Exactly<float>(queries), y = Exactly<float>(queries);
-  auto k = Exactly<float>(keys), v = Exactly<float>(keys);
+  auto k = Exactly<Key>(keys), v = Exactly<Key>(keys);
   auto mask = Exactly<uint8_t>(batch * length * slots);
   for (int64_t i = 0; i < queries; ++i) q[i] = Random(-99, 99) / 50.0f;
-  for (int64_t i = 0; i < keys; ++i) k[i] = Random(-99, 99) / 50.0f;
-  for (int64_t i = 0; i < keys; ++i) v[i] = Random(-99, 99) / 50.0f;
+  for (int64_t i = 0; i < keys; ++i) Narrow(Random(-99, 99) / 50.0f, &k[i]);
+  for (int64_t i = 0; i < keys; ++i) Narrow(Random(-99, 99) / 50.0f, &v[i]);
   for (int64_t i = 0; i < batch * length * slots; ++i) {
     mask[i] = i % slots == slots / 2 || Random(0, 1);
   }
-  Attend(pool, Attention<float>{q.get(), k.get(), v.get(), mask.get(), batch, length, heads, slots,
-                                kv_heads, dim, y.get()});
+  Attend(pool, Attention<Key>{q.get(), k.get(), v.get(), mask.get(), batch, length, heads, slots,
+                              kv_heads, dim, y.get()});
   int64_t wrong = 0;
   for (int64_t token = 0; token < batch * length; ++token) {
     for (int64_t h = 0; h < heads; ++h) {
@@ -386,10 +387,12 @@ int64_t WrongAttention(Pool& pool, int64_t length, int64_t slots, int64_t dim) {
       for (int64_t t = 0; t < slots; ++t) {
         if (!mask[token * slots + t]) continue;
         double score = 0;
-        for (int64_t d = 0; d < dim; ++d) score += q[(token * heads + h) * dim + d] * k[at(t) + d];
+        for (int64_t d = 0; d < dim; ++d) {
+          score += q[(token * heads + h) * dim + d] * Wide(k[at(t) + d]);
+        }
         const double weight = std::exp(score / std::sqrt(static_cast<double>(dim)));
         total += weight;
-        for (int64_t d = 0; d < dim; ++d) sums[d] += weight * v[at(t) + d];
+        for (int64_t d = 0; d < dim; ++d) sums[d] += weight * Wide(v[at(t) + d]);
       }
       for (int64_t d = 0; d < dim; ++d) {
         wrong += !(std::abs(y[(token * heads + h) * dim + d] - sums[d] / total) < 1e-4);
@@ -435,7 +438,9 @@ int main() {
   failures += WrongCodes(gone);
   for (const int64_t dim : {12, 64, 80, 128}) {
     for (const int64_t length : {1, 5}) {
-      failures += WrongAttention(workers, length, 300, dim) + WrongAttention(gone, length, 7, dim);
+      failures += WrongAttention<float>(workers, length, 300, dim);
+      failures += WrongAttention<float>(gone, length, 7, dim);
+      failures += WrongAttention<BFloat16>(workers, length, 130, dim);
     }
   }
   auto bytes = Exactly<uint8_t>(int64_t{3} << 20);

@@ -40,16 +40,23 @@ struct Partial {
 #ifdef BITNET_X86
 BITNET_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma")
 namespace avx512_attend {
+#include "attend_lanes.h"
 #include "attend_kernels.h"
 }
 BITNET_TARGET_END
 BITNET_TARGET("avx2,fma")
 namespace avx2_attend {
+#include "attend_lanes.h"
 #include "attend_kernels.h"
 }
 BITNET_TARGET_END
 #endif
 namespace plain_attend {
+#ifdef BITNET_ARM
+#include "attend_neon.h"
+#else
+#include "attend_lanes.h"
+#endif
 #include "attend_kernels.h"
 }
 

@@ -1,23 +1,8 @@
-// Compiled once for each instruction set, inside a namespace of its own: attend.cc.
+// Compiled once for each instruction set, inside a namespace of its own, after what vectors of
+// 16 floats are there: attend_lanes.h or attend_neon.h. See attend.cc.
 
-using Lanes = float __attribute__((vector_size(64), aligned(4), may_alias));
-using Half8 = float __attribute__((vector_size(32)));
-using Half4 = float __attribute__((vector_size(16)));
-using Words = int32_t __attribute__((vector_size(64)));
-
-constexpr int64_t kLanes = 16;
-constexpr int64_t kTogether = 4;  // query heads, and vectors of a value, at a time
+constexpr int64_t kTogether = 4;  // query heads at a time
 constexpr int64_t kAhead = 12;    // slots; values of a few are asked for with their keys
-
-inline Lanes Load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
-
-inline Lanes Load(const BFloat16* from) {
-  Words wide;
-  for (int64_t i = 0; i < kLanes; ++i) wide[i] = static_cast<int32_t>(from[i].bits) << 16;
-  Lanes result;
-  std::memcpy(&result, &wide, sizeof(result));
-  return result;
-}
 
 inline float Wide(float x) { return x; }
 
@@ -26,19 +11,6 @@ inline float Wide(BFloat16 x) {
   float result;
   std::memcpy(&result, &bits, sizeof(result));
   return result;
-}
-
-// The halves of a vector, added until one lane is left.
-inline float Total(const Lanes& x) {
-  Half8 a, b;
-  std::memcpy(&a, &x, sizeof(a));
-  std::memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof(a), sizeof(b));
-  a += b;
-  Half4 c, d;
-  std::memcpy(&c, &a, sizeof(c));
-  std::memcpy(&d, reinterpret_cast<const char*>(&a) + sizeof(c), sizeof(d));
-  c += d;
-  return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
 // What is read so many slots later: slots of a head lie too far apart for the hardware to see.
@@ -51,7 +23,7 @@ inline void Prefetch(const Key* from, int64_t dim) {
 // e^x for x <= 0, to 2 ulp; Cephes' polynomial.
 inline Lanes Exponential(Lanes x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to integers
-  x = x < -87.0f ? Lanes{} - 87.0f : x;
+  x = AtLeast(x, -87.0f);
   const Lanes shifted = x * 1.44269504088896341f + magic;
   const Lanes n = shifted - magic;
   const Lanes r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -61,13 +33,7 @@ inline Lanes Exponential(Lanes x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const Lanes e = p * r * r + r + 1.0f;
-  Words bits, power;
-  std::memcpy(&bits, &e, sizeof(bits));
-  std::memcpy(&power, &shifted, sizeof(power));
-  bits += (power - 0x4B400000) << 23;  // the bits of magic
-  Lanes result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
+  return TimesPower(e, shifted, 0x4B400000);  // the bits of magic
 }
 
 // Scores of `heads` queries, each (dim,), against one key.
@@ -101,7 +67,7 @@ inline float Softmax(float* scores, int64_t count, float* largest) {
     std::fill(block, block + kLanes, hidden);
     std::copy(scores + t, scores + t + length, block);
     const Lanes x = Load(block);
-    const Lanes e = x == hidden ? Lanes{} : Exponential(x - most);
+    const Lanes e = ZeroWhere(x, hidden, Exponential(x - most));
     sum += e;
     std::memcpy(block, &e, sizeof(block));
     std::copy(block, block + length, scores + t);
@@ -135,7 +101,7 @@ inline void Gather(const float* weights, int64_t weight_stride, const Key* v, in
     }
     d += kWidth * kLanes;
   };
-  while (d + kTogether * kLanes <= dim) vectors(std::integral_constant<int64_t, kTogether>{});
+  while (d + kVectors * kLanes <= dim) vectors(std::integral_constant<int64_t, kVectors>{});
   while (d + kLanes <= dim) vectors(std::integral_constant<int64_t, 1>{});
   for (; d < dim; ++d) {
     for (int64_t h = 0; h < heads; ++h) {
