@@ -40,18 +40,21 @@ struct Partial {
 #ifdef BITNET_X86
 BITNET_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma")
 namespace avx512_attend {
+constexpr int kKeysTogether = 4;  // keys that four queries meet at a time, sums in registers
 #include "attend_lanes.h"
 #include "attend_kernels.h"
 }
 BITNET_TARGET_END
 BITNET_TARGET("avx2,fma")
 namespace avx2_attend {
+constexpr int kKeysTogether = 1;
 #include "attend_lanes.h"
 #include "attend_kernels.h"
 }
 BITNET_TARGET_END
 #endif
 namespace plain_attend {
+constexpr int kKeysTogether = 1;
 #ifdef BITNET_ARM
 #include "attend_neon.h"
 #else

@@ -2,7 +2,7 @@
 // 16 floats are there: attend_lanes.h or attend_neon.h. See attend.cc.
 
 constexpr int64_t kTogether = 4;  // query heads at a time
-constexpr int64_t kAhead = 12;    // slots; values of a few are asked for with their keys
+constexpr int64_t kAhead = 12;    // slots
 
 inline float Wide(float x) { return x; }
 
@@ -36,41 +36,108 @@ inline Lanes Exponential(Lanes x) {
   return TimesPower(e, shifted, 0x4B400000);  // the bits of magic
 }
 
-// Scores of `heads` queries, each (dim,), against one key.
-template <class Key>
-inline void Score(const float* q, const Key* k, int64_t heads, int64_t dim, float* scores,
-                  int64_t stride) {
-  Lanes sums[kTogether] = {};
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    const Lanes key = Load(k + d);
-    for (int64_t h = 0; h < heads; ++h) sums[h] += Load(q + h * dim + d) * key;
+// Products of H queries and up to four keys, with names all the way: see Codes in kernels.h.
+template <int H>
+struct Scores {
+  Lanes a{}, b{}, c{}, d{};
+  Scores<H - 1> rest{};
+
+  template <int K>
+  BITNET_INLINE void Add(const float* q, int64_t dim, const Lanes (&keys)[K]) {
+    const Lanes query = Load(q);
+    a += query * keys[0];
+    if constexpr (K > 1) b += query * keys[1];
+    if constexpr (K > 2) c += query * keys[2];
+    if constexpr (K > 3) d += query * keys[3];
+    rest.Add(q + dim, dim, keys);
   }
-  for (int64_t h = 0; h < heads; ++h) {
-    float total = Total(sums[h]);
-    for (int64_t i = d; i < dim; ++i) total += q[h * dim + i] * Wide(k[i]);
-    scores[h * stride] = total;
+  // Of a head, its keys side by side; heads `stride` apart.
+  template <int K>
+  BITNET_INLINE void Sum(float* scores, int64_t stride) const {
+    scores[0] = Total(a);
+    if constexpr (K > 1) scores[1] = Total(b);
+    if constexpr (K > 2) scores[2] = Total(c);
+    if constexpr (K > 3) scores[3] = Total(d);
+    rest.template Sum<K>(scores + stride, stride);
+  }
+};
+
+template <>
+struct Scores<0> {
+  template <int K>
+  BITNET_INLINE void Add(const float*, int64_t, const Lanes (&)[K]) {}
+  template <int K>
+  BITNET_INLINE void Sum(float*, int64_t) const {}
+};
+
+// Scores of H queries, each (dim,), against K keys that are `k_stride` apart.
+template <int H, int K, class Key>
+BITNET_INLINE void Score(const float* q, const Key* k, int64_t k_stride, int64_t dim,
+                         float* scores, int64_t stride) {
+  Scores<H> sums;
+  int64_t at = 0;
+  for (; at + kLanes <= dim; at += kLanes) {
+    Lanes keys[K];
+    for (int i = 0; i < K; ++i) keys[i] = Load(k + i * k_stride + at);
+    sums.Add(q + at, dim, keys);
+  }
+  sums.template Sum<K>(scores, stride);
+  for (; at < dim; ++at) {
+    for (int h = 0; h < H; ++h) {
+      for (int i = 0; i < K; ++i) {
+        scores[h * stride + i] += q[h * dim + at] * Wide(k[i * k_stride + at]);
+      }
+    }
   }
 }
 
-// Scores, where a slot is hidden minus infinity, to weights relative to the largest; returns
-// what they sum to.
-inline float Softmax(float* scores, int64_t count, float* largest) {
+// Of all slots; values of a few slots are asked for with their keys.
+template <int H, class Key>
+void ScoreAll(const float* q, const Key* k, const Key* v, int64_t k_stride, int64_t count,
+              int64_t dim, float* scores, int64_t stride) {
+  int64_t t = 0;
+  const auto some = [&](auto keys) {
+    constexpr int kKeys = decltype(keys)::value;
+    for (; t + kKeys <= count; t += kKeys) {
+      for (int i = 0; i < kKeys; ++i) {
+        if (t + i + kAhead < count) Prefetch(k + (t + i + kAhead) * k_stride, dim);
+        if (count <= kChunk) Prefetch(v + (t + i) * k_stride, dim);
+      }
+      Score<H, kKeys>(q, k + t * k_stride, k_stride, dim, scores + t, stride);
+    }
+  };
+  some(std::integral_constant<int, kKeysTogether>{});
+  some(std::integral_constant<int, 1>{});
+}
+
+// Scores, times what the mask shows, to weights relative to the largest; returns what they sum
+// to. A slot that is hidden has minus infinity.
+inline float Softmax(float* scores, const uint8_t* mask, float scale, int64_t count,
+                     float* largest) {
   const float hidden = -std::numeric_limits<float>::infinity();
-  float most = hidden;
-  for (int64_t t = 0; t < count; ++t) most = std::max(most, scores[t]);
+  for (int64_t t = 0; t < count; ++t) scores[t] = mask[t] ? scores[t] * scale : hidden;
+  float block[kLanes];
+  std::fill(block, block + kLanes, hidden);
+  int64_t t = 0;
+  for (; t + kLanes <= count; t += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) block[i] = std::max(block[i], scores[t + i]);
+  }
+  for (; t < count; ++t) block[0] = std::max(block[0], scores[t]);
+  const float most = *std::max_element(block, block + kLanes);
   *largest = most;
   Lanes sum = {};
-  for (int64_t t = 0; t < count; t += kLanes) {
-    float block[kLanes];
-    const int64_t length = std::min(kLanes, count - t);
-    std::fill(block, block + kLanes, hidden);
-    std::copy(scores + t, scores + t + length, block);
-    const Lanes x = Load(block);
+  const auto weigh = [&](float* some) {
+    const Lanes x = Load(some);
     const Lanes e = ZeroWhere(x, hidden, Exponential(x - most));
     sum += e;
-    std::memcpy(block, &e, sizeof(block));
-    std::copy(block, block + length, scores + t);
+    std::memcpy(some, &e, sizeof(e));
+  };
+  for (t = 0; t + kLanes <= count; t += kLanes) weigh(scores + t);
+  if (t < count) {
+    std::fill(block, block + kLanes, hidden);
+    std::copy(scores + t, scores + count, block);
+    weigh(block);
+    std::copy(block, block + count - t, scores + t);
   }
   return Total(sum);
 }
@@ -131,17 +198,13 @@ void Part(const Attention<Key>& a, int64_t b, int64_t l, int64_t kv, Slots slots
     for (int64_t i = heads; i < kTogether; ++i) {
       std::fill(scores + i * a.slots, scores + i * a.slots + count, 0.0f);
     }
-    for (int64_t t = 0; t < count; ++t) {
-      if (t + kAhead < count) Prefetch(a.k + at + (t + kAhead) * stride, a.dim);
-      if (count <= kChunk) Prefetch(a.v + at + t * stride, a.dim);
-      Score(q, a.k + at + t * stride, heads, a.dim, scores + t, a.slots);
-      for (int64_t i = 0; i < heads; ++i) {
-        float& score = scores[i * a.slots + t];
-        score = mask[t] ? score * scale : -std::numeric_limits<float>::infinity();
-      }
-    }
+    constexpr void (*kScore[])(const float*, const Key*, const Key*, int64_t, int64_t, int64_t,
+                               float*, int64_t) = {nullptr, ScoreAll<1, Key>, ScoreAll<2, Key>,
+                                                   ScoreAll<3, Key>, ScoreAll<4, Key>};
+    kScore[heads](q, a.k + at, a.v + at, stride, count, a.dim, scores, a.slots);
     for (int64_t i = 0; i < heads; ++i) {
-      out.sums[h + i] = Softmax(scores + i * a.slots, count, out.largest + h + i);
+      out.sums[h + i] =
+          Softmax(scores + i * a.slots, mask, scale, count, out.largest + h + i);
     }
     Gather(scores, a.slots, a.v + at, stride, count, heads, a.dim, out.y + h * a.dim);
   }

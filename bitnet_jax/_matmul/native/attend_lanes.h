@@ -1,6 +1,7 @@
 // Vectors of 16 floats as a compiler makes them of any registers. For attend_kernels.h.
 
-using Lanes = float __attribute__((vector_size(64), aligned(4), may_alias));
+using Lanes = float __attribute__((vector_size(64)));
+using InMemory = float __attribute__((vector_size(64), aligned(4), may_alias));
 using Half8 = float __attribute__((vector_size(32)));
 using Half4 = float __attribute__((vector_size(16)));
 using Words = int32_t __attribute__((vector_size(64)));
@@ -8,7 +9,7 @@ using Words = int32_t __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 16;
 constexpr int64_t kVectors = 4;  // of a value, at a time
 
-inline Lanes Load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
+inline Lanes Load(const float* from) { return *reinterpret_cast<const InMemory*>(from); }
 
 inline Lanes Load(const BFloat16* from) {
   Words wide;
@@ -19,16 +20,14 @@ inline Lanes Load(const BFloat16* from) {
 }
 
 // The halves of a vector, added until one lane is left.
-inline float Total(const Lanes& x) {
-  Half8 a, b;
-  std::memcpy(&a, &x, sizeof(a));
-  std::memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof(a), sizeof(b));
-  a += b;
-  Half4 c, d;
-  std::memcpy(&c, &a, sizeof(c));
-  std::memcpy(&d, reinterpret_cast<const char*>(&a) + sizeof(c), sizeof(d));
-  c += d;
-  return (c[0] + c[2]) + (c[1] + c[3]);
+inline float Total(Lanes x) {
+  Half8 eights[2];
+  std::memcpy(eights, &x, sizeof(x));
+  eights[0] += eights[1];
+  Half4 fours[2];
+  std::memcpy(fours, eights, sizeof(eights[0]));
+  const Half4 four = fours[0] + fours[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 inline Lanes AtLeast(Lanes x, float least) { return x < least ? Lanes{} + least : x; }

@@ -26,9 +26,8 @@
 #pragma once
 
 #include "plain.h"
+#include "target.h"
 #include "unpack.h"
-
-#define BITNET_INLINE inline __attribute__((always_inline))
 
 namespace bitnet {
 namespace {

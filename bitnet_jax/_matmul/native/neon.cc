@@ -11,6 +11,7 @@ namespace {
 struct Baseline : Neon {
   using Activations = int8x16_t;
   static constexpr int kTileRows = 3, kTilePanels = 1;
+  static constexpr int kIndependent = 3;
   static constexpr int64_t kDirectRows = 2;
   // Ternary products are at most 2 * 127: 128 of them fit.
   static constexpr int64_t kStepRows = 2 * kBlockRows;
@@ -86,15 +87,9 @@ struct Baseline::Total<Kind::kInt8> {
 
 bool Always() { return true; }
 
-constexpr Path MakePath() {
-  Path path = PathOf<Baseline>("neon", Always);
-  path.busy = Busy<Baseline, 3>;
-  return path;
-}
-
 }  // namespace
 
-const Path kNeonPath = MakePath();
+const Path kNeonPath = PathOf<Baseline>("neon", Always);
 
 }  // namespace bitnet
 

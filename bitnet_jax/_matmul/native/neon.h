@@ -13,6 +13,7 @@ struct Neon {
     uint8x16_t a, b, c, d;
   };
   static constexpr int64_t kSlab = 128;
+  static constexpr int kIndependent = 6;
   // Codes as signed bytes: a ternary one is too large by 1, an int8 one is what it is.
   static constexpr uint32_t kBias[2] = {1, 0};
 

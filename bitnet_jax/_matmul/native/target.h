@@ -45,6 +45,8 @@
 #endif
 #endif
 
+#define BITNET_INLINE inline __attribute__((always_inline))
+
 #define BITNET_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define BITNET_TARGET(set) \
