@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -267,26 +267,38 @@ def _product(spec: _Spec, anywhere: bool) -> by_platform.Operation:
 @functools.cache
 def _product_at(spec: _Spec) -> by_platform.Operation:
     """(x (1, M, K), a stack of panels (S, bytes), scale (1, G, 1 or N), index) -> (1, M, N)."""
-    assert spec.activations is not None
-    qmax, depth = np.float32(spec.activations.qmax), np.int64(spec.layout.depth)
-
-    def native_product(x: jax.Array, stack: jax.Array, scale: jax.Array, at: jax.Array):
-        x_codes, gamma = _quantize(x, spec.layout.depth, cast(ActivationConfig, spec.activations))
-        shape = jax.ShapeDtypeStruct((*x.shape[:2], spec.layout.outputs), spec.dtype)
-        operands = x_codes, gamma, stack, scale, at
-        how: dict[str, Any] = {"depth": depth, "int8": spec.layout.int8, "qmax": qmax}
-        return _call(native.MULTIPLY_AT, shape, *operands, **how)
 
     def plain(x: jax.Array, stack: jax.Array, scale: jax.Array, at: jax.Array) -> jax.Array:
         return _plain_product(spec, x, cut(SliceOf(stack, at))[None], scale)
 
     return by_platform.Operation(
-        native=native_product,
+        native=functools.partial(_multiply, spec),
         plain=plain,
         shape=lambda x, *_: (*x.shape[:2], spec.layout.outputs),
         dtype=spec.dtype,
         merges_rows=True,
         mapped=plain,
+    )
+
+
+def _multiply(
+    spec: _Spec, x: Activations, panels: jax.Array, scale: CanonicalScale, *at: jax.Array
+) -> Float[Array, "b m n"]:
+    """By custom calls; with an index, from that slice of a stack of panels."""
+    assert spec.activations is not None
+    layout, activations = spec.layout, spec.activations
+    x_codes, gamma = _quantize(x, layout.depth, activations)  # gamma (B, M, 1 or A)
+    return _call(
+        native.MULTIPLY,
+        jax.ShapeDtypeStruct((*x.shape[:2], layout.outputs), spec.dtype),
+        x_codes,
+        gamma,
+        panels,
+        scale,
+        *at,
+        depth=np.int64(layout.depth),
+        int8=layout.int8,
+        qmax=np.float32(activations.qmax),
     )
 
 
@@ -312,19 +324,8 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
         return codes if spec.prepared else _lay_out(spec, codes)
 
     def whole(x: Activations, codes: jax.Array, scale: CanonicalScale) -> jax.Array:
-        n = _outputs_of(spec, codes.shape)
-        x_codes, gamma = _quantize(x, spec.layout.depth, activations)  # gamma (B, M, 1 or A)
-        return _call(
-            native.MULTIPLY,
-            jax.ShapeDtypeStruct((*x.shape[:2], n), spec.dtype),
-            x_codes,
-            gamma,
-            panels_of(spec, codes),
-            scale,
-            depth=np.int64(spec.layout.depth),
-            int8=spec.layout.int8,
-            qmax=np.float32(activations.qmax),
-        )
+        part = spec.layout._replace(outputs=_outputs_of(spec, codes.shape))
+        return _multiply(spec._replace(layout=part), x, panels_of(spec, codes), scale)
 
     def summed(
         x: Activations, codes: jax.Array, scale: CanonicalScale, axes: tuple[str, ...]

@@ -29,13 +29,12 @@ OFF = "BITNET_JAX_NATIVE"
 # Custom calls: the name of each in the library and in XLA.
 QUANTIZE = "bitnet_quantize"
 MULTIPLY = "bitnet_multiply"
-MULTIPLY_AT = "bitnet_multiply_at"
 SUMS = "bitnet_sums"
 LAY_OUT = "bitnet_lay_out"
 ATTEND = "bitnet_attend"
 READ = "bitnet_read"
 BUSY = "bitnet_busy"
-TARGETS = (QUANTIZE, MULTIPLY, MULTIPLY_AT, SUMS, LAY_OUT, ATTEND, READ, BUSY)
+TARGETS = (QUANTIZE, MULTIPLY, SUMS, LAY_OUT, ATTEND, READ, BUSY)
 # No suffix of a Python extension: it is none, and nothing should try to import it.
 _FILE = "product.native"
 _log = logging.getLogger(__name__)

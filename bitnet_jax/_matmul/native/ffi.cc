@@ -109,11 +109,18 @@ ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels, int64_t
 
 // x (B, M, K) int8, gamma (B, M, A), panels, scale (B, G, 1 or N) -> y (B, M, N). The groups
 // of x and of the kernel are summed together where they are alike, else in the fewest parts
-// that cut neither.
-ffi::Error MultiplyFrom(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
+// that cut neither. With one more operand, an index, panels are a stack (S, bytes), of which one
+// slice is read, and B is 1.
+ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
                         ffi::Buffer<ffi::F32> gamma, ffi::Buffer<ffi::U8> panels,
-                        ffi::Buffer<ffi::F32> scale, const int32_t* at, int64_t depth, bool int8,
-                        float qmax, ffi::Result<ffi::AnyBuffer> y) {
+                        ffi::Buffer<ffi::F32> scale, ffi::RemainingArgs rest, int64_t depth,
+                        bool int8, float qmax, ffi::Result<ffi::AnyBuffer> y) {
+  const int32_t* at = nullptr;
+  if (rest.size() > 0) {
+    const auto index = rest.get<ffi::Buffer<ffi::S32>>(0);
+    if (!index.has_value() || index->element_count() != 1) return Wrong("want one index");
+    at = index->typed_data();
+  }
   const Dimensions yd = y->dimensions(), sd = scale.dimensions(), gd = gamma.dimensions();
   if (yd.size() != 3 || sd.size() != 3 || gd.size() != 3 || gd[2] < 1 || sd[1] < 1) {
     return Wrong("want y (B, M, N), gamma (B, M, A), scale (B, G, 1 or N)");
@@ -137,22 +144,6 @@ ffi::Error MultiplyFrom(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
   if (y->element_type() == Type::F32) return run(y->typed_data<float>());
   if (y->element_type() == Type::BF16) return run(static_cast<BFloat16*>(y->untyped_data()));
   return Wrong("y must be float32 or bfloat16");
-}
-
-ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
-                        ffi::Buffer<ffi::F32> gamma, ffi::Buffer<ffi::U8> panels,
-                        ffi::Buffer<ffi::F32> scale, int64_t depth, bool int8, float qmax,
-                        ffi::Result<ffi::AnyBuffer> y) {
-  return MultiplyFrom(threads, x, gamma, panels, scale, nullptr, depth, int8, qmax, y);
-}
-
-// The same from a stack: panels (S, bytes) and the index of one of them.
-ffi::Error MultiplyAtImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
-                          ffi::Buffer<ffi::F32> gamma, ffi::Buffer<ffi::U8> panels,
-                          ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> at, int64_t depth,
-                          bool int8, float qmax, ffi::Result<ffi::AnyBuffer> y) {
-  if (at.element_count() != 1) return Wrong("want one index");
-  return MultiplyFrom(threads, x, gamma, panels, scale, at.typed_data(), depth, int8, qmax, y);
 }
 
 // x (B, M, K) int8, panels -> sums (B, G, M, N) int32.
@@ -271,19 +262,7 @@ BITNET_HANDLER(bitnet_multiply, bitnet::MultiplyImpl,
                    .Arg<ffi::Buffer<ffi::F32>>()
                    .Arg<ffi::Buffer<ffi::U8>>()
                    .Arg<ffi::Buffer<ffi::F32>>()
-                   .Attr<int64_t>("depth")
-                   .Attr<bool>("int8")
-                   .Attr<float>("qmax")
-                   .Ret<ffi::AnyBuffer>())
-
-BITNET_HANDLER(bitnet_multiply_at, bitnet::MultiplyAtImpl,
-               ffi::Ffi::Bind()
-                   .Ctx<ffi::ThreadPool>()
-                   .Arg<ffi::Buffer<ffi::S8>>()
-                   .Arg<ffi::Buffer<ffi::F32>>()
-                   .Arg<ffi::Buffer<ffi::U8>>()
-                   .Arg<ffi::Buffer<ffi::F32>>()
-                   .Arg<ffi::Buffer<ffi::S32>>()
+                   .RemainingArgs()
                    .Attr<int64_t>("depth")
                    .Attr<bool>("int8")
                    .Attr<float>("qmax")
