@@ -6,10 +6,11 @@ CPU backend when a library was compiled against a newer FFI than its own. So the
 versions are compared before anything is registered.
 
 From the layout up: ``layout`` (the layout of a prepared kernel), ``path`` (what an
-instruction set has to offer), ``plain``, ``unpack``, ``kernels``, ``ymm`` and
-``avx512`` (what they are compiled from), a ``.cc`` for each, ``product`` (whole arrays,
-cut into pieces for ``threads``), ``attend`` (attention over a cache, from
-``attend_kernels``), ``limits`` (what it is measured against), ``ffi`` (XLA's door).
+instruction set has to offer), ``plain``, ``unpack``, ``kernels``, ``ymm``, ``avx512``,
+``neon`` and ``dotprod`` (what they are compiled from), a ``.cc`` for each, ``product``
+(whole arrays, cut into pieces for ``threads``), ``attend`` (attention over a cache, from
+``attend_kernels`` over ``attend_lanes`` or ``attend_neon``), ``limits`` (what it is
+measured against), ``ffi`` (XLA's door).
 """
 
 from __future__ import annotations
