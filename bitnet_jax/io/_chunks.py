@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from bitnet_jax.io import _dense, _safetensors
+from bitnet_jax.io import _dense, _memory, _safetensors
 from bitnet_jax.io._safetensors import Entry, FormatError, Header, raise_damaged
 from bitnet_jax.io._tensors import Part
 
@@ -257,13 +257,11 @@ def read(
 
 
 def _destination(source: Source, part: Part) -> np.ndarray:
-    """Memory for the bytes of an array, aligned so that JAX on a CPU uses it without a copy."""
+    """Memory for the bytes of an array."""
     mapping = source.map(part.name)
     if mapping is not None and not part.dense:
         return mapping
-    raw = np.empty(part.nbytes + _safetensors.ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _safetensors.ALIGNMENT
-    return raw[start : start + part.nbytes]
+    return _memory.empty((part.nbytes,), np.dtype(np.uint8))
 
 
 def _read_chunk(

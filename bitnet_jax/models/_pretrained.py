@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -16,6 +13,7 @@ from flax import nnx
 from bitnet_jax._matmul import prepare
 from bitnet_jax._packed.kernel import PackedTernary, Prepared, is_packed
 from bitnet_jax._quantize.ternary import KernelConfig
+from bitnet_jax.io import _memory
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._keys import WHO
 from bitnet_jax.models._parts import Blank
@@ -24,7 +22,7 @@ from bitnet_jax.models._text import TOKENIZER, Text
 
 DECLARED = "declared"
 
-_ALIGNMENT, _LARGE_PAGE = 64, 1 << 21  # bytes; JAX copies arrays on a CPU that start elsewhere
+_WORTH_IT = 1 << 24  # bytes: to look for freed memory takes longer than to stack less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +172,7 @@ def _stack(path: str, parts: list[Any]) -> Any:
     """Parameters of all layers as one, in memory of its own; ``parts`` is emptied on the way."""
     leaves, treedef = jax.tree.flatten(parts[0])
     kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
-    stacks = [in_large_pages((len(parts), *shape), dtype) for shape, dtype in kinds]
+    stacks = [_memory.empty((len(parts), *shape), dtype) for shape, dtype in kinds]
     for i in range(len(parts)):
         leaves, own = jax.tree.flatten(parts[i])
         if own != treedef or [(leaf.shape, leaf.dtype) for leaf in leaves] != kinds:
@@ -182,24 +180,9 @@ def _stack(path: str, parts: list[Any]) -> Any:
         for stack, leaf in zip(stacks, leaves, strict=True):
             stack[i] = leaf
         parts[i] = leaves = leaf = None
-        if stacks[0].nbytes > _LARGE_PAGE:
-            _give_back_memory()
+        if sum(stack.nbytes for stack in stacks) > _WORTH_IT:
+            _memory.give_back()
     return treedef.unflatten(jax.device_put(stack) for stack in stacks)
-
-
-def in_large_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array, not filled, that a CPU's JAX takes as it lies: NumPy asks for large pages."""
-    size = math.prod(shape) * dtype.itemsize
-    align = _LARGE_PAGE if size > _LARGE_PAGE else _ALIGNMENT
-    raw = np.empty(size + align, np.uint8)
-    return raw[-raw.ctypes.data % align :][:size].view(dtype).reshape(shape)
-
-
-def _give_back_memory() -> None:
-    """Lets glibc return what was freed: it keeps blocks of a few megabytes, which kernels are."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def reads_stacks(loaded: Pretrained) -> bool:

@@ -41,6 +41,7 @@ from flax import nnx
 import bitnet_jax as bj
 from bitnet_jax._display import size_text
 from bitnet_jax._matmul import limits
+from bitnet_jax.io import _memory
 from bitnet_jax.models import _load_gguf, _names, _pretrained
 from bitnet_jax.models._generation import tokens_of
 from bitnet_jax.models._parts import Blank
@@ -125,7 +126,7 @@ class Limits:
     """Bytes read and operations done in a second, as fast as all threads can."""
 
     def __init__(self):
-        memory = _pretrained.in_large_pages((512 << 20,), np.dtype(np.uint8))
+        memory = _memory.empty((512 << 20,), np.dtype(np.uint8))
         memory.fill(1)
         self.memory = jax.device_put(memory)
         self.reads = jax.jit(limits.read, static_argnums=1)
