@@ -21,7 +21,15 @@ from bitnet_jax.models import _generation, _load_folder, _load_gguf, _saved
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._network import Network
 from bitnet_jax.models._parts import Blank
-from bitnet_jax.models._pretrained import DECLARED, Options, Origin, fill, laid_out, reads_stacks
+from bitnet_jax.models._pretrained import (
+    DECLARED,
+    Options,
+    Origin,
+    dtype_of,
+    fill,
+    laid_out,
+    reads_stacks,
+)
 from bitnet_jax.models._publish import published
 from bitnet_jax.models._report import LoadReport
 from bitnet_jax.models._request import checked
@@ -103,12 +111,13 @@ class Decoder(Network):
         Raises:
           FileNotFoundError: a missing folder, file or shard.
           ValueError: a key, tensor or dtype that does not fit, by its name.
+          TypeError: an argument of another type.
         """
         kind = "gguf" if os.fspath(path).endswith(".gguf") else kind_of(path)
         if dtype is None and kind != "saved":
             dtype = jnp.float32
         options = Options(
-            None if dtype is None else jnp.dtype(dtype),
+            None if dtype is None else dtype_of(dtype),
             packed,
             weights,
             head,

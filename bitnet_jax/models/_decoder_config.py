@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any, Literal
 
@@ -18,9 +19,12 @@ _DEFAULT_ROPE = Rope()
 
 ACTIVATIONS = ("silu", "relu2")
 
-_PROJECTION = re.compile(
-    r"layers/(0|[1-9]\d{0,8})/(?:attention/(?:query|key|value|out)|mlp/(?:gate|up|down))"
+_PARTS = (
+    *(f"attention/{part}" for part in ("query", "key", "value", "out")),
+    *(f"mlp/{part}" for part in ("gate", "up", "down")),
 )
+
+_PROJECTION = re.compile(rf"layers/(0|[1-9]\d{{0,8}})/(?:{'|'.join(_PARTS)})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,8 @@ class DecoderConfig:
       residual_multiplier: of what a branch adds (``scale_depth / sqrt(depth)``).
       logit_multiplier: of the head's input (``dim_model_base / hidden_size``).
       weights: the projections' quantiser: ternary, int8, or None for float.
-      activations: the quantiser of what meets quantised kernels; None: weight-only.
+      activations: the quantiser of what meets quantised kernels; None: weight-only. A group
+        (``bj.ActivationConfig(group=64)``) divides the inputs of each.
       activation_rounding: ``"float32"``, or ``"input"``: activations are quantised in
         the dtype that they come in, as transformers' ``BitLinear`` does.
       embedding: the embedding's quantiser; None: float.
@@ -133,11 +138,12 @@ class DecoderConfig:
         check_activations(who, self.activations)
         _require_one_scale(who, self.activation_rounding, self.activations)
         for name in ("weights", "embedding", "head"):
-            _require_quantiser(who, name, getattr(self, name))
+            require_quantiser(who, name, getattr(self, name))
         for path, config in self.overrides:
-            _require_quantiser(who, f"overrides[{path!r}]", config)
+            require_quantiser(who, f"overrides[{path!r}]", config)
         _require_head(who, self)
         _require_kernels(who, self)
+        _require_groups(who, self)
         for name in ("dtype", "param_dtype"):
             object.__setattr__(self, name, _float_dtype(who, name, getattr(self, name)))
 
@@ -185,6 +191,34 @@ def _require_kernels(who: str, config: DecoderConfig) -> None:
             raise ValueError(f"{who}: `overrides` names {path!r} twice. Leave one out.")
 
 
+def _require_groups(who: str, config: DecoderConfig) -> None:
+    """Raises where groups, of activations or of weights, do not divide a kernel's inputs."""
+    inputs = {"embedding": config.width, "head": config.width}
+    for i in range(config.depth):
+        for part in _PARTS:
+            n_in = {"attention/out": config.heads * config.head_dim, "mlp/down": config.hidden}
+            inputs[f"layers/{i}/{part}"] = n_in.get(part, config.width)
+    kernels = dict.fromkeys(inputs, config.weights)
+    kernels |= {"embedding": config.embedding, "head": config.head, **dict(config.overrides)}
+    inputs = {path: inputs[path] for path, kernel in kernels.items() if kernel is not None}
+    looked_up = () if config.tied else ("embedding",)  # an input, which nothing multiplies
+    group = None if config.activations is None else config.activations.group
+    met = {path: n_in for path, n_in in inputs.items() if path not in looked_up}
+    _require_divisor(who, "activations.group", group, met)
+    for kernel in {k for k in kernels.values() if isinstance(k, TernaryConfig)}:
+        own = {path: n_in for path, n_in in inputs.items() if kernels[path] == kernel}
+        _require_divisor(who, "granularity", kernel.granularity, own)
+
+
+def _require_divisor(who: str, name: str, group: Any, inputs: dict[str, int]) -> None:
+    for path, n_in in inputs.items():
+        if isinstance(group, int) and n_in % group:
+            raise ValueError(
+                f"{who}: `{name}`={group} does not divide the {n_in} inputs of {path!r}. Use a "
+                f"divisor of {math.gcd(*inputs.values())}, which divides them all."
+            )
+
+
 def _require_one_scale(who: str, rounding: str, activations: ActivationConfig | None) -> None:
     """Raises where groups of activations are to be rounded in the input's dtype."""
     if rounding == "input" and activations is not None and activations.group is not None:
@@ -207,7 +241,8 @@ def _require_divides(who: str, name: str, divisor: int, of: str, value: int) -> 
         raise ValueError(f"{who}: `{of}` must be a multiple of {name} = {divisor}, got {value}.")
 
 
-def _require_quantiser(who: str, name: str, value: Any) -> None:
+def require_quantiser(who: str, name: str, value: Any) -> None:
+    """Refuses anything but a kernel's quantiser or None."""
     kinds = (TernaryConfig, Int8Config, type(None))
     _checks.require_instance(who, name, value, kinds, "Use bj.B158, bj.Int8Config() or None.")
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Float32, Int, PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax.models import _blocks
-from bitnet_jax.models._attention import empty_layer
+from bitnet_jax.models._attention import empty_layer, require_cache_dtype
 from bitnet_jax.models._axes import MeshAxes, specs_of
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._parts import RMSNorm, embedding, linear
@@ -158,6 +158,9 @@ class Network(nnx.Module):
         Returns:
           A plain tree, for ``cache``; see the module's head.
 
+        Raises:
+          ValueError: another dtype.
+
         Example:
           >>> import bitnet_jax as bj
           >>> from flax import nnx
@@ -167,7 +170,7 @@ class Network(nnx.Module):
           (1, 16, 4, 8)
         """
         config = self.config
-        kind = jnp.dtype(config.dtype if dtype is None else dtype)
+        kind = config.dtype if dtype is None else require_cache_dtype("init_cache", "dtype", dtype)
         layers = [empty_layer(config, batch_size, cache_size, kind) for _ in range(config.depth)]
         if config.scan:
             return {_blocks.STACKED: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}

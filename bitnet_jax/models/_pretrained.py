@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bitnet_jax import _checks
 from bitnet_jax._matmul import prepare
 from bitnet_jax._packed.kernel import PackedTernary, Prepared, is_packed
+from bitnet_jax._quantize.int8 import check_activations
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.io import _memory
-from bitnet_jax.models._decoder_config import DecoderConfig
+from bitnet_jax.models._decoder_config import DecoderConfig, require_quantiser
 from bitnet_jax.models._keys import WHO
 from bitnet_jax.models._parts import Blank
 from bitnet_jax.models._report import LoadReport
@@ -38,6 +41,32 @@ class Options:
     scan: bool | None = False
     prepared: bool = False
     progress: Callable[[float], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        if self.activations != DECLARED:
+            check_activations(WHO, self.activations)
+        for name in ("weights", "head"):
+            require_quantiser(WHO, name, getattr(self, name))
+        for name in ("packed", "prepared"):
+            _checks.require_instance(WHO, name, getattr(self, name), bool, "Use True or False.")
+        kinds = (bool, type(None))
+        _checks.require_instance(WHO, "scan", self.scan, kinds, "Use True, False or None.")
+
+
+def dtype_of(dtype: Any) -> np.dtype:
+    """The dtype that floats are loaded in; refuses what is no floating-point dtype."""
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"{WHO}: `dtype` is {dtype!r}, which names no dtype. Use jnp.float32 or jnp.bfloat16."
+        ) from None
+    if not jnp.issubdtype(kind, jnp.floating):
+        raise ValueError(
+            f"{WHO}: `dtype` must be a floating-point dtype, got {dtype!r}. For int8 kernels pass "
+            "head=bj.Int8Config() and weights=bj.Int8Config()."
+        )
+    return kind
 
 
 PASSED = (

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from bitnet_jax import _checks
+from bitnet_jax.models._attention import require_cache_dtype
 from bitnet_jax.models._sampling import Sampling
 from bitnet_jax.models._text import Text
 
@@ -63,6 +64,7 @@ def checked(
     Of the model only ``config`` and ``text`` are read: an :class:`Outline` will do.
     """
     given = stops_of(max_new_tokens, stop)
+    _require_cache(cache_size, cache_dtype)
     rows, as_text, single = rows_of(model, prompt)
     require_tokens(rows, model.config.vocabulary)
     longest, context = max(map(len, rows)), model.config.context
@@ -73,6 +75,12 @@ def checked(
             f"{max(context - longest, 0)} tokens."
         )
     own = frozenset() if model.text is None else model.text.stops
+    texts = tuple(one for one in given if isinstance(one, str))
+    if texts and (model.text is None or not model.text.has_tokenizer):
+        raise ValueError(
+            f"generate: `stop` has the text {texts[0]!r}, and there is no tokenizer to make text "
+            "of tokens. Stop at token ids, integers."
+        )
     return Request(
         rows,
         as_text,
@@ -80,10 +88,17 @@ def checked(
         max_new_tokens,
         sampling,
         own | frozenset(one for one in given if isinstance(one, int)),
-        tuple(one for one in given if isinstance(one, str)),
+        texts,
         cache_size,
         cache_dtype,
     )
+
+
+def _require_cache(size: Any, dtype: Any) -> None:
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"generate: `cache_size` must be an integer >= 1 or None, got {size!r}.")
+    if dtype is not None:
+        require_cache_dtype("generate", "cache_dtype", dtype)
 
 
 def stops_of(max_new_tokens: int, stop: Any) -> list[str | int]:

@@ -55,6 +55,11 @@ class Text:
         return self._tokenizer
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether the checkpoint came with a tokenizer that is read."""
+        return self._make is not None
+
+    @property
     def has_template(self) -> bool:
         """Whether the checkpoint came with a chat template."""
         return self._template is not None

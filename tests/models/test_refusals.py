@@ -17,6 +17,7 @@ from bitnet_jax.models._template_limits import TemplateError
 
 ONE = {"num_hidden_layers": 1}
 UP = "model.layers.0.mlp.up_proj"
+GROUPS_OF_48 = bj.ActivationConfig(group=48)
 
 
 def refused(folder, error, match, **options):
@@ -292,13 +293,44 @@ def model(tmp_path_factory):
         ([1], {"min_p": 0}, ValueError, "`min_p`"),
         ([1], {"repetition_penalty": 0.0}, ValueError, "`repetition_penalty`"),
         ([1], {"stop": ""}, TypeError, "`stop`"),
-        ([1], {"stop": "x"}, ValueError, "no tokenizer"),
+        ([1], {"stop": "x"}, ValueError, "`stop` has the text 'x', .*no tokenizer.* token ids"),
+        ([1], {"cache_size": "8"}, ValueError, "`cache_size` must be an integer >= 1 or None"),
         ([1], {"cache_size": 10, "max_new_tokens": 4}, ValueError, "19 slots are needed"),
     ],
 )
 def test_requests(model, prompt, options, error, match):
     with pytest.raises(error, match=match):
         model.generate(prompt, **({"max_new_tokens": 2} | options))
+
+
+@pytest.mark.parametrize("kind", ["int4", "uint8", jnp.int16, bool, "float8_e4m3fn", "floaty", 8])
+def test_a_cache_that_would_cut_its_values(model, kind):
+    match = "must be float32, bfloat16, float16 or int8, got"
+    with pytest.raises(ValueError, match=f"generate: `cache_dtype` {match}"):
+        model.generate([1], max_new_tokens=2, cache_dtype=kind)
+    with pytest.raises(ValueError, match=f"init_cache: `dtype` {match}"):
+        model.init_cache(1, 8, kind)
+
+
+# Refused before the checkpoint is looked for: there is none.
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"activations": 64}, TypeError, "`activations` must be a ActivationConfig.*got int 64"),
+        ({"activations": "int8"}, TypeError, "`activations` must be"),
+        ({"activations": bj.B158}, TypeError, "`activations` must be"),
+        ({"weights": 8}, TypeError, "`weights` must be a TernaryConfig or Int8Config"),
+        ({"head": "int8"}, TypeError, "`head` must be a TernaryConfig or Int8Config"),
+        ({"dtype": "floaty"}, TypeError, "`dtype` is 'floaty', which names no dtype"),
+        ({"dtype": jnp.int8}, ValueError, "`dtype` must be a floating-point .*bj.Int8Config"),
+        ({"packed": "no"}, TypeError, "`packed` must be a bool"),
+        ({"prepared": None}, TypeError, "`prepared` must be a bool"),
+        ({"scan": "yes"}, TypeError, "`scan` must be a bool or NoneType"),
+    ],
+)
+@pytest.mark.parametrize("name", ["none", "none.gguf"])
+def test_options_of_loading(tmp_path, name, options, error, match):
+    refused(tmp_path / name, error, match, **options)
 
 
 def test_several_prompts_are_no_stream(model):
@@ -343,6 +375,23 @@ def test_calls(model):
             {"activation_rounding": "input", "activations": bj.ActivationConfig(group=64)},
             r"`activation_rounding`='input' .*`activations.group` is 64. Use activation_rounding=",
         ),
+        (
+            {"activations": bj.ActivationConfig(group=64)},  # of 256 and 688 inputs
+            r"`activations.group`=64 does not divide the 688 inputs of 'layers/0/mlp/down'. Use a "
+            "divisor of 16,",
+        ),
+        (
+            {"head_dim": 6, "activations": bj.ActivationConfig(group=16)},
+            "=16 does not divide the 24 inputs of 'layers/0/attention/out'. Use a divisor of 8,",
+        ),
+        (
+            {"embedding": bj.Int8Config(), "weights": None, "activations": GROUPS_OF_48},
+            "=48 does not divide the 256 inputs of 'embedding'",
+        ),
+        (
+            {"overrides": (("layers/3/mlp/up", bj.TernaryConfig(granularity=48)),)},
+            "`granularity`=48 does not divide the 256 inputs of 'layers/3/mlp/up'",
+        ),
         ({"norm_eps": 0.0}, "`eps`"),
         ({"dtype": jnp.int8}, "`dtype` must be a floating-point"),
         ({"logit_multiplier": 0.0}, "`logit_multiplier`"),
@@ -359,6 +408,18 @@ def test_configs(fields, match):
         bj.models.DecoderConfig(vocabulary=8, **fields)
     with pytest.raises(ValueError, match=re.escape("Rope: `kind` must be one of")):
         bj.models.Rope(kind="dynamic")
+
+
+def test_groups_are_asked_of_quantised_kernels_alone():
+    down = tuple((f"layers/{i}/mlp/down", None) for i in range(4))  # of 688 inputs
+    for fields in (
+        {"weights": None},
+        {"width": 192, "hidden": 96},
+        {"width": 192, "overrides": down},
+        {"weights": None, "embedding": bj.Int8Config(), "tied": False},  # a table, looked up
+    ):
+        config = bj.models.DecoderConfig(vocabulary=8, activations=GROUPS_OF_48, **fields)
+        assert config.activations == GROUPS_OF_48
 
 
 @pytest.mark.parametrize("tied", [True, False])
