@@ -68,25 +68,51 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "path",
-        help="a .gguf file, a folder with config.json and *.safetensors, or a file of convert",
+        help="a .gguf file, a folder with config.json and *.safetensors, or a file of convert or "
+        "Decoder.save",
     )
-    parser.add_argument("--prompt", help="what to continue; read from standard input if left out")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="what to continue; read from standard input if left out")
+    prompt.add_argument(
+        "--ids",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="token ids in place of a prompt, for a checkpoint without a tokenizer: ids come out",
+    )
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt through the checkpoint's chat template"
     )
     parser.add_argument("--system", help="with --chat, a system message before the prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default): the likeliest token"
+        "--max-new-tokens", type=int, default=128, metavar="N", help="at most so many; default 128"
     )
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--min-p", type=float, metavar="P")
-    parser.add_argument("--repetition-penalty", type=float, metavar="X")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", action="append", default=[], help="a text that ends the answer")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (default): the likeliest token; above, tokens are drawn",
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest of probability P together"
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from those of P times the likeliest's"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="above 1, repeats are less likely"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws; default 0")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="a text that ends the answer; again for more"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the computation; default float32",
     )
     parser.add_argument(
         "--int8",
@@ -170,7 +196,8 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("inspect", help=text, description=f"Prints {text}.")
     parser.add_argument(
         "path",
-        help="a folder with config.json and *.safetensors, a .gguf file, or a file of bj.io.save",
+        help="a folder with config.json and *.safetensors, a .gguf file, or a file of bj.io.save, "
+        "Decoder.save or convert",
     )
     parser.set_defaults(run=_inspect)
 
@@ -179,7 +206,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     """Adds ``verify``."""
     text = "whether a file of bj.io.save is intact, reading all of it"
     command = commands.add_parser("verify", help=text, description=f"Prints {text}.")
-    command.add_argument("file", help="the file to read")
+    command.add_argument("file", help="a file of bj.io.save, Decoder.save or convert")
     command.set_defaults(run=lambda parsed: verify(parsed.file))
 
 

@@ -200,7 +200,10 @@ class Source:
 @contextlib.contextmanager
 def open_source(who: str, path: str, *, mapped: bool = False) -> Iterator[Source]:
     """Opens a file to read; errors inside the ``with`` name ``who`` and the file."""
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+    if os.path.isdir(path):
+        text = f"{who}: this is a folder, and a file of bj.io.save is read. Name the file"
+        raise IsADirectoryError(errno.EISDIR, text, path)
+    if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, f"{who}: `path` is a device or a pipe. Name a file", path)
     try:
         with open(path, "rb") as file:

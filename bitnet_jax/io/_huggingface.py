@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ CONFIG = "config.json"
 WHOLE = "model.safetensors"
 
 INDEX = "model.safetensors.index.json"
+
+_ALONE = re.compile(r"(?<!-of-\d{5})\.(?:gguf|safetensors)$", re.IGNORECASE)  # no shard
 
 _MAX_JSON = 64 << 20  # bytes; a tokenizer has about 20 MB
 
@@ -76,6 +79,14 @@ def json_object(who: str, name: str, text: Callable[[], str]) -> dict[str, Any]:
     return content
 
 
+def _download_of(path: str) -> str:
+    """How to download what looks like a name on the Hugging Face hub: owner/name."""
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", path):
+        return ""
+    name = path.split("/")[1]
+    return f" Nothing is downloaded here: hf download {path} --local-dir {name}, and name {name!r}."
+
+
 class Folder(Mapping[str, np.ndarray]):
     """The tensors of a checkpoint by name, each a read-only view of its file.
 
@@ -90,7 +101,7 @@ class Folder(Mapping[str, np.ndarray]):
         if not os.path.isdir(self.path):
             raise FileNotFoundError(
                 f"{who}: no folder {self.path!r}. Download a checkpoint there, config.json and "
-                "*.safetensors, or name a .gguf file."
+                f"*.safetensors, or name a .gguf file.{_download_of(self.path)}"
             )
         self.metadata: dict[str, str] = {}
         self._entries: dict[str, tuple[str, _safetensors.Entry, int]] = {}
@@ -155,10 +166,18 @@ class Folder(Mapping[str, np.ndarray]):
             return files
         if os.path.exists(os.path.join(self.path, WHOLE)):
             return {WHOLE: None}
-        there = sorted(n for n in os.listdir(self.path) if n.endswith((".bin", ".pt", ".pth")))
+        there = sorted(os.listdir(self.path))
+        said = f"{self.who}: {self.path!r} has neither {WHOLE} nor {INDEX}"
+        own = [n for n in there if _ALONE.search(n)]
+        if own:
+            file = os.path.join(self.path, own[0])
+            raise FileNotFoundError(
+                f"{said}, and is no folder of a checkpoint. Name one of its files: {file!r}."
+            )
+        other = next((n for n in there if n.endswith((".bin", ".pt", ".pth"))), None)
         raise FileNotFoundError(
-            f"{self.who}: {self.path!r} has neither {WHOLE} nor {INDEX}"
-            + (f", only {there[0]}, which this library does not open" if there else "")
+            said
+            + (f", only {other}, which this library does not open" if other else "")
             + ". Download the safetensors files of the checkpoint."
         )
 

@@ -43,7 +43,7 @@ def run(parsed: argparse.Namespace) -> int:
     request = request or checked(model, *how)
     times: list[float] = []
     for piece in _generation.stream(model, request, times.append):
-        print(piece, end="", flush=True)
+        print(piece, end="" if request.as_text else " ", flush=True)
     print()
     _report(model, request, loaded, times)
     return 0
@@ -60,10 +60,14 @@ def _sampling(parsed: argparse.Namespace) -> Sampling:
     )
 
 
-def _asked(parsed: argparse.Namespace) -> str | list[dict[str, str]]:
-    """The prompt, or the messages that a chat template makes a text of."""
+def _asked(parsed: argparse.Namespace) -> str | list[int] | list[dict[str, str]]:
+    """The prompt, token ids, or the messages that a chat template makes a text of."""
+    if parsed.ids is not None and parsed.chat:
+        raise ValueError("generate: --chat is of a prompt, and --ids are tokens. Leave one out.")
     if parsed.system is not None and not parsed.chat:
         raise ValueError("generate: --system is a message of a chat. Pass --chat too.")
+    if parsed.ids is not None:
+        return parsed.ids
     prompt = sys.stdin.read() if parsed.prompt is None else parsed.prompt
     if not parsed.chat:
         return prompt

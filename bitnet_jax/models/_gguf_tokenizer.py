@@ -72,11 +72,11 @@ def _maker(metadata: dict[str, Any]) -> tuple[Callable[[], Any] | None, str]:
     """What makes the tokenizer, or why nothing does."""
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
     if model != "gpt2":
-        return None, f"the file's tokenizer.ggml.model is {model!r:.50}, and gpt2 is read"
+        return None, f"the file's tokenizer.ggml.model is {model!r:.50}, and only gpt2 is read"
     if pre not in _SPLITS:
         return (
             None,
-            f"the file's tokenizer.ggml.pre is {pre!r:.50}, and {', '.join(_SPLITS)} are read",
+            f"the file's tokenizer.ggml.pre is {pre!r:.50}, and only {', '.join(_SPLITS)} are read",
         )
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
     if not _are_strings(tokens) or not _are_strings(merges):

@@ -23,7 +23,14 @@ from bitnet_jax.io._huggingface import Folder
 from bitnet_jax.io._manifest import Leaf
 from bitnet_jax.io._source import kind_of
 from bitnet_jax.io._tensors import name_of
-from bitnet_jax.models import _load_folder, _load_gguf, _names, _published, _saved
+from bitnet_jax.models import (
+    _gguf_tokenizer,
+    _load_folder,
+    _load_gguf,
+    _names,
+    _published,
+    _saved,
+)
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._text import TOKENIZER
 
@@ -35,6 +42,8 @@ _SAID = {
     "online": ("ternary", "", "one for a tensor, when loaded"),
     "float": ("float", "", ""),
 }
+
+_UNSEEN = "; floats on a ternary grid are found when they are read"
 
 
 class _Stored(NamedTuple):
@@ -85,7 +94,7 @@ def _of_folder(path: str) -> str:
         {
             "architecture": name,
             **_shape(config),
-            "quantization": says.said,
+            "quantization": says.said + (_UNSEEN if says.stored == "float" else ""),
             **_sizes(rows),
             "bytes": f"{sum(a.nbytes for a in tensors.values()):,} in {len(tensors)} tensors",
             **_tokens(folder.has(TOKENIZER), text.has_template),
@@ -124,7 +133,7 @@ def _of_gguf(path: str) -> str:
     config = _load_gguf.decoder_config(file)
     rows = list(_gguf_rows(file, config))
     nbytes = sum(tensor.nbytes for tensor in file.values())
-    model = file.metadata.get("tokenizer.ggml.model")
+    text = _gguf_tokenizer.text_of(file, config.vocabulary)
     return _page(
         rows,
         {
@@ -133,7 +142,7 @@ def _of_gguf(path: str) -> str:
             "quantization": ", ".join(sorted({row.form for row in rows})),
             **_sizes(rows),
             "bytes": f"{nbytes:,} in {len(file)} tensors",
-            **_tokens(model is not None, "tokenizer.chat_template" in file.metadata),
+            **_tokens(text.has_tokenizer, text.has_template),
         },
     )
 

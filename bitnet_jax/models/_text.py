@@ -42,7 +42,7 @@ class Text:
             if self._make is None:
                 raise ValueError(
                     f"generate: there is no tokenizer ({self._missing}). Pass token ids, a list "
-                    "of integers: they come back as ids."
+                    "of integers (at the command line, --ids): they come back as ids."
                 )
             tokenizer = self._make()
             size = tokenizer.get_vocab_size(with_added_tokens=True)

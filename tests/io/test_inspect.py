@@ -124,6 +124,14 @@ def test_files_that_are_none(tmp_path, capsys, command):
     assert error.value.code == 2
 
 
+def test_a_folder_is_no_file(tmp_path, capsys):
+    match = "this is a folder, and a file of bj.io.save is read. Name the file"
+    with pytest.raises(IsADirectoryError, match=f"load: {match}"):
+        bj.io.load(tmp_path)
+    assert main(["verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"verify: {match}: {tmp_path}\n"
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_terminals_are_left_alone(tmp_path, capsys, command):
     path, found = contents(tmp_path)

@@ -45,6 +45,27 @@ def test_errors_are_said_in_a_line(folder, tmp_path, capsys):
     assert "`top_k` must be" in capsys.readouterr().err
 
 
+def test_a_name_of_the_hub_is_told_how_to_download_it(capsys):
+    assert main(["generate", "nobody/no-model", "--prompt", "x"]) == 1
+    assert "hf download nobody/no-model --local-dir no-model" in capsys.readouterr().err
+    assert main(["generate", "./no-model", "--prompt", "x"]) == 1
+    assert "hf download" not in capsys.readouterr().err
+
+
+def test_ids_in_ids_out(tmp_path, capsys):
+    """A folder without a tokenizer, and the file and the folder that it is converted to."""
+    folder = Checkpoint(vocab_size=40, num_hidden_layers=1).write(tmp_path / "a")
+    file, back = str(tmp_path / "b.safetensors"), str(tmp_path / "c")
+    assert main(["convert", str(folder), file]) == main(["convert", file, back]) == 0
+    wanted = Decoder.from_pretrained(folder).generate([3, 1, 4], max_new_tokens=5)
+    capsys.readouterr()
+    for path in (str(folder), file, back):
+        assert main(["generate", path, "--max-new-tokens", "5", "--ids", "3", "1", "4"]) == 0
+        assert [*map(int, capsys.readouterr().out.split())] == wanted
+    assert main(["generate", str(folder), "--ids", "3", "--chat"]) == 1
+    assert "--chat is of a prompt, and --ids are tokens" in capsys.readouterr().err
+
+
 WRONG = {
     "temperature": (["--temperature", "-1"], "`temperature`"),
     "top_p": (["--top-p", "1.5"], "`top_p`"),

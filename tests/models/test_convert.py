@@ -292,16 +292,22 @@ def test_inspect_of_a_gguf_file(tmp_path, capsys):
     assert row.split()[2:5] == ["256x256", "ternary", "TQ2_0"]
     assert row.endswith("2.06")  # 66 bytes for each 256
     assert lines(printed)["architecture"].strip() == "llama (GGUF)"
+    assert lines(printed)["text"].strip().startswith("no tokenizer")
 
 
 def test_inspect_refuses_in_a_line(folder, tmp_path, capsys):
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"architectures": ["\x1b[2JGpt"]}))
     (tmp_path / "empty").mkdir()
+    for name, inside in (("shards", "model-00001-of-00002.safetensors"), ("files", "x.gguf")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / inside).write_bytes(b"")
     (tmp_path / "bad.gguf").write_bytes(b"GGUFno")
     wanted = {
         folder: "`architectures` is",
         tmp_path / "empty": "neither model.safetensors",
+        tmp_path / "shards": "Download the safetensors files of the checkpoint",
+        tmp_path / "files": f"Name one of its files: {str(tmp_path / 'files' / 'x.gguf')!r}",
     }
     for path, match in {**wanted, tmp_path / "bad.gguf": "ends within its version"}.items():
         assert main(["inspect", str(path)]) == 1
@@ -373,13 +379,16 @@ def test_float32_biases_of_16_bit_weights_are_kept(tmp_path):
     ],
     ids=str,
 )
-def test_exports_load_with_the_same_bits(fields, tmp_path):
+def test_exports_load_with_the_same_bits(fields, tmp_path, capsys):
     model, _ = bj.nnx.pack(small(**fields)) if fields.get("weights", 1) else (small(**fields), None)
     bj.io.export_huggingface(model, tmp_path / "out")
     dtype = fields.get("dtype", "float32")
     same_logits(load(tmp_path / "out", dtype=dtype), model)
     same_logits(load(converted(tmp_path / "out", tmp_path / "a.safetensors")), model)
+    capsys.readouterr()
     assert main(["inspect", str(tmp_path / "out")]) == 0
+    found = "floats on a ternary grid are found when" in capsys.readouterr().out
+    assert found == ("activations" in fields)  # written as floats
 
 
 def test_options_change_what_they_name_alone(tmp_path):
