@@ -260,8 +260,9 @@ def declared(header: Header) -> list[Leaf]:
     if metadata.get("format") != FORMAT:
         raise FormatError(
             f"was not written by bj.io.save: its metadata gives the format "
-            f"{metadata.get('format')!r:.100}, and load reads {FORMAT!r}. Open it with the "
-            "library that wrote it."
+            f"{metadata.get('format')!r:.100}, and load reads {FORMAT!r}. If it is of a "
+            "published checkpoint, name its folder (bj.models.Decoder.from_pretrained); if not, "
+            "open it with the library that wrote it."
         )
     if metadata.get("version") not in VERSIONS:
         raise FormatError(

@@ -23,9 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from bitnet_jax.io._gguf_blocks import TYPES, Block
-from bitnet_jax.io._safetensors import MAX_ELEMENTS, FormatError
-
-MAGIC = b"GGUF"
+from bitnet_jax.io._safetensors import GGUF_MAGIC, MAX_ELEMENTS, FormatError
 
 _NUMBERS = {
     0: "B",
@@ -134,7 +132,7 @@ class Gguf(Mapping[str, Tensor]):
             ) from None
 
     def _read(self, reader: _Reader) -> None:
-        if reader.take(4, "its magic") != MAGIC:
+        if reader.take(4, "its magic") != GGUF_MAGIC:
             _refuse("is no GGUF file")
         version = reader.number("I", "its version")
         if version not in (2, 3):

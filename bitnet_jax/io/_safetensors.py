@@ -28,6 +28,8 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeGuard
 
 import jax.numpy as jnp
 
+GGUF_MAGIC = b"GGUF"  # another format's first bytes
+
 # Bounds on a header, far above any model's. They keep memory and time small whatever a
 # file declares. ``save`` keeps to them too.
 MAX_HEADER = 32 << 20  # bytes; some 50,000 leaves
@@ -253,7 +255,13 @@ def _read_json(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     """The header as a dict, and the offset of the data."""
     if size < 8:
         raise_damaged(f"is not a safetensors file: it has {size} bytes")
-    length = int.from_bytes(file.read(8), "little")
+    start = file.read(8)
+    if start.startswith(GGUF_MAGIC):
+        raise FormatError(
+            "is a GGUF file, which has no checksums. bj.models.Decoder.from_pretrained and inspect "
+            "read it."
+        )
+    length = int.from_bytes(start, "little")
     if length > size - 8:
         raise_damaged(
             f"is not a safetensors file: it gives its header {length} bytes, and has "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from bitnet_jax.io._gguf import MAGIC
+from bitnet_jax.io._safetensors import GGUF_MAGIC
 
 Kind = Literal["folder", "gguf", "saved"]
 
@@ -18,4 +18,8 @@ def kind_of(path: str | os.PathLike[str]) -> Kind | None:
     if not os.path.isfile(path):
         return None
     with open(path, "rb") as file:
-        return "gguf" if path.endswith(".gguf") or file.read(len(MAGIC)) == MAGIC else "saved"
+        return (
+            "gguf"
+            if path.endswith(".gguf") or file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+            else "saved"
+        )

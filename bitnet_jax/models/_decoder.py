@@ -95,8 +95,8 @@ class Decoder(Network):
           weights: a quantiser for projections that the checkpoint holds as floats and runs
             as floats, such as ``bj.Int8Config()``; None leaves them.
           head: a quantiser for a float head (the embedding, where it is tied).
-          activations: what meets quantised kernels is quantised as the checkpoint
-            declares, or as given here; None: weight-only.
+          activations: the quantiser of inputs of quantised kernels, such as
+            ``bj.ActivationConfig(group=64)``; "declared": the checkpoint's; None: weight-only.
           quantization_config: in place of the one in config.json.
           scan: whether layers are stacked, and run by ``jax.lax.scan``. None: where it is the
             faster form, for layers that are alike and ``prepared`` for this machine.

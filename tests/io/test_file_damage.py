@@ -77,7 +77,8 @@ def test_huge_and_short_headers_are_refused(small, monkeypatch):
     refused(path, (2).to_bytes(8, "little") + b"\xff\xfe", "is not JSON")
     refused(path, join(b"[" * 100_000, b""), "is not JSON")
     refused(path, join(b'{"a":' + b"9" * 5000 + b"}", b""), "is not JSON|must have a dtype")
-    refused(path, join({}, b""), "was not written by bj.io.save")
+    refused(path, join({}, b""), "was not written by bj.io.save.* name its folder")
+    refused(path, b"GGUF" + content[4:], "is a GGUF file.*from_pretrained and inspect read it")
     monkeypatch.setattr(_safetensors, "MAX_HEADER", 100)
     refused(path, content, "header of .* bytes; the most is 100")
 
