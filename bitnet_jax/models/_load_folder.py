@@ -237,8 +237,10 @@ class _Loader:
             kernel = _kernels.from_floats(name, w, B158, packed=self.options.packed)
             return kernel._replace(why=kernel.why or self.says.said)
         asked = self.options.head if path == "head" else self.options.weights
-        if asked is None:
-            found = _kernels.detect(name, w) if self.options.packed else None
+        # Beside declared kernels, what is left out runs as floats; on a grid it would get their
+        # int8 activations.
+        if asked is None and self.options.packed and self.says.stored == "float":
+            found = _kernels.detect(name, w)
             if found is not None:
                 return found
         kernel = _kernels.from_floats(

@@ -183,3 +183,23 @@ def test_bfloat16_stays_within_its_own_distance(load):
         far = distance(logits_of(model, jnp.asarray(IDS), None), checkpoint.logits64(IDS))
         print(f"{name} in bfloat16: {far.max():.4f} of max")
         assert far.max() < 0.08
+
+
+@pytest.mark.parametrize("left", ["mlp.down_proj", "lm_head"])
+def test_what_is_not_converted_runs_as_floats_on_a_grid_too(left, tmp_path):
+    """Packed, it would share the int8 activations that are declared for the others."""
+    quantization = {"modules_to_not_convert": ["lm_head", left]}
+    made = Checkpoint(
+        "LlamaForCausalLM",
+        num_hidden_layers=1,
+        tie_word_embeddings=False,
+        quantization_config=quantization,
+    )
+    name = "lm_head" if left == "lm_head" else f"model.layers.0.{left}"
+    shape = (40, 32) if left == "lm_head" else (32, 48)
+    codes = np.random.default_rng(0).integers(-1, 2, shape)
+    made.tensors[f"{name}.weight"] = np.float32(0.3) * codes.astype(np.float32)
+    made.tensors.pop(f"{name}.weight_scale", None)
+    model = bj.models.Decoder.from_pretrained(made.write(tmp_path))
+    ids = np.arange(9)[None]
+    assert (distance(model(jnp.asarray(ids))[0], made.logits64(ids)) <= 1e-5).all()
