@@ -1,9 +1,9 @@
 """A decoder as a folder that transformers loads; undoes what ``_load_folder`` reads.
 
 Ternary kernels with one scale for a tensor are written packed, with a
-``quantization_config``; those with one for an output or a group, as floats on their grid,
-which is how such models are published; float kernels as they are. What transformers could
-not run, or would run as something else, is refused.
+``quantization_config``; those with one for an output or a group, and those that run
+weight-only, as floats on their grid, which is how such models are published; float kernels
+as they are. What transformers could not run, or would run as something else, is refused.
 
 ``bitlinear`` stores 1/s, and not every float32 s is the reciprocal of a float32: the few
 that are not are in the files' metadata, where this library finds them.
@@ -104,7 +104,7 @@ class _Writer:
         if not isinstance(kernel, PackedTernary):
             self.floats.append(name)
             yield f"{name}.weight", self._turned(kernel)
-        elif kernel.scale.size > 1:
+        elif kernel.scale.size > 1 or self.config.activations is None:
             self.on_grid.append(name)
             yield f"{name}.weight", self._turned(kernel)
         else:
@@ -154,11 +154,11 @@ class _Writer:
         return Lazy(kept.shape, kept.dtype, lambda: kept)
 
     def _turned(self, kernel: Any) -> Lazy:
-        """A kernel (in, out) as floats (out, in), in its own dtype."""
-        shape, dtype = tuple(kernel.shape), np.dtype(kernel.dtype)
+        """A kernel (in, out) as floats (out, in), in its own dtype if that holds its scales."""
+        shape, dtype = tuple(kernel.shape), _dtype_of_floats(kernel)
 
         def make() -> np.ndarray:
-            floats = kernel.dequantize() if isinstance(kernel, PackedTernary) else kernel
+            floats = kernel.dequantize(dtype) if isinstance(kernel, PackedTernary) else kernel
             return np.ascontiguousarray(np.asarray(floats).T)
 
         return Lazy(shape[::-1], dtype, make)
@@ -169,10 +169,11 @@ class _Writer:
         _require_finite("model.embed_tokens.weight", table)
         if kind is not None and not isinstance(table, PackedTernary):
             table = pack(table, kind, contracting_axes=-1)
+        dtype = _dtype_of_floats(table)
         return Lazy(
             tuple(table.shape),
-            np.dtype(table.dtype),
-            lambda: np.asarray(table.dequantize() if kind is not None else table),
+            dtype,
+            lambda: np.asarray(table.dequantize(dtype) if kind is not None else table),
         )
 
     def _refuse(self) -> None:
@@ -203,6 +204,11 @@ class _Writer:
                 "this decoder quantises activations. Use one scale for a tensor, or "
                 "activations=None."
             )
+        if self.on_grid and self.config.projection_norm:
+            raise NotImplementedError(
+                f"{WHO}: transformers has norms inside packed kernels alone, and {self.on_grid[0]} "
+                "is written as floats. Build the decoder with projection_norm=False."
+            )
 
     def quantization_config(self) -> dict[str, Any]:
         """What transformers has to be told."""
@@ -217,6 +223,16 @@ class _Writer:
         if config.projection_norm:
             says |= {"use_rms_norm": True, "rms_norm_eps": config.projection_norm_eps}
         return says
+
+
+def _dtype_of_floats(kernel: Any) -> np.dtype:
+    """The dtype that a kernel is written in as floats: its own, or float32 for its scales."""
+    own = np.dtype(kernel.dtype)
+    if not isinstance(kernel, PackedTernary):
+        return own
+    scale = np.asarray(kernel.scale, np.float32)
+    kept = np.array_equal(scale.astype(own).astype(np.float32), scale)
+    return own if kept else np.dtype(np.float32)
 
 
 def _require_published_kind(name: str, kernel: Any, weights: Any) -> None:
@@ -237,8 +253,6 @@ def _require_finite(name: str, array: Any) -> None:
     what = "NaN or Inf"
     if isinstance(array, PackedTernary):
         scale = np.asarray(array.scale)
-        if scale.size > 1:  # written as floats in the kernel's own dtype
-            scale = scale.astype(array.dtype)
         bad = np.count_nonzero(~(np.isfinite(scale) & (scale > 0)))
         what = "scales that are 0, negative, NaN or Inf"
     else:

@@ -24,6 +24,7 @@ CASES = {
     "llama-online": Checkpoint("LlamaForCausalLM", "online", tie_word_embeddings=False),
     "llama-float": Checkpoint("LlamaForCausalLM", "float", attention_bias=True),
     "qwen3-grid": Checkpoint("Qwen3ForCausalLM", "channel", num_hidden_layers=1),
+    "llama-grid": Checkpoint("LlamaForCausalLM", "tensor", num_hidden_layers=1),
     "llama-bias": Checkpoint(
         "LlamaForCausalLM", "multiply", num_hidden_layers=1, attention_bias=True, mlp_bias=True
     ),
@@ -140,8 +141,13 @@ def test_tokenizer_and_unknown_keys_pass_through(tmp_path):
         ({"query_key_norm": True}, NotImplementedError, "sub_norms with query_key_norm"),
         ({"mlp_bias": True}, NotImplementedError, "mlp_bias with sub_norms"),
         ({"logit_multiplier": 2.0}, NotImplementedError, "multipliers"),
-        ({"activations": None}, NotImplementedError, "int8 activations"),
+        ({"activations": bj.ActivationConfig(bits=4)}, NotImplementedError, "int8 activations"),
         ({"weights": bj.PHASE4}, NotImplementedError, "weight-only"),
+        (
+            {"activations": None, "projection_norm": True},
+            NotImplementedError,
+            "norms inside packed kernels alone",
+        ),
         ({"weights": bj.Int8Config()}, TypeError, "q_proj is int8"),
         ({"embedding": bj.Int8Config()}, TypeError, "the embedding is int8"),
         ({"hidden": 46}, ValueError, "46 outputs"),
@@ -168,6 +174,20 @@ def test_refusals(tmp_path):
     nnx.update(model, bj.prepare(nnx.state(model, nnx.Param)))
     with pytest.raises(TypeError, match=r"is prepared.*before bj.prepare"):
         bj.io.export_huggingface(model, tmp_path / "out")
+
+
+def test_scales_that_a_narrow_dtype_does_not_hold(tmp_path):
+    """Weight-only kernels are floats in the export: float32 where bfloat16 would round scales."""
+    folder = Checkpoint("LlamaForCausalLM", "multiply", num_hidden_layers=1).write(tmp_path / "in")
+    model = load(folder, dtype="bfloat16", activations=None)
+    bj.io.export_huggingface(model, tmp_path / "out")
+    again = load(tmp_path / "out", dtype="bfloat16")
+    ids = jnp.asarray(IDS)
+    answer = nnx.jit(lambda m, ids: m(ids)[0])
+    assert again.config.activations is None
+    assert bool((answer(model, ids) == answer(again, ids)).all())
+    for row in again.report.rows:
+        assert row.kind == ("float" if row.path == "embed" else "ternary")
 
 
 @pytest.mark.parametrize("layout", ["bitlinear", "autobitlinear"])
