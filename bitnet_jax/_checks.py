@@ -32,6 +32,11 @@ def require_one_of(who: str, name: str, value: object, allowed: Sequence[object]
         raise ValueError(f"{who}: `{name}` must be one of {listed}, got {value!r}.{hint}")
 
 
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer, of Python or NumPy, and not a truth value."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def require_positive(who: str, name: str, value: object) -> None:
     """Raises unless a value is a finite number above zero."""
     finite = isinstance(value, (int, float)) and math.isfinite(value) and value > 0

@@ -33,21 +33,6 @@ LayerCache = dict[str, Any]  # arrays, or slices of stacks
 _STEP = np.float32(1 / 127)
 
 
-def require_cache_dtype(who: str, name: str, dtype: Any) -> np.dtype:
-    """The dtype of a cache; refuses integers but int8, which cut floats off, and float8."""
-    try:
-        kind = jnp.dtype(dtype)
-    except TypeError:
-        kind = None
-    floats = kind is not None and jnp.issubdtype(kind, jnp.floating) and kind.itemsize > 1
-    if kind is None or not (floats or kind == jnp.int8):
-        raise ValueError(
-            f"{who}: `{name}` must be float32, bfloat16, float16 or int8, got {dtype!r}. int8 is "
-            "the smallest."
-        )
-    return kind
-
-
 def empty_layer(
     config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike
 ) -> LayerCache:

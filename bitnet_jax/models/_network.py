@@ -19,13 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import core
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Float32, Int, PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax.models import _blocks
-from bitnet_jax.models._attention import empty_layer, require_cache_dtype
+from bitnet_jax.models._attention import empty_layer
 from bitnet_jax.models._axes import MeshAxes, specs_of
+from bitnet_jax.models._cache import require_cache_dtype, require_slots
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._parts import RMSNorm, embedding, linear
 from bitnet_jax.models._rope import rotation
@@ -74,8 +76,9 @@ class Network(nnx.Module):
           Logits, float32, and the cache with these tokens in it (None without one).
 
         Raises:
-          TypeError: tokens that are no integers.
-          ValueError: shapes that do not fit; more tokens than the cache has slots.
+          TypeError: tokens or positions that are no integers; a mask of floats.
+          ValueError: shapes that do not fit; more tokens than the cache has free slots. Under
+            ``jax.jit``, where how full it is is not known, their logits are NaN.
         """
         x, cache = self.hidden(tokens, positions, cache, attention_mask)
         return self.logits(x), cache
@@ -110,9 +113,13 @@ class Network(nnx.Module):
         tokens = jnp.asarray(tokens)
         start, slots = jnp.zeros((1,), jnp.int32), tokens.shape[-1]
         if cache is not None:
+            _require_cache(cache, config)
             start, slots = _blocks.slots_of(cache)
         _require_fitting(tokens, slots, attention_mask)
         batch, length = tokens.shape
+        _require_positions(tokens, positions)
+        if cache is not None:
+            _require_room(batch, length, start, slots)
         at, mask = _blocks.positions_and_mask(
             batch, length, start, slots, attention_mask, positions
         )
@@ -126,6 +133,8 @@ class Network(nnx.Module):
             each = states.append
         x, cache = _blocks.run_layers(self.layers, config, x, turned, mask, cache, each)
         x = self.norm(x)
+        if cache is not None:  # past the last slot, where jit lets nothing be refused
+            x = jnp.where(start[0] + length > slots, jnp.asarray(jnp.nan, x.dtype), x)
         if states is not None:
             states.append(x)
         return x, cache
@@ -159,7 +168,7 @@ class Network(nnx.Module):
           A plain tree, for ``cache``; see the module's head.
 
         Raises:
-          ValueError: another dtype.
+          ValueError: a number below 1; a dtype that holds no keys.
 
         Example:
           >>> import bitnet_jax as bj
@@ -169,8 +178,10 @@ class Network(nnx.Module):
           >>> model.init_cache(1, 16)["layer_0"]["k"].shape
           (1, 16, 4, 8)
         """
-        config = self.config
-        kind = config.dtype if dtype is None else require_cache_dtype("init_cache", "dtype", dtype)
+        config, who = self.config, "init_cache"
+        require_slots(who, "batch_size", batch_size)
+        require_slots(who, "cache_size", cache_size)
+        kind = config.dtype if dtype is None else require_cache_dtype(who, "dtype", dtype)
         layers = [empty_layer(config, batch_size, cache_size, kind) for _ in range(config.depth)]
         if config.scan:
             return {_blocks.STACKED: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
@@ -226,4 +237,55 @@ def _require_fitting(tokens: Any, slots: int, mask: Any) -> None:
         raise ValueError(
             f"{who}: `attention_mask` must have shape {fits[0]} or {fits[1]} (batch, length, "
             f"slots), got {tuple(mask.shape)}."
+        )
+    if mask is not None and jnp.issubdtype(mask.dtype, jnp.inexact):
+        raise TypeError(
+            f"{who}: `attention_mask` must be of truth values or integers, got "
+            f"{_checks.describe(mask)}. Pass mask > 0 for ones and zeros, and mask == 0 for zeros "
+            "and -inf, which are added to scores."
+        )
+
+
+def _require_cache(cache: Any, config: DecoderConfig) -> None:
+    """Refuses a cache of another decoder, or of none."""
+    forms = ({_blocks.STACKED}, {f"layer_{i}" for i in range(config.depth)})
+    found = {*cache} if isinstance(cache, Mapping) else None
+    if found not in (forms if config.scan else forms[1:]):
+        raise ValueError(
+            f"Decoder: `cache` must be what init_cache of this decoder makes, one of "
+            f"{config.depth} layers{'' if config.scan else ', which are not stacked'}, got "
+            f"{type(cache).__name__} of {sorted(map(str, found or ()))}."
+        )
+
+
+def _require_positions(tokens: Any, positions: Any) -> None:
+    """Refuses positions that are not one integer for each token."""
+    if positions is None:
+        return
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(
+            f"Decoder: `positions` must be integers, got {_checks.describe(positions)}."
+        )
+    batch, length = tokens.shape
+    if tuple(positions.shape) not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"Decoder: `positions` must have shape {(batch, length)}, as tokens, or "
+            f"{(1, length)} for all rows, got {tuple(positions.shape)}."
+        )
+
+
+def _require_room(batch: int, length: int, start: jax.Array, slots: int) -> None:
+    """Refuses tokens for which a cache has no rows, or no free slots, where that is known."""
+    if len(start) != batch:
+        raise ValueError(
+            f"Decoder: `cache` has {len(start)} rows, and `tokens` {batch}. Make it with "
+            f"init_cache({batch}, cache_size)."
+        )
+    if isinstance(start, core.Tracer):
+        return
+    full = int(start[0])
+    if full + length > slots:
+        raise ValueError(
+            f"Decoder: `cache` has {slots} slots, {full} of them taken, and {length} tokens came. "
+            f"Make it with init_cache(batch_size, cache_size), cache_size >= {full + length}."
         )

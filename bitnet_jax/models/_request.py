@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from bitnet_jax import _checks
-from bitnet_jax.models._attention import require_cache_dtype
+from bitnet_jax.models._cache import require_cache_dtype, require_slots
 from bitnet_jax.models._sampling import Sampling
 from bitnet_jax.models._text import Text
 
@@ -81,13 +81,22 @@ def checked(
             f"generate: `stop` has the text {texts[0]!r}, and there is no tokenizer to make text "
             "of tokens. Stop at token ids, integers."
         )
+    # Text goes back without special tokens: one that is to stop it is looked for by its id.
+    special = [text_of(model).special_id(one) for one in texts]
+    ids = [one for one in given if isinstance(one, int)]
+    for one in ids:
+        if not 0 <= one < model.config.vocabulary:
+            raise ValueError(
+                f"generate: `stop` has the token {one}, which is not in the model's vocabulary of "
+                f"{model.config.vocabulary}. Leave it out, or pass a text."
+            )
     return Request(
         rows,
         as_text,
         single,
         max_new_tokens,
         sampling,
-        own | frozenset(one for one in given if isinstance(one, int)),
+        own | {*ids, *(at for at in special if at is not None)},
         texts,
         cache_size,
         cache_dtype,
@@ -95,8 +104,7 @@ def checked(
 
 
 def _require_cache(size: Any, dtype: Any) -> None:
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise ValueError(f"generate: `cache_size` must be an integer >= 1 or None, got {size!r}.")
+    require_slots("generate", "cache_size", size)
     if dtype is not None:
         require_cache_dtype("generate", "cache_dtype", dtype)
 
@@ -104,14 +112,15 @@ def _require_cache(size: Any, dtype: Any) -> None:
 def stops_of(max_new_tokens: int, stop: Any) -> list[str | int]:
     """The stops as a list; refuses what is wrong of both whatever the model is."""
     who = "generate"
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if not _checks.is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(
             f"{who}: `max_new_tokens` must be an integer >= 1, got {max_new_tokens!r}."
         )
-    given: list[Any] = [stop] if isinstance(stop, (str, int)) else list(stop or ())
-    if not all(isinstance(one, int) or (isinstance(one, str) and one) for one in given):
+    alone = isinstance(stop, (str, int, np.integer))
+    given: list[Any] = [] if stop is None else [stop] if alone else [*stop]
+    if not all(_checks.is_integer(one) or (isinstance(one, str) and one) for one in given):
         raise TypeError(f"{who}: `stop` must be strings or token ids, got {stop!r}.")
-    return given
+    return [one if isinstance(one, str) else int(one) for one in given]
 
 
 def rows_of(model: Any, prompt: Any) -> tuple[list[list[int]], bool, bool]:
@@ -122,10 +131,14 @@ def rows_of(model: Any, prompt: Any) -> tuple[list[list[int]], bool, bool]:
         prompt = prompt.tolist()
     if not isinstance(prompt, Sequence) or not prompt:
         _refuse_prompt(prompt)
+    if isinstance(prompt, (bytes, bytearray)):  # of integers, which are no token ids
+        _refuse_prompt(prompt)
     first = prompt[0]
     if isinstance(first, Mapping):
         return [text_of(model).chat(prompt)], True, True
-    if isinstance(first, (int, np.integer)) and not isinstance(first, bool):
+    if _checks.is_integer(first):
+        if not all(map(_checks.is_integer, prompt)):
+            _refuse_prompt(prompt)
         return [[*map(int, prompt)]], False, True
     if not isinstance(first, (str, Sequence)) and not hasattr(first, "tolist"):
         _refuse_prompt(prompt)

@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from bitnet_jax import _checks
 
+_LEAST = 1e-30
+
 
 class Filters(NamedTuple):
     """Which filters run: static, so that those left out cost nothing."""
@@ -71,7 +73,9 @@ class Sampling:
     def values(self) -> dict[str, np.float32]:
         """The numbers, which may change without a new trace."""
         names = ("temperature", "top_p", "min_p", "repetition_penalty")
-        return {n: np.float32(1.0 if getattr(self, n) is None else getattr(self, n)) for n in names}
+        given = {n: 1.0 if getattr(self, n) is None else getattr(self, n) for n in names}
+        # Below, logits that are divided by them are infinite, and draws are of no number.
+        return {n: np.float32(max(value, _LEAST)) for n, value in given.items()}
 
 
 def choose(

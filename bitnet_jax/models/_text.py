@@ -82,6 +82,11 @@ class Text:
         """Token ids; ``special`` adds those that begin or end a text."""
         return self.tokenizer.encode(text, add_special_tokens=special).ids
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that a text is; None: it is none."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return next((i for i, t in added.items() if t.special and t.content == text), None)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -1,5 +1,7 @@
 """Generation: the same tokens however they are asked for, and text that is whole."""
 
+import shutil
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -198,6 +200,28 @@ def test_stop_strings_across_tokens(stops, wanted):
     out = pieces_of(TEXT, stops)
     assert "".join(out) == wanted
     assert all(stop not in "".join(out) for stop in stops)
+
+
+def test_a_special_token_as_a_stop_string(folder, tmp_path):
+    """Answers leave special tokens out: one that is to end them is looked for by its id."""
+    here = shutil.copytree(folder, tmp_path / "here")
+    tokenizer = byte_tokenizer()
+    ids = bj.models.Decoder.from_pretrained(folder).generate([1, 2, 3], max_new_tokens=8)
+    special = tokenizer.id_to_token(ids[3])
+    tokenizer.add_special_tokens([special])
+    tokenizer.save(str(here / "tokenizer.json"))
+    model = bj.models.Decoder.from_pretrained(here)
+    wanted = ids[: ids.index(ids[3]) + 1]
+    assert model.generate([1, 2, 3], max_new_tokens=8, stop=special) == wanted
+    assert list(model.stream([1, 2, 3], max_new_tokens=8, stop=[np.int64(ids[3])])) == wanted
+
+
+@pytest.mark.parametrize("least", [1e-60, 1e-38])
+def test_limits_of_sampling(model, least):
+    """What no float32 holds, or overflows when logits are divided by it, draws the likeliest."""
+    likeliest = model.generate([1, 2, 3], max_new_tokens=4)
+    for how in ({"temperature": least}, {"temperature": 1.0, "top_p": least}):
+        assert model.generate([1, 2, 3], max_new_tokens=4, **how) == likeliest
 
 
 def test_stop_strings_and_ids_end_an_answer(model):

@@ -296,6 +296,16 @@ def model(tmp_path_factory):
         ([1], {"stop": "x"}, ValueError, "`stop` has the text 'x', .*no tokenizer.* token ids"),
         ([1], {"cache_size": "8"}, ValueError, "`cache_size` must be an integer >= 1 or None"),
         ([1], {"cache_size": 10, "max_new_tokens": 4}, ValueError, "19 slots are needed"),
+        ([1], {"cache_size": 99.0}, ValueError, "`cache_size` must be an integer"),
+        ([1], {"cache_dtype": "int32"}, ValueError, "`cache_dtype` must be .* got 'int32'"),
+        ([1], {"cache_dtype": "junk"}, ValueError, "`cache_dtype` must be"),
+        ([1], {"max_new_tokens": True}, ValueError, "`max_new_tokens`"),
+        ([1], {"stop": True}, TypeError, "`stop`"),
+        ([1], {"stop": [3, 40]}, ValueError, "`stop` has the token 40"),
+        ([1, 2.5], {}, TypeError, "`prompt` must be"),
+        ([1, "a"], {}, TypeError, "`prompt` must be"),
+        ([1, True], {}, TypeError, "`prompt` must be"),
+        (b"text", {}, TypeError, "`prompt` must be"),
     ],
 )
 def test_requests(model, prompt, options, error, match):
@@ -357,9 +367,34 @@ def test_calls(model):
         (ids.astype(jnp.float32), {}, TypeError, "`tokens` must be integers"),
         (ids, {"cache": model.init_cache(1, 3)}, ValueError, "3 slots, and 4 tokens"),
         (ids, {"attention_mask": jnp.ones((1, 5))}, ValueError, "`attention_mask` must have"),
+        (ids, {"attention_mask": jnp.zeros((1, 4, 4))}, TypeError, "mask == 0 for zeros and -inf"),
+        (ids, {"cache": model.init_cache(2, 4)}, ValueError, "`cache` has 2 rows, and `tokens` 1"),
+        (ids, {"cache": {}}, ValueError, "`cache` must be what init_cache of this decoder"),
+        (ids, {"cache": {"layers": 1}}, ValueError, "`cache` must be .* not stacked"),
+        (ids, {"positions": jnp.arange(4)}, ValueError, "`positions` must have shape .1, 4."),
+        (ids, {"positions": jnp.zeros((1, 1), jnp.int32)}, ValueError, "`positions` must have"),
+        (ids, {"positions": jnp.zeros((1, 4))}, TypeError, "`positions` must be integers"),
     ):
         with pytest.raises(error, match=match):
             model(tokens, **options)
+    for options in ({"cache_size": 0}, {"batch_size": 1.5}, {"dtype": "uint8"}):
+        with pytest.raises(ValueError, match=r"^init_cache: `\w+` must be"):
+            model.init_cache(**{"batch_size": 1, "cache_size": 4} | options)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_full_cache(scan):
+    """Refused where it is known how full it is, NaN under jit: never in the slots of others."""
+    config = bj.models.DecoderConfig(vocabulary=8, width=16, hidden=16, depth=1, scan=scan)
+    model = bj.models.Decoder(config, rngs=nnx.Rngs(0))
+    ids = jnp.zeros((1, 3), jnp.int32)
+    run = nnx.jit(lambda m, ids, cache: m(ids, None, cache))
+    logits, cache = run(model, ids, model.init_cache(1, 5))
+    assert jnp.isfinite(logits).all()
+    with pytest.raises(ValueError, match="5 slots, 3 of them taken, and 3 tokens came"):
+        model(ids, None, cache)
+    assert jnp.isnan(run(model, ids, cache)[0]).all()
+    assert jnp.isfinite(run(model, ids[:, :2], cache)[0]).all()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,31 @@
+"""What a cache of keys and values may be: refusals that its makers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bitnet_jax import _checks
+
+
+def require_slots(who: str, name: str, value: Any) -> None:
+    """Raises unless a number of rows or slots is an integer >= 1, or None."""
+    if value is not None and not (_checks.is_integer(value) and value >= 1):
+        raise ValueError(f"{who}: `{name}` must be an integer >= 1, got {value!r}.")
+
+
+def require_cache_dtype(who: str, name: str, dtype: Any) -> np.dtype:
+    """The dtype of a cache; refuses integers but int8, which cut floats off, and float8."""
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        kind = None
+    floats = kind is not None and jnp.issubdtype(kind, jnp.floating) and kind.itemsize > 1
+    if kind is None or not (floats or kind == jnp.int8):
+        raise ValueError(
+            f"{who}: `{name}` must be float32, bfloat16, float16 or int8, got {dtype!r}. int8 is "
+            "the smallest."
+        )
+    return kind
