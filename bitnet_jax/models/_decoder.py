@@ -281,6 +281,7 @@ class Decoder(Network):
           (width,) for one prompt, (prompts, width) for a list of them.
 
         Raises:
+          NotImplementedError: a checkpoint that makes its vectors in another way.
           ValueError: a prompt longer than the context; text without a tokenizer.
           TypeError: another kind of prompt.
 

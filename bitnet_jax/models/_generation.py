@@ -193,6 +193,12 @@ def _pieces(model: Any, request: Request) -> Pieces | None:
 
 def encode(model: Any, prompt: Any, normalize: bool) -> jax.Array:
     """One vector for each prompt: what the last token has after the final norm."""
+    pooling = None if model.text is None else model.text.pooling
+    if pooling is not None:
+        raise NotImplementedError(
+            f"encode: the checkpoint makes its vectors by {pooling}, and encode takes the last "
+            "token's. Make them from what model.hidden returns for every token."
+        )
     rows, _, single = rows_of(model, prompt)
     require_tokens(rows, model.config.vocabulary)
     longest, context = max(map(len, rows)), model.config.context

@@ -38,6 +38,8 @@ _SPLITS: dict[str, tuple[str | None, bool, bool]] = {
 
 _CONTROL, _USER = 3, 4  # kinds of tokens that text is cut at
 
+_LAST = (0, 3)  # pooling_type: none is said, or the last token
+
 _STOPS = ("eos", "eot", "eom")
 
 
@@ -58,6 +60,7 @@ def text_of(file: Gguf, vocabulary: int) -> Text:
     make, missing = _maker(metadata)
     template = metadata.get("tokenizer.chat_template")
     stops = frozenset(at for at in map(ids, _STOPS) if at is not None)
+    pooling = metadata.get(f"{metadata.get('general.architecture')}.pooling_type")
     return Text(
         vocabulary,
         stops,
@@ -65,6 +68,7 @@ def text_of(file: Gguf, vocabulary: int) -> Text:
         template if isinstance(template, str) else None,
         named,
         missing,
+        None if pooling is None or pooling in _LAST else f"pooling_type {pooling!r:.50}",
     )
 
 
@@ -112,8 +116,7 @@ def _tokenizer(metadata: dict[str, Any], pre: str) -> Any:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     _add_special(tokenizers, tokenizer, tokens, metadata.get("tokenizer.ggml.token_type") or [])
-    if metadata.get("tokenizer.ggml.add_bos_token", pre in ("llama-bpe", "llama3", "llama-v3")):
-        _begin(tokenizers, tokenizer, tokens, metadata.get("tokenizer.ggml.bos_token_id"))
+    _enclose(tokenizers, tokenizer, metadata, pre)
     return tokenizer
 
 
@@ -126,9 +129,21 @@ def _add_special(tokenizers: Any, tokenizer: Any, tokens: Sequence[str], kinds: 
     tokenizer.add_tokens([added(t, special=False, normalized=False) for t in user])
 
 
-def _begin(tokenizers: Any, tokenizer: Any, tokens: Sequence[str], at: Any) -> None:
-    """Every text begins with the token that the file names."""
-    if type(at) is int and 0 <= at < len(tokens):
+def _enclose(tokenizers: Any, tokenizer: Any, metadata: dict[str, Any], pre: str) -> None:
+    """Every text begins, or ends, with the token that the file names."""
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+
+    def around(name: str, default: bool) -> list[tuple[str, int]]:
+        at = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        wanted = metadata.get(f"tokenizer.ggml.add_{name}_token", default)
+        if wanted and type(at) is int and 0 <= at < len(tokens):
+            return [(tokens[at], at)]
+        return []
+
+    before = around("bos", pre in ("llama-bpe", "llama3", "llama-v3"))
+    after = around("eos", False)
+    if before or after:
+        parts = [*(token for token, _ in before), "$A", *(token for token, _ in after)]
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{tokens[at]} $A", special_tokens=[(tokens[at], at)]
+            single=" ".join(parts), special_tokens=[*{*before, *after}]
         )

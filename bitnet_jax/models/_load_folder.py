@@ -35,7 +35,7 @@ from bitnet_jax.models._published import (
     quantization,
 )
 from bitnet_jax.models._report import LoadedKernel, LoadReport
-from bitnet_jax.models._text import TOKENIZER, Text, tokenizer_from
+from bitnet_jax.models._text import POOLING, TOKENIZER, Text, tokenizer_from
 
 
 def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
@@ -55,6 +55,7 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
     loader.refuse_rest()
     options.progress(1.0)
     text = text_of(folder, content, shape.vocabulary)
+    content = content if text.pooling is None else content | {POOLING: text.pooling}
     return Pretrained(
         loader.final_config(),
         leaves,
@@ -124,7 +125,20 @@ def text_of(files: Texts, content: Mapping[str, Any], vocabulary: int) -> Text:
         _template(files, says),
         tokens,
         f"{files.path!r} has no {TOKENIZER}",
+        _pooling(files, content),
     )
+
+
+def _pooling(files: Texts, content: Mapping[str, Any]) -> str | None:
+    """What sentence-transformers makes vectors by, where it is not the last token alone."""
+    if isinstance(content.get(POOLING), str):
+        return content[POOLING]
+    says = files.json("1_Pooling/config.json", needed=False)
+    modes = {key for key, on in says.items() if key.startswith("pooling_mode_") and on is True}
+    if says.get("pooling_mode"):  # of newer versions
+        modes = {f"pooling_mode {says['pooling_mode']!r:.50}"} - {"pooling_mode 'lasttoken'"}
+    dense = [f"{n}_Dense" for n in (2, 3) if files.has(f"{n}_Dense/config.json")]
+    return ", ".join([*sorted(modes - {"pooling_mode_lasttoken"}), *dense]) or None
 
 
 def _template(files: Texts, says: Mapping[str, Any]) -> str | None:

@@ -29,6 +29,7 @@ from bitnet_jax.models._names import norms, projections
 from bitnet_jax.models._pretrained import Options, Origin, Outline, Pretrained, held
 from bitnet_jax.models._report import LoadedKernel, LoadReport
 from bitnet_jax.models._rope import Rope
+from bitnet_jax.models._text import POOLING
 
 _FLAGS: dict[str, dict[str, Any]] = {
     "bitnet": {"sub_norms": True},
@@ -98,7 +99,8 @@ def load(path: str | os.PathLike[str], options: Options) -> Pretrained:
     loader.refuse_rest()
     options.progress(1.0)
     text = _gguf_tokenizer.text_of(file, loader.config.vocabulary)
-    return Pretrained(loader.final_config(), leaves, LoadReport(tuple(loader.rows)), text, Origin())
+    origin = Origin({} if text.pooling is None else {POOLING: text.pooling})
+    return Pretrained(loader.final_config(), leaves, LoadReport(tuple(loader.rows)), text, origin)
 
 
 def outline(path: str | os.PathLike[str]) -> Outline:
@@ -292,7 +294,9 @@ class _Loader:
             return Kernel(packed.dequantize(), packed.config, why)
         w = self.file.floats(name)
         _kernels.require_floats(name, w, block.name)
-        w = (self._halves(w) if turned else w) * factor.astype(w.dtype)
+        w = self._halves(w) if turned else w
+        if factor != 1:  # in float32: float16 would round the products, or lose small ones
+            w = w.astype(np.float32) * factor
         asked = options.head if path == "head" else options.weights
         kernel = _kernels.from_floats(name, w.astype(options.dtype), asked, packed=options.packed)
         why = block.name if asked is None else f"{block.name}; asked for"

@@ -216,7 +216,7 @@ class Network(nnx.Module):
         return specs_of(nnx.state(self, nnx.Param), rules, mesh)
 
 
-def _require_fitting(tokens: Any, slots: int, mask: Any) -> None:
+def _require_fitting(tokens: jax.Array, slots: int, mask: jax.Array | None) -> None:
     """Refuses tokens or a mask that do not meet the cache."""
     who = "Decoder"
     if tokens.ndim != 2:
@@ -246,7 +246,7 @@ def _require_fitting(tokens: Any, slots: int, mask: Any) -> None:
         )
 
 
-def _require_cache(cache: Any, config: DecoderConfig) -> None:
+def _require_cache(cache: object, config: DecoderConfig) -> None:
     """Refuses a cache of another decoder, or of none."""
     forms = ({_blocks.STACKED}, {f"layer_{i}" for i in range(config.depth)})
     found = {*cache} if isinstance(cache, Mapping) else None
@@ -258,7 +258,7 @@ def _require_cache(cache: Any, config: DecoderConfig) -> None:
         )
 
 
-def _require_positions(tokens: Any, positions: Any) -> None:
+def _require_positions(tokens: jax.Array, positions: jax.Array | None) -> None:
     """Refuses positions that are not one integer for each token."""
     if positions is None:
         return

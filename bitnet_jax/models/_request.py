@@ -104,7 +104,8 @@ def checked(
 
 
 def _require_cache(size: Any, dtype: Any) -> None:
-    require_slots("generate", "cache_size", size)
+    if size is not None:
+        require_slots("generate", "cache_size", size)
     if dtype is not None:
         require_cache_dtype("generate", "cache_dtype", dtype)
 

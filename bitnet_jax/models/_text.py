@@ -10,6 +10,9 @@ from bitnet_jax.models._template import render
 
 TOKENIZER = "tokenizer.json"
 
+# In the config.json of an export or a saved file: Text.pooling, which folders have elsewhere.
+POOLING = "bitnet_jax_pooling"
+
 _BROKEN = "\ufffd"  # what a decoder writes for bytes that are no UTF-8, or not yet
 
 
@@ -19,6 +22,7 @@ class Text:
     Attributes:
       vocabulary: of the model; a larger tokenizer is refused.
       stops: the ids that end an answer.
+      pooling: what an embedding model does in place of taking the last token; None: nothing else.
     """
 
     def __init__(
@@ -29,10 +33,11 @@ class Text:
         template: str | None,
         tokens: Mapping[str, str],
         missing: str,
+        pooling: str | None = None,
     ):
         self.vocabulary, self.stops = vocabulary, stops
         self._make, self._template, self._tokens = tokenizer, template, dict(tokens)
-        self._missing = missing
+        self._missing, self.pooling = missing, pooling
         self._tokenizer: Any = None
 
     @property

@@ -107,6 +107,59 @@ def test_a_scale_of_the_output_and_the_head(tmp_path):
     assert model.config.activation == "relu2"
 
 
+@pytest.mark.parametrize("kind", ["F16", "BF16", "F32", "Q8_0"])
+@pytest.mark.parametrize("scale", [0.1234567, 1e-9])
+def test_a_scale_of_floats_is_not_rounded_to_theirs(kind, scale, tmp_path):
+    """In float16 the products lose bits, and small ones all of them."""
+    file = Model(kind=kind)
+    file.tensors["blk.0.ffn_up.scale"] = ("F32", (1,), struct.pack("<f", scale))
+    model = bj.models.Decoder.from_pretrained(file.write(tmp_path / "model.gguf"))
+    wanted = file.kernels[UP].T.astype(np.float64) * np.float64(np.float32(scale))
+    np.testing.assert_allclose(kernel_of(model, "up"), wanted, rtol=1e-7)
+
+
+def with_bytes(file):
+    """A file of width 32 with one token a byte, and two tokens more."""
+    tokens = sorted(byte_tokenizer().get_vocab(), key=byte_tokenizer().get_vocab().get)
+    table = np.random.default_rng(0).normal(size=(258, 32)).astype("<f4")
+    file.tensors["token_embd.weight"] = ("F32", table.shape, table.tobytes())
+    file.metadata |= {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": [*tokens, "he", "<end>"],
+        "tokenizer.ggml.token_type": [1] * 257 + [3],
+        "tokenizer.ggml.merges": ["h e"],
+        "tokenizer.ggml.eos_token_id": 257,
+        "tokenizer.ggml.bos_token_id": 257,
+    }
+    return file
+
+
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize("end", [False, True])
+def test_texts_begin_and_end_as_a_file_says(begin, end, tmp_path):
+    """Embedding models take the last token's vector, and it is that of the end."""
+    file = with_bytes(Model("qwen3", "Q8_0", width=32))
+    file.metadata |= {"tokenizer.ggml.add_bos_token": begin, "tokenizer.ggml.add_eos_token": end}
+    text = bj.models.Decoder.from_pretrained(file.write(tmp_path / "model.gguf")).text
+    wanted = byte_tokenizer().encode("abc").ids
+    assert text.encode("abc") == [257] * begin + wanted + [257] * end
+    assert text.encode("abc", special=False) == wanted
+
+
+@pytest.mark.parametrize(("pooling", "fits"), [(0, True), (1, False), (2, False), (3, True)])
+def test_vectors_that_are_not_the_last_tokens(pooling, fits, tmp_path):
+    file = Model("qwen3", "Q8_0", width=32, **{"qwen3.pooling_type": pooling})
+    model = bj.models.Decoder.from_pretrained(file.write(tmp_path / "model.gguf"))
+    if fits:
+        assert model.encode([1, 2]).shape == (32,)
+        return
+    model.save(tmp_path / "saved.safetensors")
+    for one in (model, bj.models.Decoder.from_pretrained(tmp_path / "saved.safetensors")):
+        with pytest.raises(NotImplementedError, match=f"pooling_type {pooling}, and encode takes"):
+            one.encode([1, 2])
+
+
 def test_the_tokenizer_of_a_file(tmp_path):
     """Byte-pair encoding from the file's own keys, with its special tokens."""
     tokens = sorted(byte_tokenizer().get_vocab(), key=byte_tokenizer().get_vocab().get)

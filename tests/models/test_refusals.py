@@ -294,7 +294,7 @@ def model(tmp_path_factory):
         ([1], {"repetition_penalty": 0.0}, ValueError, "`repetition_penalty`"),
         ([1], {"stop": ""}, TypeError, "`stop`"),
         ([1], {"stop": "x"}, ValueError, "`stop` has the text 'x', .*no tokenizer.* token ids"),
-        ([1], {"cache_size": "8"}, ValueError, "`cache_size` must be an integer >= 1 or None"),
+        ([1], {"cache_size": "8"}, ValueError, "`cache_size` must be an integer >= 1"),
         ([1], {"cache_size": 10, "max_new_tokens": 4}, ValueError, "19 slots are needed"),
         ([1], {"cache_size": 99.0}, ValueError, "`cache_size` must be an integer"),
         ([1], {"cache_dtype": "int32"}, ValueError, "`cache_dtype` must be .* got 'int32'"),
@@ -358,6 +358,32 @@ def test_a_tokenizer_of_another_model(tmp_path):
     model = bj.models.Decoder.from_pretrained(folder)
     with pytest.raises(ValueError, match="is no tokenizer"):
         model.generate("abc", max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("1_Pooling", {"pooling_mode_mean_tokens": True}, "by pooling_mode_mean_tokens, and"),
+        ("1_Pooling", {"pooling_mode": "cls", "include_prompt": True}, "by pooling_mode 'cls'"),
+        ("2_Dense", {"in_features": 32}, "by 2_Dense"),
+        ("1_Pooling", {"pooling_mode_lasttoken": True, "pooling_mode_cls_token": False}, ""),
+        ("1_Pooling", {"pooling_mode": "lasttoken", "embedding_dimension": 32}, ""),
+        ("2_Normalize", {}, ""),
+    ],
+)
+def test_vectors_that_are_not_the_last_tokens(name, content, match, tmp_path):
+    folder = Checkpoint(**ONE).write(tmp_path / "in")
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text(json.dumps(content))
+    model = bj.models.Decoder.from_pretrained(folder)
+    if not match:
+        assert model.encode([1, 2]).shape == (32,)
+        return
+    model.save(tmp_path / "saved.safetensors")
+    bj.io.export_huggingface(model, tmp_path / "out")
+    for path in (folder, tmp_path / "saved.safetensors", tmp_path / "out"):
+        with pytest.raises(NotImplementedError, match=match):
+            bj.models.Decoder.from_pretrained(path).encode([1, 2])
 
 
 def test_calls(model):
