@@ -210,7 +210,7 @@ def _require_groups(who: str, config: DecoderConfig) -> None:
         _require_divisor(who, "granularity", kernel.granularity, own)
 
 
-def _require_divisor(who: str, name: str, group: Any, inputs: dict[str, int]) -> None:
+def _require_divisor(who: str, name: str, group: object, inputs: dict[str, int]) -> None:
     for path, n_in in inputs.items():
         if isinstance(group, int) and n_in % group:
             raise ValueError(
@@ -241,7 +241,7 @@ def _require_divides(who: str, name: str, divisor: int, of: str, value: int) -> 
         raise ValueError(f"{who}: `{of}` must be a multiple of {name} = {divisor}, got {value}.")
 
 
-def require_quantiser(who: str, name: str, value: Any) -> None:
+def require_quantiser(who: str, name: str, value: object) -> None:
     """Refuses anything but a kernel's quantiser or None."""
     kinds = (TernaryConfig, Int8Config, type(None))
     _checks.require_instance(who, name, value, kinds, "Use bj.B158, bj.Int8Config() or None.")

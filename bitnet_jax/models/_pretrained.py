@@ -53,7 +53,7 @@ class Options:
         _checks.require_instance(WHO, "scan", self.scan, kinds, "Use True, False or None.")
 
 
-def dtype_of(dtype: Any) -> np.dtype:
+def dtype_of(dtype: jax.typing.DTypeLike) -> np.dtype:
     """The dtype that floats are loaded in; refuses what is no floating-point dtype."""
     try:
         kind = jnp.dtype(dtype)

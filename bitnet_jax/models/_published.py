@@ -122,7 +122,7 @@ def _multipliers(keys: Keys, width: int, depth: int) -> dict[str, float]:
     return {
         "embedding_multiplier": keys.get("scale_emb", float, 1.0),
         "residual_multiplier": keys.get("scale_depth", float, 1.0) / depth**0.5,
-        "logit_multiplier": keys.get("dim_model_base", float, float(width)) / width,
+        "logit_multiplier": keys.get("dim_model_base", float, 1.0) / width,
     }
 
 

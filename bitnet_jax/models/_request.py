@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import jax
 import numpy as np
 
 from bitnet_jax import _checks
@@ -103,7 +104,7 @@ def checked(
     )
 
 
-def _require_cache(size: Any, dtype: Any) -> None:
+def _require_cache(size: int | None, dtype: jax.typing.DTypeLike | None) -> None:
     if size is not None:
         require_slots("generate", "cache_size", size)
     if dtype is not None:
