@@ -174,8 +174,8 @@ class Checkpoint:
         allowed = np.tril(np.ones((len(ids), len(ids)), bool)) & seen[None]
         x = t["model.embed_tokens.weight"].astype(np.float64)[ids] * c.get("scale_emb", 1.0)
         branch = 1.0
-        if "scale_depth" in c:
-            branch = c["scale_depth"] / math.sqrt(c["num_hidden_layers"])
+        if c["architectures"] == ["MiniCPMForCausalLM"]:
+            branch = c.get("scale_depth", 1) / math.sqrt(c["num_hidden_layers"])
         for i in range(c["num_hidden_layers"]):
             at = f"model.layers.{i}"
             y = self._attention(at, self._norm(f"{at}.input_layernorm", x), positions, allowed)
@@ -183,8 +183,8 @@ class Checkpoint:
             y = self._mlp(at, self._norm(f"{at}.post_attention_layernorm", x))
             x = x + branch * y
         x = self._norm("model.norm", x)
-        if "dim_model_base" in c:
-            x = x * c["dim_model_base"] / c["hidden_size"]
+        if c["architectures"] == ["MiniCPMForCausalLM"]:
+            x = x * c.get("dim_model_base", 1) / c["hidden_size"]
         head = "model.embed_tokens.weight" if c["tie_word_embeddings"] else "lm_head.weight"
         return x @ t[head].astype(np.float64).T
 

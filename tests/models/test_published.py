@@ -34,7 +34,10 @@ CASES = {
     "qwen3-grid": Checkpoint("Qwen3ForCausalLM", 16, tie_word_embeddings=False),
     "minicpm-tensor": Checkpoint("MiniCPMForCausalLM", "tensor"),
     "minicpm-channel": Checkpoint("MiniCPMForCausalLM", "channel"),
+    "minicpm-defaults": Checkpoint("MiniCPMForCausalLM", "tensor"),
 }
+for key in ("scale_emb", "scale_depth", "dim_model_base"):
+    del CASES["minicpm-defaults"].config[key]
 
 
 @nnx.jit

@@ -268,6 +268,17 @@ void OneRowOfFields(const Rows& x, const Beside& beside, int32_t* sums) {
   }
 }
 
+// Asks for so many byte rows of all panels at once: between panels that are multiplied one
+// after the other, what each asks for by itself comes too late.
+inline void Ahead(Panel codes, int64_t rows) {
+  for (int64_t byte = 0; byte < rows * codes.row; byte += kRowBytes) {
+    __builtin_prefetch(codes.bytes + byte);
+  }
+}
+
+// Up to so many rows, a step of unpacked codes is multiplied sooner than memory brings the next.
+constexpr int64_t kSoonDone = 64;
+
 template <class I>
 void TernarySums(const Rows& x, const Beside& beside, int32_t* sums) {
   Begin<I, Kind::kTernary>(x, sums);
@@ -276,9 +287,10 @@ void TernarySums(const Rows& x, const Beside& beside, int32_t* sums) {
     const Panel codes = FromRow(beside, fours.first / kFields);
     const int64_t byte_rows = fours.count / kFields;
     if (x.count == 1 && beside.count == kPanels) return I::OneRow(x, codes, byte_rows, sums);
-    for (int64_t start = 0; start < byte_rows; start += I::kStepRows) {
+    for (int64_t start = 0; start < byte_rows; start += kBlockRows) {
+      Ahead(codes.Down(start + kBlockRows), kBlockRows);
       Add<I, From::kPacked>(x, start * RowDepth(Kind::kTernary), codes.Down(start),
-                            Least(byte_rows - start, I::kStepRows), beside.count, sums);
+                            Least(byte_rows - start, kBlockRows), beside.count, sums);
     }
     return;
   }
@@ -287,6 +299,9 @@ void TernarySums(const Rows& x, const Beside& beside, int32_t* sums) {
   constexpr int64_t kStep = kFields * (I::kStepRows < kUnpackedRows ? I::kStepRows : kUnpackedRows);
   for (int64_t start = 0; start < fours.count; start += kStep) {
     const int64_t taken = Least(fours.count - start, kStep);
+    if (x.count <= kSoonDone) {
+      Ahead(FromRow(beside, CeilDiv(fours.first + start + taken, kFields)), taken / kFields);
+    }
     Unpack<I>(beside, {fours.first + start, taken}, unpacked);
     Add<I, From::kFields>(x, 4 * start, unpacked.All(), taken, beside.count, sums);
   }

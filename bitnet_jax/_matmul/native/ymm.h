@@ -33,7 +33,7 @@ struct Ymm {
             _mm256_and_si256(_mm256_srli_epi16(bytes.high, 2 * j), mask)};
   }
   static void Prefetch(const uint8_t* row) {
-    constexpr int64_t kAhead = 2048;
+    constexpr int64_t kAhead = 4096;
     _mm_prefetch(reinterpret_cast<const char*>(row + kAhead), _MM_HINT_T0);
   }
   // Compilers add products up among themselves first, and have no registers for them.
