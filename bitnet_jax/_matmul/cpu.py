@@ -283,7 +283,7 @@ def _product_at(spec: _Spec) -> by_platform.Operation:
 
 def _multiply(
     spec: _Spec, x: Activations, panels: jax.Array, scale: CanonicalScale, *at: jax.Array
-) -> Float[Array, "b m n"]:
+) -> Float[Array, "_ _ _"]:
     """By custom calls; with an index, from that slice of a stack of panels."""
     assert spec.activations is not None
     layout, activations = spec.layout, spec.activations
