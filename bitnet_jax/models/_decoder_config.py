@@ -19,12 +19,7 @@ _DEFAULT_ROPE = Rope()
 
 ACTIVATIONS = ("silu", "relu2")
 
-_PARTS = (
-    *(f"attention/{part}" for part in ("query", "key", "value", "out")),
-    *(f"mlp/{part}" for part in ("gate", "up", "down")),
-)
-
-_PROJECTION = re.compile(rf"layers/(0|[1-9]\d{{0,8}})/(?:{'|'.join(_PARTS)})")
+_PROJECTION = re.compile(r"layers/(0|[1-9]\d{0,8})/(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +172,12 @@ def _require_head(who: str, config: DecoderConfig) -> None:
 
 def _require_kernels(who: str, config: DecoderConfig) -> None:
     """Refuses overrides that name no kernel, or one twice."""
-    paths = [path for path, _ in config.overrides]
+    paths, parts = [path for path, _ in config.overrides], projection_sizes(config)
     for path in paths:
         outer = path == "embedding" or (path == "head" and not config.tied)
         found = _PROJECTION.fullmatch(path) if isinstance(path, str) else None
-        if not outer and (found is None or int(found[1]) >= config.depth):
+        inside = found is not None and found[2] in parts and int(found[1]) < config.depth
+        if not (outer or inside):
             own = "'embedding'" if config.tied else "'embedding', 'head'"
             raise ValueError(
                 f"{who}: `overrides` names {path!r}, which is no kernel of this decoder. Name "
@@ -191,23 +187,42 @@ def _require_kernels(who: str, config: DecoderConfig) -> None:
             raise ValueError(f"{who}: `overrides` names {path!r} twice. Leave one out.")
 
 
+def projection_sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Lengths in and out of each projection of a layer."""
+    wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    return {
+        "attention/query": (config.width, wide),
+        "attention/key": (config.width, narrow),
+        "attention/value": (config.width, narrow),
+        "attention/out": (wide, config.width),
+        "mlp/gate": (config.width, config.hidden),
+        "mlp/up": (config.width, config.hidden),
+        "mlp/down": (config.hidden, config.width),
+    }
+
+
 def _require_groups(who: str, config: DecoderConfig) -> None:
     """Raises where groups, of activations or of weights, do not divide a kernel's inputs."""
-    inputs = {"embedding": config.width, "head": config.width}
-    for i in range(config.depth):
-        for part in _PARTS:
-            n_in = {"attention/out": config.heads * config.head_dim, "mlp/down": config.hidden}
-            inputs[f"layers/{i}/{part}"] = n_in.get(part, config.width)
-    kernels = dict.fromkeys(inputs, config.weights)
-    kernels |= {"embedding": config.embedding, "head": config.head, **dict(config.overrides)}
-    inputs = {path: inputs[path] for path, kernel in kernels.items() if kernel is not None}
+    sizes, own = projection_sizes(config), dict(config.overrides)
+    kernels: dict[str, KernelConfig | None] = {"embedding": config.embedding, "head": config.head}
+    for part in sizes:  # of layers that are alike the first, however many a file says there are
+        paths = (f"layers/{i}/{part}" for i in range(config.depth))
+        first = next((path for path in paths if path not in own), None)
+        if first is not None:
+            kernels[first] = config.weights
+    kernels |= own
+    inputs = {
+        path: sizes[path.split("/", 2)[2]][0] if "/" in path else config.width
+        for path, kernel in kernels.items()
+        if kernel is not None
+    }
     looked_up = () if config.tied else ("embedding",)  # an input, which nothing multiplies
     group = None if config.activations is None else config.activations.group
     met = {path: n_in for path, n_in in inputs.items() if path not in looked_up}
     _require_divisor(who, "activations.group", group, met)
     for kernel in {k for k in kernels.values() if isinstance(k, TernaryConfig)}:
-        own = {path: n_in for path, n_in in inputs.items() if kernels[path] == kernel}
-        _require_divisor(who, "granularity", kernel.granularity, own)
+        quantised = {path: n_in for path, n_in in inputs.items() if kernels[path] == kernel}
+        _require_divisor(who, "granularity", kernel.granularity, quantised)
 
 
 def _require_divisor(who: str, name: str, group: object, inputs: dict[str, int]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bitnet_jax.models._decoder_config import DecoderConfig
+from bitnet_jax.models._decoder_config import DecoderConfig, projection_sizes
 
 PROJECTIONS = {
     "attention/query": "self_attn.q_proj",
@@ -45,16 +45,7 @@ ALIASES = {
 
 def projections(config: DecoderConfig) -> Iterator[tuple[str, str, int, int, bool]]:
     """Path, name, lengths in and out, and whether there is a bias, of every projection."""
-    wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    sizes = {
-        "attention/query": (config.width, wide),
-        "attention/key": (config.width, narrow),
-        "attention/value": (config.width, narrow),
-        "attention/out": (wide, config.width),
-        "mlp/gate": (config.width, config.hidden),
-        "mlp/up": (config.width, config.hidden),
-        "mlp/down": (config.hidden, config.width),
-    }
+    sizes = projection_sizes(config)
     for i in range(config.depth):
         for path, name in PROJECTIONS.items():
             bias = config.attention_bias if path.startswith("attention") else config.mlp_bias

@@ -492,6 +492,13 @@ def test_every_kernel_can_be_overridden(tied):
     assert {made.kernel(path) for path in paths} == {bj.Int8Config()}
 
 
+def test_a_config_costs_the_same_whatever_the_depth():
+    # A file may say so; that it has no such layers is found when they are read.
+    override = ("layers/999999998/mlp/down", None)
+    config = bj.models.DecoderConfig(vocabulary=8, depth=10**9, overrides=(override,))
+    assert config.kernel("layers/999999998/mlp/down") is None
+
+
 def test_stacked_layers_must_be_alike():
     config = bj.models.DecoderConfig(
         vocabulary=8, width=16, hidden=16, overrides=(("layers/0/mlp/up", None),), scan=True
