@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from typing import NoReturn, SupportsIndex
+from typing import NoReturn, SupportsIndex, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,15 @@ def require_one_of(who: str, name: str, value: object, allowed: Sequence[object]
         raise ValueError(f"{who}: `{name}` must be one of {listed}, got {value!r}.{hint}")
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether a value is an integer, of Python or NumPy, and not a truth value."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def require_count(who: str, name: str, value: object) -> None:
+    """Raises unless a value is an integer >= 1."""
+    if not (is_integer(value) and value >= 1):
+        raise ValueError(f"{who}: `{name}` must be an integer >= 1, got {value!r}.")
 
 
 def require_positive(who: str, name: str, value: object) -> None:

@@ -7,6 +7,8 @@ from typing import Literal
 
 from bitnet_jax.io._safetensors import GGUF_MAGIC
 
+_GGUF = ".gguf"
+
 Kind = Literal["folder", "gguf", "saved"]
 
 
@@ -18,8 +20,10 @@ def kind_of(path: str | os.PathLike[str]) -> Kind | None:
     if not os.path.isfile(path):
         return None
     with open(path, "rb") as file:
-        return (
-            "gguf"
-            if path.endswith(".gguf") or file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
-            else "saved"
-        )
+        found = path.endswith(_GGUF) or file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    return "gguf" if found else "saved"
+
+
+def kind_to_load(path: str | os.PathLike[str]) -> Kind | None:
+    """The same for a loader: what is named ``.gguf`` is one, there or not."""
+    return "gguf" if os.fspath(path).endswith(_GGUF) else kind_of(path)

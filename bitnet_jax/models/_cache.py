@@ -6,14 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import _checks
-
-
-def require_slots(who: str, name: str, value: int) -> None:
-    """Raises unless a number of rows or slots is an integer >= 1."""
-    if not (_checks.is_integer(value) and value >= 1):
-        raise ValueError(f"{who}: `{name}` must be an integer >= 1, got {value!r}.")
-
 
 def require_cache_dtype(who: str, name: str, dtype: jax.typing.DTypeLike) -> np.dtype:
     """The dtype of a cache; refuses integers but int8, which cut floats off, and float8."""

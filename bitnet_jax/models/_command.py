@@ -9,7 +9,7 @@ import time
 import jax.numpy as jnp
 
 from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax.io._source import kind_of
+from bitnet_jax.io._source import kind_to_load
 from bitnet_jax.models import _generation, _load_folder, _load_gguf
 from bitnet_jax.models._decoder import Decoder
 from bitnet_jax.models._pretrained import Outline
@@ -77,7 +77,7 @@ def _asked(parsed: argparse.Namespace) -> str | list[int] | list[dict[str, str]]
 
 def _outline(path: str) -> Outline | None:
     """What a checkpoint says without its weights; None: a saved file, which is read whole."""
-    kind = "gguf" if path.endswith(".gguf") else kind_of(path)
+    kind = kind_to_load(path)
     if kind == "saved":
         return None
     return (_load_gguf if kind == "gguf" else _load_folder).outline(path)

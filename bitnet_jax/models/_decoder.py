@@ -16,7 +16,7 @@ from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.int8 import ActivationConfig
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.io._huggingface import Published
-from bitnet_jax.io._source import kind_of
+from bitnet_jax.io._source import kind_to_load
 from bitnet_jax.models import _generation, _load_folder, _load_gguf, _saved
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._network import Network
@@ -113,7 +113,7 @@ class Decoder(Network):
           ValueError: a key, tensor or dtype that does not fit, by its name.
           TypeError: an argument of another type.
         """
-        kind = "gguf" if os.fspath(path).endswith(".gguf") else kind_of(path)
+        kind = kind_to_load(path)
         if dtype is None and kind != "saved":
             dtype = jnp.float32
         options = Options(

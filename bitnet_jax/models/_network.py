@@ -27,7 +27,7 @@ from bitnet_jax import _checks
 from bitnet_jax.models import _blocks
 from bitnet_jax.models._attention import empty_layer
 from bitnet_jax.models._axes import MeshAxes, specs_of
-from bitnet_jax.models._cache import require_cache_dtype, require_slots
+from bitnet_jax.models._cache import require_cache_dtype
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._parts import RMSNorm, embedding, linear
 from bitnet_jax.models._rope import rotation
@@ -179,8 +179,8 @@ class Network(nnx.Module):
           (1, 16, 4, 8)
         """
         config, who = self.config, "init_cache"
-        require_slots(who, "batch_size", batch_size)
-        require_slots(who, "cache_size", cache_size)
+        _checks.require_count(who, "batch_size", batch_size)
+        _checks.require_count(who, "cache_size", cache_size)
         kind = config.dtype if dtype is None else require_cache_dtype(who, "dtype", dtype)
         layers = [empty_layer(config, batch_size, cache_size, kind) for _ in range(config.depth)]
         if config.scan:

@@ -202,6 +202,7 @@ def _stack(path: str, parts: list[Any]) -> Any:
     leaves, treedef = jax.tree.flatten(parts[0])
     kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
     stacks = [_memory.empty((len(parts), *shape), dtype) for shape, dtype in kinds]
+    large = sum(stack.nbytes for stack in stacks) > _WORTH_IT
     for i in range(len(parts)):
         leaves, own = jax.tree.flatten(parts[i])
         if own != treedef or [(leaf.shape, leaf.dtype) for leaf in leaves] != kinds:
@@ -209,7 +210,7 @@ def _stack(path: str, parts: list[Any]) -> Any:
         for stack, leaf in zip(stacks, leaves, strict=True):
             stack[i] = leaf
         parts[i] = leaves = leaf = None
-        if sum(stack.nbytes for stack in stacks) > _WORTH_IT:
+        if large:
             _memory.give_back()
     return treedef.unflatten(jax.device_put(stack) for stack in stacks)
 

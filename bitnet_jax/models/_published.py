@@ -309,14 +309,14 @@ def quantization(content: Mapping[str, Any], asked: Mapping[str, Any] | None) ->
         isinstance(left, (list, tuple)) and all(isinstance(one, str) for one in left)
     ):
         refuse(f"{where}.modules_to_not_convert", left, "a list of names")
-    norm = keys.get("use_rms_norm", bool, False), keys.get("rms_norm_eps", float, 1e-6)
-    keys.refuse_rest(("modules_to_not_convert",), {})
     offline: Stored = "divide" if linear == "bitlinear" else "multiply"
     declared = linear if "linear_class" in given else "no linear_class, so bitlinear"
-    return Quantization(
+    found = Quantization(
         stored="online" if mode == "online" else offline,
         left=None if left is None else tuple(left),
-        norm=norm[0],
-        norm_eps=norm[1],
+        norm=keys.get("use_rms_norm", bool, False),
+        norm_eps=keys.get("rms_norm_eps", float, 1e-6),
         said=f"{declared}, {mode}",
     )
+    keys.refuse_rest(("modules_to_not_convert",), {})
+    return found

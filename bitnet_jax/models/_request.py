@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from bitnet_jax import _checks
-from bitnet_jax.models._cache import require_cache_dtype, require_slots
+from bitnet_jax.models._cache import require_cache_dtype
 from bitnet_jax.models._sampling import Sampling
 from bitnet_jax.models._text import Text
 
@@ -106,7 +106,7 @@ def checked(
 
 def _require_cache(size: int | None, dtype: jax.typing.DTypeLike | None) -> None:
     if size is not None:
-        require_slots("generate", "cache_size", size)
+        _checks.require_count("generate", "cache_size", size)
     if dtype is not None:
         require_cache_dtype("generate", "cache_dtype", dtype)
 
@@ -114,10 +114,7 @@ def _require_cache(size: int | None, dtype: jax.typing.DTypeLike | None) -> None
 def stops_of(max_new_tokens: int, stop: Any) -> list[str | int]:
     """The stops as a list; refuses what is wrong of both whatever the model is."""
     who = "generate"
-    if not _checks.is_integer(max_new_tokens) or max_new_tokens < 1:
-        raise ValueError(
-            f"{who}: `max_new_tokens` must be an integer >= 1, got {max_new_tokens!r}."
-        )
+    _checks.require_count(who, "max_new_tokens", max_new_tokens)
     alone = isinstance(stop, (str, int, np.integer))
     given: list[Any] = [] if stop is None else [stop] if alone else [*stop]
     if not all(_checks.is_integer(one) or (isinstance(one, str) and one) for one in given):

@@ -71,13 +71,18 @@ def config_of(layers: int, *, scan: bool) -> bj.models.DecoderConfig:
     )
 
 
+def random_codes(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Bytes of four trits, each two bits: 0, 1 or 2."""
+    four = np.indices((3,) * 4).reshape(4, -1).astype(np.uint8)
+    valid = four[0] | four[1] << 2 | four[2] << 4 | four[3] << 6
+    return valid[rng.integers(0, len(valid), shape, np.uint8)]
+
+
 def random_leaves(config: bj.models.DecoderConfig) -> Iterator[tuple[str, Any]]:
     """Every parameter by path, packed; one at a time."""
     rng = np.random.default_rng(0)
-    four = np.indices((3,) * 4).reshape(4, -1).astype(np.uint8)
-    valid = four[0] | four[1] << 2 | four[2] << 4 | four[3] << 6
     for path, _, n_in, n_out, _ in _names.projections(config):
-        codes = valid[rng.integers(0, len(valid), (n_in // 4, n_out), np.uint8)]
+        codes = random_codes(rng, (n_in // 4, n_out))
         scale = jnp.full((1, 1), 1.2 * n_in**-0.5, jnp.float32)
         yield f"{path}/linear/kernel", bj.PackedTernary(jnp.asarray(codes), scale, n_in)
     for path, _, length in _names.norms(config):
@@ -225,8 +230,6 @@ def write_gguf(config: bj.models.DecoderConfig, path: str) -> None:
     """Random trits in TQ2_0, and a random table in Q8_0, as llama.cpp's bitnet."""
     gguf: Any = importlib.import_module("gguf")
     rng, kinds = np.random.default_rng(0), gguf.GGMLQuantizationType
-    four = np.indices((3,) * 4).reshape(4, -1).astype(np.uint8)
-    valid = four[0] | four[1] << 2 | four[2] << 4 | four[3] << 6
     file = gguf.GGUFWriter(path, "bitnet")
     file.add_block_count(config.depth)
     file.add_context_length(config.context)
@@ -240,7 +243,7 @@ def write_gguf(config: bj.models.DecoderConfig, path: str) -> None:
     file.add_vocab_size(config.vocabulary)
     file.add_tokenizer_model("no_vocab")
     for path, _, n_in, n_out, _ in _names.projections(config):
-        codes = valid[rng.integers(0, len(valid), (n_out, n_in // 256, 64), np.uint8)]
+        codes = random_codes(rng, (n_out, n_in // 256, 64))
         rows = np.concatenate([codes, _scales(1.2 * n_in**-0.5, codes.shape[:2])], -1)
         name = f"{_load_gguf.name_of(path)}.weight"
         file.add_tensor(name, rows.reshape(n_out, -1), raw_dtype=kinds.TQ2_0)

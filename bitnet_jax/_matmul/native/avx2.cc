@@ -31,7 +31,10 @@ struct Avx2 : Ymm {
   };
 
   static void OneRow(const Rows& x, Panel codes, int64_t byte_rows, int32_t* sums) {
-    OneRowDirect<Avx2>(x, codes, byte_rows, sums);
+    for (int64_t start = 0; start < byte_rows; start += kStepRows) {
+      Add<Avx2, From::kPacked>(x, start * RowDepth(Kind::kTernary), codes.Down(start),
+                               Least(byte_rows - start, kStepRows), kPanels, sums);
+    }
   }
 };
 

@@ -28,8 +28,8 @@ struct AvxVnni : Ymm {
   template <Kind>
   struct Total : Sums<Int32s> {
     void Add(Row codes, Activations x) {
-      low = Of(BITNET_DOT(Raw(low), codes.low, x));
-      high = Of(BITNET_DOT(Raw(high), codes.high, x));
+      low = Dot(low, codes.low, x);
+      high = Dot(high, codes.high, x);
       InOrder(low, high);
     }
     void AddTo(int32_t* to) const { Ymm::AddTo(to, {Raw(low), Raw(high)}); }

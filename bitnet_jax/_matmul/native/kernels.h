@@ -307,15 +307,6 @@ void TernarySums(const Rows& x, const Beside& beside, int32_t* sums) {
   }
 }
 
-// The same for a single row and kPanels panels, in no other way.
-template <class I>
-void OneRowDirect(const Rows& x, Panel codes, int64_t byte_rows, int32_t* sums) {
-  for (int64_t start = 0; start < byte_rows; start += I::kStepRows) {
-    Add<I, From::kPacked>(x, start * RowDepth(Kind::kTernary), codes.Down(start),
-                          Least(byte_rows - start, I::kStepRows), kPanels, sums);
-  }
-}
-
 // So many sums that do not wait for each other, in registers all the time.
 template <class I, int Count>
 struct Independent {
