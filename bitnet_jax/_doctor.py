@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax._matmul import IMPLEMENTATIONS, Name, choose, cpu, limits, matmul, native, prepare
+from bitnet_jax import _native
+from bitnet_jax._matmul import IMPLEMENTATIONS, Name, choose, cpu, limits, matmul, prepare
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import Packed, PackedTernary, Prepared
 from bitnet_jax._packed.pack import pack
@@ -74,7 +75,7 @@ def examine(*, speed: bool = True, load: Load | None = None) -> int:
         return 0
     print(f"WRONG RESULTS by {'; '.join(wrong)}: do not use them, and please report all of this.")
     if any(label.startswith("cpu") for label in wrong):
-        print(f"{native.OFF}=0 turns the native product off.")
+        print(f"{_native.OFF}=0 turns the native product off.")
     return 1
 
 
@@ -104,7 +105,7 @@ def _describe_versions() -> Iterator[Line]:
 
 def _describe_native() -> Iterator[Line]:
     """The native library and its instruction sets, or why there is none."""
-    found = native.load()
+    found = _native.load()
     if found.library is None:
         yield "library", f"none: {found.reason}"
         yield "remedy", _find_remedy()
@@ -122,8 +123,8 @@ def _native_serves() -> bool:
 
 def _find_remedy() -> str:
     """How to get the native library."""
-    if os.environ.get(native.OFF) == "0":
-        return f"unset {native.OFF}"
+    if os.environ.get(_native.OFF) == "0":
+        return f"unset {_native.OFF}"
     if sys.platform == "win32":
         return "none, it is not built on Windows"
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -171,11 +172,11 @@ def check_bits() -> Iterator[Line]:
     if cpu.unsupported_reason(stored["int8"]) is not None:
         return
     try:
-        for path in native.load().paths():
-            native.load().choose(path)
+        for path in _native.load().paths():
+            _native.load().choose(path)
             yield f"cpu, {path}", judge("cpu")
     finally:
-        native.load().choose(None)
+        _native.load().choose(None)
 
 
 def _compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> str:
@@ -275,7 +276,7 @@ def _measure_multiplying(leaf: Prepared, load: Load) -> str:
     operations = 2 * load.rows * load.side * load.side
     candidates = [(product, operations), (registers, int(registers()))]
     rate, limit = _rate_in_turn(candidates, load.seconds)
-    return f"{_share(rate, limit, 'GOP/s')} that {native.load().chosen()} does in registers"
+    return f"{_share(rate, limit, 'GOP/s')} that {_native.load().chosen()} does in registers"
 
 
 def _rate_in_turn(candidates: list[Candidate], seconds: float) -> np.ndarray:

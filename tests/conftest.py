@@ -26,12 +26,12 @@ if os.environ.get("BITNET_JAX_BEARTYPE") == "1":
     jaxtyping.install_import_hook("bitnet_jax", "beartype.beartype")
     # The hook imports from the checkout, past an editable install: its compiled kernels are
     # in another folder.
-    import bitnet_jax._matmul.native
+    import bitnet_jax._native
 
     for distribution in importlib.metadata.distributions(name="bitnet_jax"):
         for file in distribution.files or ():
             if file.name == "product.native":
-                bitnet_jax._matmul.native.__path__.append(str(file.locate().parent))
+                bitnet_jax._native.__path__.append(str(file.locate().parent))
     expect = pytest.raises
 
     class Refused:

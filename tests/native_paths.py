@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import bitnet_jax as bj
-from bitnet_jax._matmul import native
+from bitnet_jax import _native as native
 
 PATHS = native.load().paths()
 needs_it = pytest.mark.skipif(not PATHS, reason="no C++ compiler built the native product")

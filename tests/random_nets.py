@@ -30,8 +30,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bitnet_jax as bj
+from bitnet_jax import _native as native
 from bitnet_jax import linen
-from bitnet_jax._matmul import IMPLEMENTATIONS, native
+from bitnet_jax._matmul import IMPLEMENTATIONS
 from bitnet_jax._packed.kernel import is_packed
 
 BATCH, TOKENS, FEATURES = 8, 3, 16

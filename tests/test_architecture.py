@@ -24,6 +24,7 @@ FLOORS = {
     "_context": 1,
     "_display": 1,
     "_mesh": 2,
+    "_native": 2,
     "_quantize": 3,
     "_packed": 4,
     "_ops": 5,

@@ -10,8 +10,9 @@ import jax
 import pytest
 
 from bitnet_jax import _doctor
+from bitnet_jax import _native as native
 from bitnet_jax.__main__ import main
-from bitnet_jax._matmul import IMPLEMENTATIONS, native
+from bitnet_jax._matmul import IMPLEMENTATIONS
 
 PATHS = native.load().paths()
 needs_it = pytest.mark.skipif(not PATHS, reason="no C++ compiler built the native product")

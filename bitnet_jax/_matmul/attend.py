@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
-from bitnet_jax._matmul import by_platform, native
+from bitnet_jax import _native
+from bitnet_jax._native import by_platform
 from bitnet_jax._packed.slice_of import SliceOf, cut
 
 _HIDDEN = np.float32(-1e30)  # a score that softmax gives no weight
@@ -28,7 +29,7 @@ def attend(
     mask: Bool[Array, "b l t"],
 ) -> Float[Array, "b l h d"]:
     """What each query gathers from the slots that its row of the mask shows, in q's dtype."""
-    if k.dtype not in _NATIVE or native.load().reason is not None:
+    if k.dtype not in _NATIVE or _native.load().reason is not None:
         return plain(q, cut(k), cut(v), mask)
     whole = SliceOf(k[None], jnp.int32(0)) if not isinstance(k, SliceOf) else k
     values = v.stack if isinstance(v, SliceOf) else v[None]
@@ -38,7 +39,7 @@ def attend(
 @jax.custom_jvp
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, at: jax.Array) -> jax.Array:
     wide = q.astype(jnp.float32)
-    return by_platform.run(_OPERATION, wide, k, v, mask, at).astype(q.dtype)
+    return by_platform.run(_OPERATION, wide, k, v, mask, at)[0].astype(q.dtype)
 
 
 @_attend.defjvp
@@ -83,16 +84,17 @@ def _per_key(scale: Float32[Array, "b t g 1"] | None) -> Float32[Array, "b g 1 1
     return jnp.moveaxis(scale, 1, -1)[:, :, None]
 
 
-def _native(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, at: jax.Array) -> jax.Array:
-    call = jax.ffi.ffi_call(native.ATTEND, jax.ShapeDtypeStruct(q.shape, jnp.float32))
+def _by_library(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, at: jax.Array
+) -> jax.Array:
+    call = jax.ffi.ffi_call(_native.ATTEND, jax.ShapeDtypeStruct(q.shape, jnp.float32))
     return call(q, k, v, mask, at)
 
 
 _OPERATION = by_platform.Operation(
-    native=_native,
+    native=_by_library,
     plain=_plain_at,
-    shape=lambda q, *_: q.shape,
-    dtype=jnp.float32,
-    merges_rows=False,
+    results=lambda q, *_: (jax.ShapeDtypeStruct(q.shape, jnp.float32),),
     mapped=_plain_at,
+    partitioned=True,
 )

@@ -2,7 +2,7 @@
 
 Two custom calls. One makes int8 codes and gamma of each token; layers that share an
 input share it, since XLA merges equal calls in a jit. The other multiplies them by a
-prepared kernel and applies the epilogue. ``native/layout.h`` has the layout. The int32
+prepared kernel and applies the epilogue. ``_native/layout.h`` has the layout. The int32
 sums are exact and the float arithmetic is that of ``int8`` and ``product`` in the same
 order, so the bits are theirs at every instruction set, thread count and batch. Threads
 are XLA's own.
@@ -16,17 +16,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int8, Int32, UInt8
 
-from bitnet_jax import _mesh
-from bitnet_jax._matmul import by_platform, native, panels, shards
-from bitnet_jax._matmul.panels import Layout, layout_of
-from bitnet_jax._ops.contraction import contract_codes
+from bitnet_jax import _native
+from bitnet_jax._matmul import panels, shards
+from bitnet_jax._matmul.panels import layout_of
+from bitnet_jax._native import by_platform
+from bitnet_jax._native.panel_layout import Layout
+from bitnet_jax._ops.codes_product import contract_codes
 from bitnet_jax._ops.product import Product, group_epilogue
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import (
@@ -40,31 +42,27 @@ from bitnet_jax._packed.kernel import (
     split,
 )
 from bitnet_jax._packed.slice_of import SliceOf, cut
-from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize import by_library, kernel_axes
 from bitnet_jax._quantize.arrays import Activations, CanonicalScale, DTypeLike
 from bitnet_jax._quantize.config import ActivationConfig
-from bitnet_jax._quantize.int8 import activation_codes, codes_at, gamma_of
-from bitnet_jax._quantize.pinned import widened
+from bitnet_jax._quantize.int8 import codes_at, gamma_of, plain_activation_codes
 
 # Rows of x are padded to a multiple of one; the other is of what x may be cut into, see
-# native/layout.h.
+# _native/layout.h.
 _PADDING, _FOUR = 64, 4
-
-# What the custom calls take and give; other floats pass through float32.
-_FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 def unsupported_reason(packed: Packed, activations: ActivationConfig | None = None) -> str | None:
     """Why this implementation cannot run a kernel; None if it can."""
     int8 = isinstance(packed, (PackedInt8, PreparedInt8))
     remedy = f"Use implementation={'reference' if int8 else 'xla'!r}."
-    reason = native.load().reason
+    reason = _native.load().reason
     if reason is not None:
         return f"implementation 'cpu' is not there: {reason}. {remedy}"
     group = None if activations is None else activations.group
     if group is None:
         return None
-    depth = _spec_of(packed, None, _FLOATS[0]).layout.depth
+    depth = _spec_of(packed, None, by_library.FLOATS[0]).layout.depth
     part = math.gcd(depth, group)
     # A layout has its weights in fours: a part of a group of them is whole fours.
     if part == depth or part % _FOUR == 0:
@@ -85,7 +83,7 @@ def preferred(packed: Packed, preparing: bool) -> bool:
     XLA multiplies that sooner than it could be laid out, but for a table, whose codes are
     (outputs, contraction).
     """
-    if native.load().paths() == ["portable"]:
+    if _native.load().paths() == ["portable"]:
         return False
     if preparing and jax.default_backend() != "cpu":
         return False
@@ -99,7 +97,7 @@ def _is_table(packed: PackedInt8) -> bool:
 
 def prepare(packed: Stored) -> Prepared:
     """Lays codes out in panels of outputs."""
-    spec = _spec_of(packed, None, _FLOATS[0])
+    spec = _spec_of(packed, None, by_library.FLOATS[0])
     return lay_out(packed, _laid_out(spec, _stored_codes(packed)), "cpu")
 
 
@@ -107,7 +105,7 @@ def prepare(packed: Stored) -> Prepared:
 @functools.partial(jax.jit, static_argnums=0)
 def _laid_out(spec: _Spec, stored: jax.Array) -> UInt8[Array, "*b bytes"]:
     *batch, r, n = stored.shape
-    laid = by_platform.run(_laying_out(spec), stored.reshape(math.prod(batch), r, n))
+    (laid,) = by_platform.run(_laying_out(spec), stored.reshape(math.prod(batch), r, n))
     return laid.reshape(*batch, spec.layout.nbytes)
 
 
@@ -136,9 +134,10 @@ def _laying_out(spec: _Spec) -> by_platform.Operation:
     return by_platform.Operation(
         native=lambda stored: _lay_out(spec, stored)[:, None],
         plain=plain,
-        shape=lambda stored: (stored.shape[0], 1, layout.nbytes),
-        dtype=jnp.uint8,
-        merges_rows=False,
+        results=lambda stored: (
+            jax.ShapeDtypeStruct((stored.shape[0], 1, layout.nbytes), jnp.uint8),
+        ),
+        partitioned=True,
     )
 
 
@@ -147,8 +146,8 @@ def _lay_out(
 ) -> UInt8[Array, "b bytes"]:
     """Panels of this device's outputs, by the native library."""
     layout = spec.layout._replace(outputs=_outputs_of(spec, stored.shape))
-    return _call(
-        native.LAY_OUT,
+    return by_library.call(
+        _native.LAY_OUT,
         jax.ShapeDtypeStruct((len(stored), layout.nbytes), jnp.uint8),
         stored,
         last=np.int64(spec.last),
@@ -174,12 +173,6 @@ def _outputs_of(spec: _Spec, codes: tuple[int, ...]) -> int:
     return spec.layout.outputs if spec.prepared else codes[1 if spec.table else 2]
 
 
-def _call(target: str, shape: Any, *operands: jax.Array, **attributes: Any) -> Any:
-    """A custom call. Its results vary over the mesh axes of a ``shard_map`` that operands do."""
-    y = jax.ffi.ffi_call(target, shape)(*operands, **attributes)
-    return _mesh.varying_alike(y, operands)[0]
-
-
 def contract(
     x: Activations,
     packed: Packed,
@@ -194,17 +187,17 @@ def contract(
     # The custom calls know (slices, rows, K): batch axes and row axes are flattened.
     x = x.reshape(math.prod(batch), math.prod(rows), k)
     # The calls write float32 or bfloat16; another dtype is cast from float32.
-    wide = jnp.dtype(dtype) if jnp.dtype(dtype) in _FLOATS else _FLOATS[0]
+    wide = jnp.dtype(dtype) if jnp.dtype(dtype) in by_library.FLOATS else by_library.FLOATS[0]
     if isinstance(packed, Prepared):
         codes, scale = packed.codes, packed.scale
     else:
         codes, scale = _stored_codes(packed), packed.canonical_scale()
     spec = _spec_of(packed, activations, wide)
     if isinstance(codes, SliceOf):
-        y = by_platform.run(_product_at(spec), x, codes.stack, scale[None], codes.at)
+        (y,) = by_platform.run(_product_at(spec), x, codes.stack, scale[None], codes.at)
     else:
         one_batch = (a.reshape(len(x), *a.shape[len(batch) :]) for a in (codes, scale))
-        y = by_platform.run(_product(spec, anywhere), x, *one_batch)
+        (y,) = by_platform.run(_product(spec, anywhere), x, *one_batch)
     return y.astype(dtype).reshape(*batch, *rows, math.prod(outputs))
 
 
@@ -258,9 +251,11 @@ def _product(spec: _Spec, anywhere: bool) -> by_platform.Operation:
     return by_platform.Operation(
         native=_native_product(spec),
         plain=functools.partial(_plain_product, spec) if anywhere else None,
-        shape=lambda x, codes, _: (*x.shape[:2], _outputs_of(spec, codes.shape)),
-        dtype=spec.dtype,
-        merges_rows=True,
+        results=lambda x, codes, _: (
+            jax.ShapeDtypeStruct((*x.shape[:2], _outputs_of(spec, codes.shape)), spec.dtype),
+        ),
+        rows=1,
+        partitioned=True,
     )
 
 
@@ -274,10 +269,12 @@ def _product_at(spec: _Spec) -> by_platform.Operation:
     return by_platform.Operation(
         native=functools.partial(_multiply, spec),
         plain=plain,
-        shape=lambda x, *_: (*x.shape[:2], spec.layout.outputs),
-        dtype=spec.dtype,
-        merges_rows=True,
+        results=lambda x, *_: (
+            jax.ShapeDtypeStruct((*x.shape[:2], spec.layout.outputs), spec.dtype),
+        ),
+        rows=1,
         mapped=plain,
+        partitioned=True,
     )
 
 
@@ -287,9 +284,11 @@ def _multiply(
     """By custom calls; with an index, from that slice of a stack of panels."""
     assert spec.activations is not None
     layout, activations = spec.layout, spec.activations
-    x_codes, gamma = _quantize(x, layout.depth, activations)  # gamma (B, M, 1 or A)
-    return _call(
-        native.MULTIPLY,
+    k = x.shape[-1]
+    part = math.gcd(layout.depth, activations.group or k)
+    x_codes, gamma = by_library.token_codes(x, activations, _stride(k, part))
+    return by_library.call(
+        _native.MULTIPLY,
         jax.ShapeDtypeStruct((*x.shape[:2], layout.outputs), spec.dtype),
         x_codes,
         gamma,
@@ -310,7 +309,7 @@ def _plain_product(
     w = _int8_codes(spec, codes)
     if len(x) == 1:  # XLA's fastest product has no batch axis
         x, w, scale = x[0], w[0], scale[0]
-    x_codes, gamma = activation_codes(x, spec.activations, (-1,))
+    x_codes, gamma = plain_activation_codes(x, spec.activations, (-1,))
     y = contract_codes(Product(), x_codes, gamma, w, scale, spec.activations.qmax)
     return y.astype(spec.dtype).reshape(w.shape[0] if w.ndim > 2 else 1, *y.shape[-2:])
 
@@ -365,7 +364,9 @@ def _sums(
     # Codes of 0 behind each row: the kernel reads whole tiles of 64.
     x = jnp.pad(x, [(0, 0), (0, 0), (0, _stride(k, layout.depth) - k)])
     shape = jax.ShapeDtypeStruct((x.shape[0], layout.groups, x.shape[1], n), jnp.int32)
-    y = _call(native.SUMS, shape, x, codes, depth=np.int64(layout.depth), int8=layout.int8)
+    y = by_library.call(
+        _native.SUMS, shape, x, codes, depth=np.int64(layout.depth), int8=layout.int8
+    )
     return jnp.moveaxis(y, 1, 0)  # (B, G, M, N) -> (G, B, M, N), as the epilogue has it
 
 
@@ -377,18 +378,3 @@ def codes_of(prepared: Prepared) -> Int8[Array, "*b k n"]:
 def _stride(k: int, depth: int) -> int:
     """Codes of a row and the zeros behind it: its last ``depth`` are read in whole tiles."""
     return k + -depth % _PADDING
-
-
-def _quantize(
-    x: Activations, depth: int, activations: ActivationConfig
-) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
-    """Codes of each token, padded for groups of ``depth`` of the kernel, and its gammas."""
-    x = x if x.dtype in _FLOATS else widened(x)
-    *lead, k = x.shape
-    group = activations.group or k
-    results = (
-        jax.ShapeDtypeStruct((*lead, _stride(k, math.gcd(depth, group))), jnp.int8),
-        jax.ShapeDtypeStruct((*lead, k // group), jnp.float32),
-    )
-    bounds = {"qmax": np.float32(activations.qmax), "eps": np.float32(activations.eps)}
-    return _call(native.QUANTIZE, results, x, **bounds)

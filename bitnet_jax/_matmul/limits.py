@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, UInt32
 
-from bitnet_jax._matmul import native
+from bitnet_jax import _native
 
 STREAMS = (1, 4)  # that :func:`read` takes
 
 
 def read(array: jax.Array, streams: int = 1) -> UInt32[Array, ""]:
     """Reads an array on all threads, each in so many streams; returns what its words sum to."""
-    native.load()  # registers it
-    call = jax.ffi.ffi_call(native.READ, jax.ShapeDtypeStruct((), jnp.uint32))
+    _native.load()  # registers it
+    call = jax.ffi.ffi_call(_native.READ, jax.ShapeDtypeStruct((), jnp.uint32))
     return call(array, streams=np.int64(streams))
 
 
 def multiply(turns: int) -> Float32[Array, ""]:
     """Multiplies in registers alone, by the path that serves; returns how many operations."""
-    native.load()
-    call = jax.ffi.ffi_call(native.BUSY, jax.ShapeDtypeStruct((), jnp.float32))
+    _native.load()
+    call = jax.ffi.ffi_call(_native.BUSY, jax.ShapeDtypeStruct((), jnp.float32))
     return call(turns=np.int64(turns))

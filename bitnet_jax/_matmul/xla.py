@@ -41,7 +41,7 @@ from bitnet_jax._packed.kernel import (
 )
 from bitnet_jax._quantize.arrays import Activations, DTypeLike
 from bitnet_jax._quantize.config import ActivationConfig
-from bitnet_jax._quantize.int8 import activation_codes
+from bitnet_jax._quantize.int8 import plain_activation_codes
 
 _COLUMNS = 512
 
@@ -82,7 +82,7 @@ def contract(
     else:
         codes, scale = packed.codes, packed.scale
     _, contraction, outputs = split(packed)
-    x_codes, gamma = activation_codes(x, activations, (-1,))
+    x_codes, gamma = plain_activation_codes(x, activations, (-1,))
     rows = _byte_rows(x_codes, contraction, joint_groups(gamma, scale))
     sums = _sums(rows, codes)[..., : math.prod(outputs)]  # without the padding columns
     return group_epilogue(sums, gamma, scale, activations.qmax).astype(dtype)

@@ -18,9 +18,9 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int8
 
 from bitnet_jax import _mesh
-from bitnet_jax._ops.convolution import Convolution
+from bitnet_jax._ops.codes_product import Gamma, Operator, multiply_codes
 from bitnet_jax._ops.gather import Gather
-from bitnet_jax._ops.product import Product, align_scale, group_epilogue, joint_groups
+from bitnet_jax._ops.product import align_scale
 from bitnet_jax._quantize.arrays import (
     Activations,
     AnyArray,
@@ -34,10 +34,6 @@ from bitnet_jax._quantize.config import ActivationConfig, KernelConfig
 from bitnet_jax._quantize.int8 import activation_codes, dequantize_activations
 from bitnet_jax._quantize.straight_through import blend, straight_through
 from bitnet_jax._quantize.ternary import quantize_canonical
-
-Operator = Product | Convolution
-
-Gamma = Float32[Array, "..."]
 
 
 class Contraction(NamedTuple):
@@ -147,7 +143,8 @@ def _int8_dot_forward(
         # Before the gather: each shard is quantised where it is.
         codes, gamma = spec.quantized(x)
         w_codes, scale = quantize_canonical(w, spec.config)
-        y = contract_codes(spec.operator, codes, gamma, *spec.whole(w_codes, scale), spec.qmax)
+        whole = spec.whole(w_codes, scale)
+        y = multiply_codes(spec.operator, codes, gamma, *whole, spec.qmax, spec.config)
     # An empty array carries a dtype through the residuals at no cost.
     dtypes = jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype)
     # The codes before whole: under a gather, the shard is saved and gathered again.
@@ -166,20 +163,6 @@ def _int8_dot_backward(
 
 
 _int8_dot.defvjp(_int8_dot_forward, _int8_dot_backward)
-
-
-def contract_codes(
-    operator: Operator,
-    codes: Int8[Array, "..."],
-    gamma: Gamma,
-    w_codes: CanonicalCodes,
-    scale: CanonicalScale,
-    qmax: int,
-) -> Float32[Array, "..."]:
-    """The integer sums of codes, and the epilogue."""
-    groups = joint_groups(gamma, scale)
-    sums = operator.sums(codes, w_codes, groups)  # (groups, ...), int32, exact
-    return group_epilogue(sums, gamma, scale, qmax)
 
 
 def input_gradient(

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8
 
-from bitnet_jax import _checks, _mesh
-from bitnet_jax._quantize import kernel_axes
+from bitnet_jax import _checks, _mesh, _native
+from bitnet_jax._quantize import by_library, kernel_axes
 from bitnet_jax._quantize.arrays import Activations, AnyArray, CanonicalCodes, CanonicalKernel
 from bitnet_jax._quantize.config import INT8, LARGEST_INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.pinned import pinned, widened
@@ -108,12 +108,21 @@ def require_no_activation_groups(who: str, activations: ActivationConfig | None)
         )
 
 
-# Traced once for all layers of a shape.
-@functools.partial(jax.jit, static_argnames=("config", "shared"))
 def activation_codes(
     x: Activations, config: ActivationConfig, shared: tuple[int, ...]
 ) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
     """Codes of x, and gamma over the ``shared`` axes, kept; or (..., groups) of the last."""
+    if x.size and shared in ((-1,), (x.ndim - 1,)) and _native.preferred():
+        return by_library.activation_codes(x, config, plain_activation_codes)
+    return plain_activation_codes(x, config, shared)
+
+
+# Traced once for all layers of a shape.
+@functools.partial(jax.jit, static_argnames=("config", "shared"))
+def plain_activation_codes(
+    x: Activations, config: ActivationConfig, shared: tuple[int, ...]
+) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
+    """:func:`activation_codes` in plain JAX."""
     # Gamma from float32, whatever x is: bfloat16 values are widened before the maximum.
     gamma = gamma_of(x, config, shared)
     return codes_at(x, gamma, config), gamma

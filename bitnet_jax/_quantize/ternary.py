@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from bitnet_jax import _checks, _mesh
-from bitnet_jax._quantize import kernel_axes, statistics
+from bitnet_jax._quantize import by_library, kernel_axes, statistics
 from bitnet_jax._quantize.arrays import (
     CanonicalCodes,
     CanonicalKernel,
@@ -136,6 +136,13 @@ def quantize_canonical(
     """Codes and scale of a canonical kernel; g groups, m = 1 or n scales across."""
     if isinstance(config, Int8Config):
         return quantize_channels(w, config)
+    if by_library.quantizes(config):
+        return by_library.kernel_codes(w, config, _quantize)
+    return _quantize(w, config)
+
+
+def _quantize(w: CanonicalKernel, config: TernaryConfig) -> tuple[CanonicalCodes, CanonicalScale]:
+    """The same in plain JAX."""
     wide, r, floor = _ratio(w, config)
     across = config.granularity == "tensor"
     # Not |r| > threshold: a NaN is kept, and its code is not 0.

@@ -34,7 +34,8 @@ import numpy as np
 from _bench import HEADER, in_turn, machine, parse, record, table, versus
 
 import bitnet_jax as bj
-from bitnet_jax._matmul import cpu, limits, native
+from bitnet_jax import _native as native
+from bitnet_jax._matmul import cpu, limits
 
 try:
     import torch

@@ -17,8 +17,9 @@ from meshes import mesh_of
 from native_paths import needs_it
 
 import bitnet_jax as bj
+from bitnet_jax import _native as native
 from bitnet_jax import linen
-from bitnet_jax._matmul import IMPLEMENTATIONS, native, panels
+from bitnet_jax._matmul import IMPLEMENTATIONS, panels
 from bitnet_jax._matmul.panels import layout_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -17,7 +17,7 @@ import pytest
 from native_paths import needs_it, random_product
 
 import bitnet_jax as bj
-from bitnet_jax._matmul import native
+from bitnet_jax import _native as native
 
 
 @needs_it

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bitnet_jax._matmul import native
+from bitnet_jax import _native as native
 
 DRIVER = pathlib.Path(__file__).parents[1] / "native" / "driver.cc"
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bitnet_jax as bj
-from bitnet_jax._matmul import native
+from bitnet_jax import _native as native
 from bitnet_jax._packed.slice_of import SliceOf, cut
 
 CONFIGS = {

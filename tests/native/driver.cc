@@ -18,6 +18,7 @@
 
 #include "attend.h"
 #include "product.h"
+#include "quantize.h"
 
 namespace {
 
@@ -121,7 +122,8 @@ struct Kernel {
     }
     panel_bytes = ByteRows(kind, depth) * kRowBytes;
     panels = Exactly<uint8_t>(groups * Panels(outputs) * panel_bytes);
-    LayOut(pool, {kind, stored.get(), 1, rows, outputs, length, groups, depth, false},
+    const Form form = kind == Kind::kTernary ? Form::kBytes : Form::kCodes;
+    LayOut(pool, {form, stored.get(), 1, rows, outputs, length, groups, depth, false},
            panels.get());
   }
 
@@ -135,7 +137,19 @@ struct Kernel {
         transposed[n * depth + k] = static_cast<int8_t>(codes[k * outputs + n]);
       }
     }
-    LayOut(pool, {kind, transposed.get(), 1, depth, outputs, depth, 1, depth, true}, again.get());
+    LayOut(pool, {Form::kCodes, transposed.get(), 1, depth, outputs, depth, 1, depth, true},
+           again.get());
+    return std::memcmp(again.get(), panels.get(), bytes) != 0;
+  }
+
+  // Panels of a ternary kernel from codes of eight bits.
+  int64_t WrongFromCodes(Pool& pool) const {
+    const int64_t length = groups * depth, bytes = groups * Panels(outputs) * panel_bytes;
+    auto wide = Exactly<int8_t>(length * outputs);
+    auto again = Exactly<uint8_t>(bytes);
+    std::copy(codes.begin(), codes.end(), wide.get());
+    LayOut(pool, {Form::kTernaryCodes, wide.get(), 1, length, outputs, depth, groups, depth, false},
+           again.get());
     return std::memcmp(again.get(), panels.get(), bytes) != 0;
   }
 
@@ -327,15 +341,90 @@ int64_t WrongCodes(Pool& pool) {
   return wrong;
 }
 
+// A halving tree over adjacent pairs, zeros behind the last.
+float PairSum(std::vector<float> values) {
+  while (values.size() > 1) {
+    if (values.size() % 2) values.push_back(0.0f);
+    for (size_t i = 0; i < values.size() / 2; ++i) values[i] = values[2 * i] + values[2 * i + 1];
+    values.resize(values.size() / 2);
+  }
+  return values[0];
+}
+
+// Codes and scales of a kernel that are not those of the tree, one output at a time.
+template <class Float>
+int64_t WrongQuantizedOf(Pool& pool, int64_t slices, int64_t rows, int64_t outputs, bool across,
+                         bool survivors) {
+  const int64_t size = rows * outputs;
+  const float threshold = survivors ? 0.7f : 0.5f, eps = 1e-5f;
+  auto w = Exactly<Float>(slices * size);
+  auto codes = Exactly<int8_t>(slices * size);
+  auto scale = Exactly<float>(slices * (across ? 1 : outputs));
+  for (int64_t i = 0; i < slices * size; ++i) Narrow(Random(-999, 999) / 77.0f, &w[i]);
+  const Ternarized kernel{slices, rows, outputs, across, survivors, threshold, eps};
+  QuantizeKernel(pool, kernel, w.get(), codes.get(), scale.get());
+  int64_t wrong = 0;
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    const auto at = [&](int64_t row, int64_t n) { return slice * size + row * outputs + n; };
+    // The mean of |w| over some columns; where `kept` is not null, of the weights it marks.
+    const auto mean = [&](int64_t first, int64_t last, const int8_t* kept) {
+      std::vector<float> sums;
+      int64_t count = 0;
+      for (int64_t n = first; n < last; ++n) {
+        std::vector<float> column;
+        for (int64_t k = 0; k < rows; ++k) {
+          const bool in = kept == nullptr || kept[at(k, n)] != 0;
+          column.push_back(in ? std::abs(Wide(w[at(k, n)])) * 0x1p-32f : 0.0f);
+          count += in;
+        }
+        sums.push_back(PairSum(column));
+      }
+      const float sum = PairSum(sums);
+      return std::max(eps, 0x1p32f * (kept == nullptr
+                                          ? sum * static_cast<float>(1.0 / static_cast<double>(count))
+                                          : sum / static_cast<float>(std::max<int64_t>(count, 1))));
+    };
+    float inverse = 0.0f;
+    for (int64_t n = 0; n < outputs; ++n) {
+      const int64_t first = across ? 0 : n, last = across ? outputs : n + 1;
+      if (n == first) inverse = 1.0f / mean(first, last, nullptr);
+      for (int64_t k = 0; k < rows; ++k) {
+        const float r = Wide(w[at(k, n)]) * inverse;
+        wrong += codes[at(k, n)] != (std::abs(r) <= threshold ? 0 : r < 0 ? -1 : 1);
+      }
+      if (across && n > 0) continue;
+      wrong += scale[slice * (across ? 1 : outputs) + n] !=
+               mean(first, last, survivors ? codes.get() : nullptr);
+    }
+  }
+  return wrong;
+}
+
+int64_t WrongQuantized(Pool& pool) {
+  int64_t wrong = 0;
+  for (int64_t rows : {1, 5, 16, 17, 33, 256, 300}) {
+    for (int64_t outputs : {1, 7, 128, 131}) {
+      for (const bool across : {false, true}) {
+        for (const bool survivors : {false, true}) {
+          wrong += WrongQuantizedOf<float>(pool, 2, rows, outputs, across, survivors);
+          wrong += WrongQuantizedOf<BFloat16>(pool, 2, rows, outputs, across, survivors);
+        }
+      }
+    }
+  }
+  return wrong + WrongQuantizedOf<float>(pool, 1, 4100, 3, true, true);
+}
+
 int64_t CheckPath(Pool& pool) {
-  int64_t wrong = WrongCodes(pool) + (Busy(pool, 3) < 3);
+  int64_t wrong = WrongCodes(pool) + WrongQuantized(pool) + (Busy(pool, 3) < 3);
   for (const Kind kind : {Kind::kTernary, Kind::kInt8}) {
     for (int64_t depth : {1, 4, 15, 33, 64, 96, 250, 256, 260, 1024, 1300, 2100}) {
       for (int64_t outputs : {1, 16, 63, 64, 130}) {
         const int64_t groups = kind == Kind::kTernary && depth < 100 && depth % 4 == 0 ? 3 : 1;
         const Kernel kernel(pool, kind, groups, depth, outputs);
         wrong += kernel.WrongLayout();
-        if (kind == Kind::kInt8) wrong += kernel.WrongFromTransposed(pool);
+        wrong += kind == Kind::kInt8 ? kernel.WrongFromTransposed(pool)
+                                     : kernel.WrongFromCodes(pool);
         for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 33, 40, 50}) {
           wrong += WrongSums(pool, kernel, Activations(rows, kernel, depth % 2 == 0));
         }
@@ -436,6 +525,7 @@ int main() {
   Gone gone;
   failures += WrongSums(gone, wide, x);
   failures += WrongCodes(gone);
+  failures += WrongQuantized(workers);
   for (const int64_t dim : {12, 64, 80, 128}) {
     for (const int64_t length : {1, 5}) {
       failures += WrongAttention<float>(workers, length, 300, dim);

@@ -341,7 +341,8 @@ def test_a_training_step_and_a_packed_apply_lower_everywhere(platform, config):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
         integer = [line for line in dots if line.endswith(products)]
-        assert integer  # the forward products are int8 x int8 -> int32
+        # The forward products are int8 x int8 -> int32, or native.
+        assert integer or (platform == "cpu" and "@bitnet_multiply_codes" in text)
         assert all("xi8>" in line for line in integer)
     exported = jax.export.export(jax.jit(step), platforms=[platform])(params, x, jnp.float32(0.5))
     assert exported.platforms == (platform,)

@@ -1,6 +1,7 @@
 """`ternary_dot` under vmap, scan, remat, donation and hessians."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import pytest
 from cases import cases
 from dots import CONFIGS, GROUPS, INT8, gaussian
 from jax.ad_checkpoint import checkpoint_policies
+from native_paths import needs_it
 
 import bitnet_jax as bj
+from bitnet_jax import _native
 
 
 @cases("config", {"b158": bj.B158, "groups": GROUPS}, core=["groups"])
@@ -46,12 +49,18 @@ def test_vmap_moves_other_axes_and_per_example_gradients():
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_lone_row_in_vmap_becomes_one_product_of_all_rows():
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_it), False])
+def test_a_lone_row_in_vmap_becomes_one_product_of_all_rows(native, monkeypatch):
     # Padding each lone row inside the batch would cost several times as much.
-    lowered = jax.jit(jax.vmap(bj.ternary_dot, (0, None))).lower(
-        gaussian((32, 24)), gaussian((24, 10))
+    monkeypatch.setattr(_native, "preferred", lambda: native)
+    rows = jax.vmap(lambda x, w: bj.ternary_dot(x, w), (0, None))  # not traced before
+    text = jax.jit(rows).lower(gaussian((32, 24)), gaussian((24, 10))).as_text()
+    product = re.compile(
+        r"bitnet_multiply_codes.*: \(tensor<1x32x24xi8>, .*tensor<1x24x10xi8>"
+        if native
+        else r"\(tensor<32x24xi8>, tensor<24x10xi8>\) -> tensor<32x10xi32>"
     )
-    assert "(tensor<32x24xi8>, tensor<24x10xi8>) -> tensor<32x10xi32>" in lowered.as_text()
+    assert len(product.findall(text)) == 1
 
 
 def test_scan_over_stacked_kernels_is_the_loop():

@@ -49,10 +49,13 @@ struct Scales {
 template <class Float>
 void Multiply(Pool& pool, const Product& product, const Scales& scales, Float* y);
 
-// A batch of stored kernels to panels, as LayOutTernary and LayOutInt8. Ternary: (batch, rows,
-// outputs) bytes; int8: (batch, depth, outputs) codes, or (batch, outputs, depth) transposed.
+// A batch of stored kernels to panels, as the functions of layout.h. Bytes: ternary, (batch,
+// rows, outputs); codes: int8, (batch, depth, outputs), or (batch, outputs, depth) transposed;
+// ternary codes: the same in ternary panels, not transposed.
+enum class Form { kBytes, kCodes, kTernaryCodes };
+
 struct Stored {
-  Kind kind;
+  Form form;
   const void* codes;
   int64_t batch, rows, outputs;
   int64_t last, groups, depth;

@@ -14,6 +14,10 @@ class Pool {
   virtual void Schedule(std::function<void()> task) = 0;
 };
 
+// How many threads so much work is worth. A unit is about what a thread multiplies, or reads
+// from cache, in a nanosecond.
+int64_t ThreadsFor(const Pool& pool, int64_t work);
+
 // Calls work(first, last) over all pieces [0, pieces), on up to `threads` threads; returns
 // when all are done. Runs are long at first, so that a thread reads on where it is, and end
 // in single pieces, so that all end together. The caller works too and waits only for runs

@@ -1,6 +1,7 @@
 // What any compiler takes: the definition of the sums, loop by loop.
 
 #include "plain.h"
+#include "quantize_kernel.h"
 
 namespace bitnet {
 namespace {
@@ -65,6 +66,8 @@ const Path kPortablePath = {"portable",
                             PortableInt8,
                             QuantizeRow<float>,
                             QuantizeRow<BFloat16>,
+                            kKernelQuantizer<float>,
+                            kKernelQuantizer<BFloat16>,
                             TotalOf,
                             Finish,
                             PortableBusy};

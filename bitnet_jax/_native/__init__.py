@@ -8,7 +8,8 @@ versions are compared before anything is registered.
 From the layout up: ``layout`` (the layout of a prepared kernel), ``path`` (what an
 instruction set has to offer), ``plain``, ``unpack``, ``kernels``, ``ymm``, ``avx512``,
 ``neon`` and ``dotprod`` (what they are compiled from), a ``.cc`` for each, ``product``
-(whole arrays, cut into pieces for ``threads``), ``attend`` (attention over a cache, from
+(whole arrays, cut into pieces for ``threads``), ``quantize`` (kernels of floats to codes, by
+``quantize_kernel``), ``attend`` (attention over a cache, from
 ``attend_kernels`` over ``attend_lanes`` or ``attend_neon``), ``limits`` (what it is
 measured against), ``ffi`` (XLA's door).
 """
@@ -29,13 +30,15 @@ import jax
 OFF = "BITNET_JAX_NATIVE"
 # Custom calls: the name of each in the library and in XLA.
 QUANTIZE = "bitnet_quantize"
+QUANTIZE_KERNEL = "bitnet_quantize_kernel"
 MULTIPLY = "bitnet_multiply"
+MULTIPLY_CODES = "bitnet_multiply_codes"
 SUMS = "bitnet_sums"
 LAY_OUT = "bitnet_lay_out"
 ATTEND = "bitnet_attend"
 READ = "bitnet_read"
 BUSY = "bitnet_busy"
-TARGETS = (QUANTIZE, MULTIPLY, SUMS, LAY_OUT, ATTEND, READ, BUSY)
+TARGETS = (QUANTIZE, QUANTIZE_KERNEL, MULTIPLY, MULTIPLY_CODES, SUMS, LAY_OUT, ATTEND, READ, BUSY)
 # No suffix of a Python extension: it is none, and nothing should try to import it.
 _FILE = "product.native"
 _log = logging.getLogger(__name__)
@@ -104,6 +107,15 @@ def load() -> Native:
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     return Native(library, None)
+
+
+def preferred() -> bool:
+    """Whether it is there and the fastest: the portable path is there for its bits alone.
+
+    Elsewhere than on a CPU plain JAX would run, and a program need not name what it leaves out.
+    """
+    paths = load().paths()
+    return bool(paths) and paths != ["portable"] and jax.default_backend() == "cpu"
 
 
 def _without(reason: str) -> Native:

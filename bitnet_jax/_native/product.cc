@@ -15,14 +15,7 @@ namespace {
 
 std::atomic<const Path*> chosen{nullptr};
 
-// A second thread costs a few microseconds: below so much work it is not worth it. A unit
-// is about what a thread multiplies, or reads from cache, in a nanosecond.
-constexpr int64_t kWorthAThread = 12000;
 constexpr int64_t kMultiplicationsPerUnit = 128, kBytesPerUnit = 32, kFloatsPerUnit = 4;
-
-int64_t ThreadsFor(const Pool& pool, int64_t work) {
-  return work < kWorthAThread ? 1 : pool.Threads();
-}
 
 void Narrow(const float* from, int64_t count, float* to) {
   std::memcpy(to, from, count * sizeof(float));
@@ -253,7 +246,8 @@ void Multiply(Pool& pool, const Product& product, const Scales& scales, Float* y
 }
 
 void LayOut(Pool& pool, const Stored& stored, uint8_t* panels) {
-  const int64_t count = Panels(stored.outputs), byte_rows = ByteRows(stored.kind, stored.depth);
+  const Kind kind = stored.form == Form::kCodes ? Kind::kInt8 : Kind::kTernary;
+  const int64_t count = Panels(stored.outputs), byte_rows = ByteRows(kind, stored.depth);
   const int64_t bytes = byte_rows * kRowBytes, pieces = stored.batch * stored.groups * count;
   const Strides strides = stored.transposed ? Strides{1, stored.depth} : Strides{stored.outputs, 1};
   WantLargePages(panels, pieces * bytes);
@@ -263,12 +257,15 @@ void LayOut(Pool& pool, const Stored& stored, uint8_t* panels) {
       const int64_t kernel = piece / count / stored.groups * stored.rows * stored.outputs;
       const PanelAt at = FindPanel(panel, count, byte_rows);
       uint8_t* target = panels + (piece - panel) * bytes + at.start;
-      if (stored.kind == Kind::kTernary) {
+      const auto* codes = static_cast<const int8_t*>(stored.codes) + kernel;
+      if (stored.form == Form::kBytes) {
         LayOutTernary(static_cast<const uint8_t*>(stored.codes) + kernel, stored.outputs,
                       stored.last, stored.depth, g, panel, target, at.row);
+      } else if (stored.form == Form::kTernaryCodes) {
+        LayOutCodes(codes + g * stored.depth * stored.outputs, stored.outputs, stored.depth, panel,
+                    target, at.row);
       } else {
-        LayOutInt8(static_cast<const int8_t*>(stored.codes) + kernel, strides, stored.outputs,
-                   stored.depth, panel, target, at.row);
+        LayOutInt8(codes, strides, stored.outputs, stored.depth, panel, target, at.row);
       }
     }
   });

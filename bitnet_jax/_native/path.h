@@ -54,6 +54,28 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Columns of a kernel of floats that are summed together, and a power of two that keeps a sum
+// of weights near the largest float finite.
+constexpr int64_t kColumns = 128;
+constexpr float kShift = 0x1p-32f;
+
+// Sums of |w| * kShift down at most kColumns columns, `stride` apart from row to row, of all
+// weights or, where there are `codes`, of those that are not 0 in it.
+template <class Float>
+using SumColumns = void (*)(const Float* w, const int8_t* codes, int64_t rows, int64_t columns,
+                            int64_t stride, float* sums);
+
+// Ternary codes of whole rows, from the statistic of each column or, at `step` 0, of all.
+template <class Float>
+using TernaryCodes = void (*)(const Float* w, const float* statistic, int64_t step, int64_t rows,
+                              int64_t columns, float threshold, int8_t* codes);
+
+template <class Float>
+struct KernelQuantizer {
+  SumColumns<Float> sum;
+  TernaryCodes<Float> codes;
+};
+
 struct Path {
   const char* name;
   bool (*supported)();
@@ -62,6 +84,8 @@ struct Path {
   Sums int8;
   Quantize<float> quantize;
   Quantize<BFloat16> quantize_bfloat16;
+  KernelQuantizer<float> kernel;
+  KernelQuantizer<BFloat16> kernel_bfloat16;
   int32_t (*total)(const int8_t* codes, int64_t length);
   void (*finish)(const Epilogue& epilogue);
   // Multiplies in registers alone; returns how many multiplications and additions it did.

@@ -6,9 +6,11 @@
 #include <initializer_list>
 #include <numeric>
 #include <string>
+#include <vector>
 
 #include "attend.h"
 #include "product.h"
+#include "quantize.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -71,6 +73,27 @@ ffi::Error QuantizeImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, float qmax, f
   if (x.element_type() == Type::F32) return run(x.typed_data<float>());
   if (x.element_type() == Type::BF16) return run(static_cast<BFloat16*>(x.untyped_data()));
   return Wrong("x must be float32 or bfloat16");
+}
+
+// w (B, K, N) float32 or bfloat16 -> codes (B, K, N) int8, scale (B, G, 1 or N) float32.
+ffi::Error QuantizeKernelImpl(ffi::ThreadPool threads, ffi::AnyBuffer w, float threshold,
+                              float eps, bool survivors, ffi::ResultBuffer<ffi::S8> codes,
+                              ffi::ResultBuffer<ffi::F32> scale) {
+  const Dimensions wd = w.dimensions(), sd = scale->dimensions();
+  if (wd.size() != 3 || sd.size() != 3 || !Is(codes->dimensions(), {wd[0], wd[1], wd[2]}) ||
+      sd[0] != wd[0] || sd[1] < 1 || wd[1] % sd[1] != 0 || (sd[2] != 1 && sd[2] != wd[2])) {
+    return Wrong("want w and codes (B, K, N), scale (B, a divisor of K, 1 or N)");
+  }
+  XlaPool pool(threads);
+  const Ternarized kernel{wd[0] * sd[1], wd[1] / sd[1], wd[2],    sd[2] == 1,
+                          survivors,     threshold,     eps};
+  const auto run = [&](const auto* from) {
+    QuantizeKernel(pool, kernel, from, codes->typed_data(), scale->typed_data());
+    return ffi::Error::Success();
+  };
+  if (w.element_type() == Type::F32) return run(w.typed_data<float>());
+  if (w.element_type() == Type::BF16) return run(static_cast<BFloat16*>(w.untyped_data()));
+  return Wrong("w must be float32 or bfloat16");
 }
 
 int64_t PanelBytes(Kind kind, int64_t groups, int64_t outputs, int64_t depth) {
@@ -146,6 +169,42 @@ ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
   return Wrong("y must be float32 or bfloat16");
 }
 
+// x (B, M, K) int8, gamma (B, M, A), ternary codes w (B, K, N), scale (B, G, 1 or N)
+// -> y (B, M, N) float32, and w in panels.
+ffi::Error MultiplyCodesImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
+                             ffi::Buffer<ffi::F32> gamma, ffi::Buffer<ffi::S8> w,
+                             ffi::Buffer<ffi::F32> scale, float qmax,
+                             ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::U8> panels) {
+  const Dimensions xd = x.dimensions(), gd = gamma.dimensions(), wd = w.dimensions(),
+                   sd = scale.dimensions();
+  if (xd.size() != 3 || gd.size() != 3 || wd.size() != 3 || sd.size() != 3 || sd[1] < 1 ||
+      gd[2] < 1 || wd[1] % sd[1] != 0 || !Is(xd, {wd[0], xd[1], wd[1]}) ||
+      !Is(gd, {xd[0], xd[1], gd[2]}) || (sd[2] != 1 && sd[2] != wd[2]) || sd[0] != wd[0] ||
+      !Is(y->dimensions(), {xd[0], xd[1], wd[2]})) {
+    return Wrong("want x (B, M, K), gamma (B, M, A), w (B, K, N), scale (B, G, 1 or N)");
+  }
+  const int64_t groups = sd[1], depth = wd[1] / groups, parts = gd[2] / std::gcd(gd[2], groups);
+  if (depth % parts != 0 || (parts > 1 && depth / parts % 4 != 0) ||
+      !Is(panels->dimensions(), {wd[0], PanelBytes(Kind::kTernary, groups, wd[2], depth)})) {
+    return Wrong("want groups of depth >= 1, in parts of a multiple of 4 weights");
+  }
+  XlaPool pool(threads);
+  LayOut(pool,
+         {Form::kTernaryCodes, w.untyped_data(), wd[0], wd[1], wd[2], depth, groups, depth, false},
+         panels->typed_data());
+  // Rows are read in whole tiles: behind the last weights of each there must be something.
+  const int64_t part = depth / parts, stride = xd[2] - part + CeilDiv(part, kPadding) * kPadding;
+  std::vector<int8_t> padded(stride == xd[2] ? 0 : xd[0] * xd[1] * stride);
+  for (int64_t row = 0; stride != xd[2] && row < xd[0] * xd[1]; ++row) {
+    std::memcpy(padded.data() + row * stride, x.typed_data() + row * xd[2], xd[2]);
+  }
+  Multiply(pool,
+           Product{Kind::kTernary, xd[0], xd[1], wd[2], groups, depth, parts,
+                   padded.empty() ? x.typed_data() : padded.data(), stride, panels->typed_data()},
+           Scales{gamma.typed_data(), gd[2], scale.typed_data(), sd[2], qmax}, y->typed_data());
+  return ffi::Error::Success();
+}
+
 // x (B, M, K) int8, panels -> sums (B, G, M, N) int32.
 ffi::Error SumsImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels,
                     int64_t depth, bool int8, ffi::ResultBuffer<ffi::S32> sums) {
@@ -182,7 +241,7 @@ ffi::Error LayOutImpl(ffi::ThreadPool threads, ffi::AnyBuffer stored, int64_t la
     return Wrong("stored codes and panels do not meet");
   }
   XlaPool pool(threads);
-  LayOut(pool, {kind, stored.untyped_data(), batch, rows, outputs, last, groups, depth, transposed},
+  LayOut(pool, {int8 ? Form::kCodes : Form::kBytes, stored.untyped_data(), batch, rows, outputs, last, groups, depth, transposed},
          panels->typed_data());
   return ffi::Error::Success();
 }
@@ -255,6 +314,16 @@ BITNET_HANDLER(bitnet_quantize, bitnet::QuantizeImpl,
                    .Ret<ffi::Buffer<ffi::S8>>()
                    .Ret<ffi::Buffer<ffi::F32>>())
 
+BITNET_HANDLER(bitnet_quantize_kernel, bitnet::QuantizeKernelImpl,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::ThreadPool>()
+                   .Arg<ffi::AnyBuffer>()
+                   .Attr<float>("threshold")
+                   .Attr<float>("eps")
+                   .Attr<bool>("survivors")
+                   .Ret<ffi::Buffer<ffi::S8>>()
+                   .Ret<ffi::Buffer<ffi::F32>>())
+
 BITNET_HANDLER(bitnet_multiply, bitnet::MultiplyImpl,
                ffi::Ffi::Bind()
                    .Ctx<ffi::ThreadPool>()
@@ -267,6 +336,17 @@ BITNET_HANDLER(bitnet_multiply, bitnet::MultiplyImpl,
                    .Attr<bool>("int8")
                    .Attr<float>("qmax")
                    .Ret<ffi::AnyBuffer>())
+
+BITNET_HANDLER(bitnet_multiply_codes, bitnet::MultiplyCodesImpl,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::ThreadPool>()
+                   .Arg<ffi::Buffer<ffi::S8>>()
+                   .Arg<ffi::Buffer<ffi::F32>>()
+                   .Arg<ffi::Buffer<ffi::S8>>()
+                   .Arg<ffi::Buffer<ffi::F32>>()
+                   .Attr<float>("qmax")
+                   .Ret<ffi::Buffer<ffi::F32>>()
+                   .Ret<ffi::Buffer<ffi::U8>>())
 
 BITNET_HANDLER(bitnet_sums, bitnet::SumsImpl,
                ffi::Ffi::Bind()

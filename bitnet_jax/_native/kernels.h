@@ -26,6 +26,7 @@
 #pragma once
 
 #include "plain.h"
+#include "quantize_kernel.h"
 #include "target.h"
 #include "unpack.h"
 
@@ -354,6 +355,8 @@ constexpr Path PathOf(const char* name, bool (*supported)()) {
           Int8Sums<I>,
           QuantizeRow<float>,
           QuantizeRow<BFloat16>,
+          kKernelQuantizer<float>,
+          kKernelQuantizer<BFloat16>,
           TotalOf,
           Finish,
           Busy<I>};

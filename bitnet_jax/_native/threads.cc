@@ -57,6 +57,12 @@ struct Shared {
 
 }  // namespace
 
+int64_t ThreadsFor(const Pool& pool, int64_t work) {
+  // A second thread costs a few microseconds: below so much work it is not worth it.
+  constexpr int64_t kWorthAThread = 12000;
+  return work < kWorthAThread ? 1 : pool.Threads();
+}
+
 void ParallelFor(Pool& pool, int64_t pieces, int64_t threads,
                  const std::function<void(int64_t, int64_t)>& work) {
   if (pieces <= 0) return;

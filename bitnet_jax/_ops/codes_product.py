@@ -1,0 +1,110 @@
+"""The integer product of training: codes of x times ternary codes, and the epilogue.
+
+In plain JAX, or by the native library from the same codes: one custom call lays them out
+and multiplies, without int32 sums in memory, and gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int8
+
+from bitnet_jax import _native
+from bitnet_jax._native import by_platform
+from bitnet_jax._native.panel_layout import Layout
+from bitnet_jax._ops.convolution import Convolution
+from bitnet_jax._ops.product import Product, group_epilogue, joint_groups
+from bitnet_jax._quantize import by_library
+from bitnet_jax._quantize.arrays import CanonicalCodes, CanonicalScale
+from bitnet_jax._quantize.config import KernelConfig, TernaryConfig
+
+Operator = Product | Convolution
+
+Gamma = Float32[Array, "..."]
+
+_FOUR = 4  # x may be cut into multiples of it, see _native/layout.h
+
+
+def contract_codes(
+    operator: Operator,
+    codes: Int8[Array, "..."],
+    gamma: Gamma,
+    w_codes: CanonicalCodes,
+    scale: CanonicalScale,
+    qmax: int,
+) -> Float32[Array, "..."]:
+    """The integer sums of codes, and the epilogue, in plain JAX."""
+    groups = joint_groups(gamma, scale)
+    sums = operator.sums(codes, w_codes, groups)  # (groups, ...), int32, exact
+    return group_epilogue(sums, gamma, scale, qmax)
+
+
+def multiply_codes(
+    operator: Operator,
+    codes: Int8[Array, "*rows k"],
+    gamma: Gamma,
+    w_codes: CanonicalCodes,
+    scale: CanonicalScale,
+    qmax: int,
+    config: KernelConfig,
+) -> Float32[Array, "..."]:
+    """:func:`contract_codes`, by the native library where that is the faster one."""
+    if not _is_native(operator, gamma, w_codes, scale, config):
+        return contract_codes(operator, codes, gamma, w_codes, scale, qmax)
+    *batch, k, n = w_codes.shape
+    rows = codes.shape[len(batch) : -1]
+    # The operation knows (slices, rows, ...): batch axes and row axes are flattened.
+    flat = (math.prod(batch), math.prod(rows))
+    x, gamma = codes.reshape(*flat, k), gamma.reshape(*flat, gamma.shape[-1])
+    w, scale = (a.reshape(flat[0], *a.shape[len(batch) :]) for a in (w_codes, scale))
+    (y,) = by_platform.run(_operation(qmax), x, gamma, w, scale)
+    return y.reshape(*batch, *rows, n)
+
+
+def _is_native(
+    operator: Operator,
+    gamma: Gamma,
+    w_codes: CanonicalCodes,
+    scale: CanonicalScale,
+    config: KernelConfig,
+) -> bool:
+    if not (
+        isinstance(operator, Product) and isinstance(config, TernaryConfig) and _native.preferred()
+    ):
+        return False
+    # A group of the kernel is cut where one of x ends: into whole fours.
+    depth = w_codes.shape[-2] // scale.shape[-2]
+    part = w_codes.shape[-2] // joint_groups(gamma, scale)
+    return part == depth or part % _FOUR == 0
+
+
+@functools.cache
+def _operation(qmax: int) -> by_platform.Operation:
+    """(x (B, M, K), gamma (B, M, A), w (B, K, N), scale (B, G, 1 or N)) -> (B, M, N)."""
+
+    def results(x: Any, gamma: Any, w: Any, scale: Any) -> tuple[jax.ShapeDtypeStruct]:
+        del gamma, scale
+        return (jax.ShapeDtypeStruct((*x.shape[:2], w.shape[2]), jnp.float32),)
+
+    def native(x: jax.Array, gamma: Gamma, w: jax.Array, scale: jax.Array) -> jax.Array:
+        slices, k, n = w.shape
+        groups = scale.shape[1]
+        panels = Layout(n, k // groups, groups, int8=False).nbytes
+        # Panels are a result, so that XLA finds them a place.
+        made = (*results(x, gamma, w, scale), jax.ShapeDtypeStruct((slices, panels), jnp.uint8))
+        operands = (x, gamma, w, scale)
+        return by_library.call(_native.MULTIPLY_CODES, made, *operands, qmax=np.float32(qmax))[0]
+
+    def plain(x: jax.Array, gamma: Gamma, w: jax.Array, scale: jax.Array) -> jax.Array:
+        if len(x) > 1:
+            return contract_codes(Product(), x, gamma, w, scale, qmax)
+        # XLA's fastest product has no batch axis.
+        return contract_codes(Product(), x[0], gamma[0], w[0], scale[0], qmax)[None]
+
+    return by_platform.Operation(native, plain, results, rows=2)
