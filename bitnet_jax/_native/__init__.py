@@ -11,7 +11,8 @@ instruction set has to offer), ``plain``, ``unpack``, ``kernels``, ``ymm``, ``av
 (whole arrays, cut into pieces for ``threads``), ``quantize`` (kernels of floats to codes, by
 ``quantize_kernel``), ``attend`` (attention over a cache, from
 ``attend_kernels`` over ``attend_lanes`` or ``attend_neon``), ``limits`` (what it is
-measured against), ``ffi`` (XLA's door).
+measured against), ``sha256`` (digests of files, from ``sha256_lanes`` and a ``.cc`` for each
+instruction set), ``ffi`` (XLA's door, and that of ctypes).
 """
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ ATTEND = "bitnet_attend"
 READ = "bitnet_read"
 BUSY = "bitnet_busy"
 TARGETS = (QUANTIZE, QUANTIZE_KERNEL, MULTIPLY, MULTIPLY_CODES, SUMS, LAY_OUT, ATTEND, READ, BUSY)
+_FUNCTIONS = (
+    "bitnet_path_supported",
+    "bitnet_chosen_path",
+    "bitnet_choose_path",
+    "bitnet_hasher_streams",
+    "bitnet_sha256",
+)
 # No suffix of a Python extension: it is none, and nothing should try to import it.
 _FILE = "product.native"
 _log = logging.getLogger(__name__)
@@ -98,9 +106,9 @@ def load() -> Native:
             "Install bitnet_jax again"
         )
     try:
-        library.bitnet_path.restype = ctypes.c_char_p
+        library.bitnet_path.restype = library.bitnet_hasher.restype = ctypes.c_char_p
         handlers = {target: getattr(library, target) for target in TARGETS}
-        for name in ("bitnet_path_supported", "bitnet_chosen_path", "bitnet_choose_path"):
+        for name in _FUNCTIONS:
             getattr(library, name)
     except AttributeError as error:
         return _without(f"it was built from other sources: {error}. Install bitnet_jax again")

@@ -7,7 +7,7 @@
 namespace bitnet {
 namespace {
 
-constexpr int kEax = 0, kEdx = 3;
+constexpr int kEax = 0, kEbx = 1, kEdx = 3;
 
 inline bool CpuHas(unsigned leaf, unsigned sub, int reg, int bit) {
   unsigned regs[4];

@@ -11,6 +11,7 @@
 #include "attend.h"
 #include "product.h"
 #include "quantize.h"
+#include "sha256.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -411,3 +412,19 @@ BITNET_EXPORT int bitnet_chosen_path() {
 
 // Takes a path by its index from now on, in every thread.
 BITNET_EXPORT void bitnet_choose_path(int index) { bitnet::Choose(*bitnet::kPaths[index]); }
+
+// The name of a hasher, or null after the last that this processor runs; the messages that it
+// takes at once.
+BITNET_EXPORT const char* bitnet_hasher(int index) {
+  const bitnet::Hasher* hasher = bitnet::HasherHere(index);
+  return hasher == nullptr ? nullptr : hasher->name;
+}
+
+BITNET_EXPORT int bitnet_hasher_streams(int index) {
+  return static_cast<int>(bitnet::HasherHere(index)->streams);
+}
+
+BITNET_EXPORT void bitnet_sha256(int index, const bitnet::Message* messages, int64_t count,
+                                 uint8_t* digests, uint8_t* threes) {
+  bitnet::Sha256(*bitnet::HasherHere(index), messages, count, digests, threes);
+}

@@ -19,6 +19,7 @@
 #include "attend.h"
 #include "product.h"
 #include "quantize.h"
+#include "sha256.h"
 
 namespace {
 
@@ -491,6 +492,75 @@ int64_t WrongAttention(Pool& pool, int64_t length, int64_t slots, int64_t dim) {
   return wrong;
 }
 
+// One message, as FIPS 180-4 writes it down.
+void PlainSha256(const std::vector<uint8_t>& message, uint8_t* digest) {
+  std::vector<uint8_t> padded = message;
+  padded.push_back(0x80);
+  while (padded.size() % 64 != 56) padded.push_back(0);
+  const uint64_t bits = 8 * message.size();
+  for (int i = 7; i >= 0; --i) padded.push_back(static_cast<uint8_t>(bits >> 8 * i));
+  uint32_t state[8] = {0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A,
+                       0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19};
+  const auto turned = [](uint32_t x, int n) { return x >> n | x << (32 - n); };
+  for (size_t block = 0; block < padded.size(); block += 64) {
+    uint32_t w[64], s[8];
+    for (int i = 0; i < 16; ++i) {
+      const uint8_t* at = &padded[block + 4 * i];
+      w[i] = uint32_t{at[0]} << 24 | at[1] << 16 | at[2] << 8 | at[3];
+    }
+    for (int i = 16; i < 64; ++i) {
+      const uint32_t a = w[i - 15], b = w[i - 2];
+      w[i] = w[i - 16] + w[i - 7] + (turned(a, 7) ^ turned(a, 18) ^ a >> 3) +
+             (turned(b, 17) ^ turned(b, 19) ^ b >> 10);
+    }
+    std::copy_n(state, 8, s);
+    for (int i = 0; i < 64; ++i) {
+      const uint32_t a = s[0], e = s[4];
+      const uint32_t first = s[7] + (turned(e, 6) ^ turned(e, 11) ^ turned(e, 25)) +
+                             ((e & s[5]) ^ (~e & s[6])) + kHashConstants[i] + w[i];
+      const uint32_t second = (turned(a, 2) ^ turned(a, 13) ^ turned(a, 22)) +
+                              ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2]));
+      std::copy_backward(s, s + 7, s + 8);
+      s[4] += first;
+      s[0] = first + second;
+    }
+    for (int i = 0; i < 8; ++i) state[i] += s[i];
+  }
+  for (int i = 0; i < 32; ++i) digest[i] = static_cast<uint8_t>(state[i / 4] >> 8 * (3 - i % 4));
+}
+
+// Digests, and the threes, of messages whose bytes are exactly theirs.
+int64_t WrongDigests(const Hasher& hasher) {
+  int64_t wrong = 0;
+  for (int turn = 0; turn < 40; ++turn) {
+    const int count = Random(0, 3 * kMostStreams), longest = turn % 2 == 0 ? 200 : 3000;
+    std::vector<std::unique_ptr<uint8_t[]>> bytes;
+    std::vector<Message> messages;
+    for (int m = 0; m < count; ++m) {
+      const int64_t length = turn % 4 == 0 ? 64 * Random(0, 3) : Random(0, longest);
+      bytes.push_back(Exactly<uint8_t>(length));
+      for (int64_t i = 0; i < length; ++i) bytes[m][i] = Random(0, 255) & 0xAA;
+      if (length > 0 && Random(0, 1) == 1) bytes[m][Random(0, length - 1)] |= 3 << 2 * Random(0, 3);
+      messages.push_back({bytes[m].get(), length});
+    }
+    auto digests = Exactly<uint8_t>(count * kDigestBytes);
+    auto threes = Exactly<uint8_t>(count);
+    Sha256(hasher, messages.data(), count, digests.get(), threes.get());
+    for (int m = 0; m < count; ++m) {
+      const std::vector<uint8_t> message(messages[m].bytes, messages[m].bytes + messages[m].length);
+      uint8_t wanted[kDigestBytes];
+      PlainSha256(message, wanted);
+      wrong += !std::equal(wanted, wanted + kDigestBytes, &digests[m * kDigestBytes]);
+      bool three = false;
+      for (const uint8_t byte : message) {
+        for (int shift = 0; shift < 8; shift += 2) three |= (byte >> shift & 3) == 3;
+      }
+      wrong += three != (threes[m] != 0);
+    }
+  }
+  return wrong;
+}
+
 }  // namespace
 
 int main() {
@@ -533,6 +603,7 @@ int main() {
       failures += WrongAttention<BFloat16>(workers, length, 130, dim);
     }
   }
+  for (int h = 0; HasherHere(h) != nullptr; ++h) failures += WrongDigests(*HasherHere(h));
   auto bytes = Exactly<uint8_t>(int64_t{3} << 20);
   std::fill_n(bytes.get(), int64_t{3} << 20, 1);
   failures += Read(workers, bytes.get(), int64_t{3} << 20, 1) !=
