@@ -95,21 +95,38 @@ def dense_length(count: int) -> int:
 
 
 def count_invalid(
-    part: UInt8[np.ndarray, " n"], start: int, shape: Sequence[int], axis: int, length: int
+    part: UInt8[np.ndarray, " n"],
+    start: int,
+    shape: Sequence[int],
+    axis: int,
+    length: int,
+    threes: bool | None = None,
 ) -> int:
-    """How many bytes :func:`invalid` marks; finds that there are none without a large temporary."""
+    """How many bytes :func:`invalid` marks; finds that there are none without a large temporary.
+
+    ``threes`` says whether some field is 3, where the caller knows it.
+    """
+    if threes is None:
+        threes = _has_three(part)
+    if not threes:
+        pad = _padding(length)
+        if not pad or all(
+            ((row & pad) == (ZEROS & pad)).all() for row in _last(part, start, shape, axis)
+        ):
+            return 0
+    return int(np.count_nonzero(invalid(part, start, shape, axis, length)))
+
+
+def _has_three(part: UInt8[np.ndarray, " n"]) -> bool:
+    """Whether some field is 3."""
     # A 3 is two bits set side by side. Eight bytes at once: the low bit of each field
     # survives (w >> 1) & w only there.
     words = part[: part.size & ~7].view(np.uint64)
     pairs = words >> np.uint64(1)
     pairs &= words
-    threes = np.bitwise_or.reduce(pairs) & _LOW_BITS
     rest = part[words.nbytes :]
-    if not threes and not (rest & (rest >> 1) & ZEROS).any():
-        pad = _padding(length)
-        if all(((row & pad) == (ZEROS & pad)).all() for row in _last(part, start, shape, axis)):
-            return 0
-    return int(np.count_nonzero(invalid(part, start, shape, axis, length)))
+    found = np.bitwise_or.reduce(pairs) & _LOW_BITS
+    return bool(found) or bool((rest & (rest >> 1) & ZEROS).any())
 
 
 def invalid(

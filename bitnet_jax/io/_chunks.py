@@ -1,7 +1,8 @@
 """Reads and writes files in chunks of a MiB, hashed and checked on a few threads.
 
-One thread reads, hashes and checks a chunk while it is in that core's cache. Besides the
-tree, memory holds at most one tensor and the chunks in flight.
+One thread reads, hashes and checks some chunks while they are in its caches: as many as are
+hashed side by side, of one tensor or several. Besides the tree, memory holds at most one
+tensor and the chunks in flight.
 
 A file is written to a temporary name, flushed to the disk and renamed: at any moment
 there is either the old file or the new one.
@@ -14,26 +15,31 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import mmap
 import os
 import secrets
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
+from bitnet_jax._matmul.sha256 import sha256, streams
 from bitnet_jax.io import _dense, _memory, _safetensors
 from bitnet_jax.io._safetensors import Entry, FormatError, Header, raise_damaged
 from bitnet_jax.io._tensors import Part
 
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _THREADS = min(8, os.cpu_count() or 1)
 
 _AHEAD = _THREADS + 2  # chunks in flight
+
+_BATCHES_AHEAD = _THREADS + 1  # the same of batches of chunks
 
 
 def pool() -> ThreadPoolExecutor:
@@ -42,17 +48,22 @@ def pool() -> ThreadPoolExecutor:
 
 
 def in_order(
-    threads: ThreadPoolExecutor, do: Callable[[slice], _Result], chunks: Sequence[slice]
+    threads: ThreadPoolExecutor,
+    do: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    ahead: int = _AHEAD,
 ) -> Iterator[_Result]:
-    """``map(do, chunks)`` on several threads, with a few chunks in flight."""
-    if len(chunks) < 2:  # a thread would cost more than it saves
-        yield from map(do, chunks)
+    """``map(do, items)`` on several threads, with a few items in flight."""
+    items = iter(items)
+    first = list(itertools.islice(items, 2))
+    if len(first) < 2:  # a thread would cost more than it saves
+        yield from map(do, first)
         return
     waiting: collections.deque[Future[_Result]] = collections.deque()
-    for chunk in chunks:
-        if len(waiting) == _AHEAD:
+    for item in itertools.chain(first, items):
+        if len(waiting) == ahead:
             yield waiting.popleft().result()
-        waiting.append(threads.submit(do, chunk))
+        waiting.append(threads.submit(do, item))
     while waiting:
         yield waiting.popleft().result()
 
@@ -235,11 +246,14 @@ def read(
     faults: list[str] = []
     tensors, metadata = source.header.tensors, source.header.metadata
 
+    def destination(part: Part) -> np.ndarray | None:
+        return _destination(source, part) if make else None
+
     def chunks_of(name: str) -> Iterator[Any]:
         part, wrong = parts[name], 0
-        out = _destination(source, part) if make else None
-        do = functools.partial(_read_chunk, source, part, out)
-        for hashed, found in in_order(threads, do, tensors[name].chunks):
+        out = None if tensors[name].chunks else destination(part)
+        for _ in tensors[name].chunks:
+            out, hashed, found = next(done)
             wrong += found
             yield hashed
         if wrong:
@@ -248,6 +262,9 @@ def read(
             made[name] = make(part, part.view(out))
 
     with pool() as threads:
+        do = functools.partial(_read_batch, source)
+        batches = _batches(source, parts, destination)
+        done = itertools.chain.from_iterable(in_order(threads, do, batches, _BATCHES_AHEAD))
         actual = _safetensors.digest(tensors, metadata, chunks_of)
     if metadata[_safetensors.DIGEST] != actual:
         raise_damaged(
@@ -259,6 +276,60 @@ def read(
     return made
 
 
+class _Chunk(NamedTuple):
+    """A chunk that is to be read.
+
+    Attributes:
+      part: its array.
+      out: memory for the array; None if it is not kept.
+      place: in the tensor.
+    """
+
+    part: Part
+    out: np.ndarray | None
+    place: slice
+
+
+class _Read(NamedTuple):
+    """A chunk that was read.
+
+    Attributes:
+      out: as of ``_Chunk``.
+      hashed: what goes into the digest.
+      wrong: how many of its bytes are invalid.
+    """
+
+    out: np.ndarray | None
+    hashed: Any
+    wrong: int
+
+
+def _batches(
+    source: Source, parts: Mapping[str, Part], destination: Callable[[Part], np.ndarray | None]
+) -> Iterator[list[_Chunk]]:
+    """All chunks by the names of their tensors, in lists of those that one thread reads."""
+    tensors = source.header.tensors
+    share = -(-sum(entry.end - entry.begin for entry in tensors.values()) // _THREADS)
+    most = _safetensors.CHUNK if _is_old(source) else streams() * _safetensors.CHUNK
+    batch: list[_Chunk] = []
+    size = 0
+    for name in sorted(tensors):
+        out = destination(parts[name]) if tensors[name].chunks else None
+        for place in tensors[name].chunks:
+            if batch and size + place.stop - place.start > min(share, most):
+                yield batch
+                batch, size = [], 0
+            batch.append(_Chunk(parts[name], out, place))
+            size += place.stop - place.start
+    if batch:
+        yield batch
+
+
+def _is_old(source: Source) -> bool:
+    """Whether the digest is over the chunks themselves, one after the other."""
+    return source.header.metadata["version"] == "1"
+
+
 def _destination(source: Source, part: Part) -> np.ndarray:
     """Memory for the bytes of an array."""
     mapping = source.map(part.name)
@@ -267,23 +338,39 @@ def _destination(source: Source, part: Part) -> np.ndarray:
     return _memory.empty((part.nbytes,), np.dtype(np.uint8))
 
 
-def _read_chunk(
-    source: Source, part: Part, out: np.ndarray | None, chunk: slice
-) -> tuple[Any, int]:
-    """Reads a chunk into its place; returns its hash, and how many of its bytes are invalid."""
+def _read_batch(source: Source, batch: list[_Chunk]) -> list[_Read]:
+    """Reads chunks into their places, hashes them and looks for invalid bytes."""
+    raws = [_raw(source, chunk) for chunk in batch]
+    if _is_old(source):
+        hashes, threes = [raw.data for raw in raws], None
+    else:
+        hashes, threes = sha256(raws)
+    return [
+        _Read(chunk.out, hashed, _count_wrong(chunk, raw, three))
+        for chunk, raw, hashed, three in zip(
+            batch, raws, hashes, threes or [None] * len(raws), strict=True
+        )
+    ]
+
+
+def _raw(source: Source, chunk: _Chunk) -> np.ndarray:
+    """The bytes of a chunk in the file."""
+    part, out, place = chunk
     mapping = source.map(part.name)
     if mapping is not None:
-        raw = mapping[chunk]
-    elif out is None or part.dense:
-        raw = source.read(part.name, chunk, np.empty(chunk.stop - chunk.start, np.uint8))
-    else:
-        raw = source.read(part.name, chunk, out[chunk])
-    is_old = source.header.metadata["version"] == "1"
-    hashed = raw.data if is_old else _safetensors.hash_chunk(raw.data)
+        return mapping[place]
+    if out is None or part.dense:
+        return source.read(part.name, place, np.empty(place.stop - place.start, np.uint8))
+    return source.read(part.name, place, out[place])
+
+
+def _count_wrong(chunk: _Chunk, raw: np.ndarray, threes: bool | None) -> int:
+    """How many bytes of a chunk are invalid; decodes those of a dense array into their place."""
+    part, out, place = chunk
     if not part.dense:
-        return hashed, part.count_wrong(raw, chunk.start)
+        return part.count_wrong(raw, place.start, threes)
     # Four stored bytes are five bytes of two-bit codes.
-    at = _dense.packed_slice(chunk, part.nbytes)
+    at = _dense.packed_slice(place, part.nbytes)
     codes = np.empty(at.stop - at.start, np.uint8) if out is None else out[at]
     wrong = _dense.decode(raw, codes)
-    return hashed, wrong + part.count_wrong(codes, at.start)
+    return wrong + part.count_wrong(codes, at.start)

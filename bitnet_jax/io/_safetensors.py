@@ -11,7 +11,7 @@ digest in the metadata::
                              last of what is left; in version 1, the bytes themselves
 
 Each part is preceded by its length, so that different contents never give the same
-input to the hash. All chunks of a tensor are one part, hashed on several cores.
+input to the hash. All chunks of a tensor are one part, hashed side by side.
 
 The header is padded with spaces to a multiple of 64 bytes, and tensors are sorted by the
 powers of two in their sizes. So a tensor whose size is a multiple of 64 bytes begins at a

@@ -94,10 +94,13 @@ class Part(NamedTuple):
         """Bytes as the array."""
         return raw.view(DTYPES[self.dtype]).reshape(self.shape)
 
-    def count_wrong(self, raw: np.ndarray, start: int) -> int:
-        """How many bytes of a chunk, which begins at byte ``start``, are invalid."""
+    def count_wrong(self, raw: np.ndarray, start: int, threes: bool | None = None) -> int:
+        """How many bytes of a chunk, which begins at byte ``start``, are invalid.
+
+        ``threes`` says whether a two-bit field of them is 3, where that is known already.
+        """
         if self.rule in ("bits", "trits"):
-            return trits.count_invalid(raw, start, self.shape, self.axis, self.length)
+            return trits.count_invalid(raw, start, self.shape, self.axis, self.length, threes)
         if self.rule == "scale":
             scale = raw.view(np.float32)
             return 0 if scale.min() > 0 and scale.max() < np.inf else 1  # NaN fails both
