@@ -2,6 +2,7 @@
 
 python tests/benchmarks/loading.py
 python tests/benchmarks/loading.py --bytes 100000000
+python tests/benchmarks/loading.py --hasher sha_ni  # as a processor without AVX512; or "hashlib"
 
 The file is in the page cache. Every candidate ends with all bytes in memory, but for
 load(mmap=True), which leaves them in the mapped file and has read them once. load works on
@@ -24,6 +25,7 @@ import safetensors.numpy
 from _bench import HEADER, in_turn, machine, parse, record, table, versus
 
 import bitnet_jax as bj
+from bitnet_jax._matmul import sha256
 from bitnet_jax.io import _chunks, _safetensors, _shardings, _tensors
 
 SIDE = 8192  # of a kernel, 16 MiB at two bits a weight
@@ -97,10 +99,13 @@ def parts_seconds(path: str, tree: dict[str, bj.PackedTernary], rounds: int) -> 
     part = _tensors.Part("k", ".codes", "uint8", shape, "bits", -2, SIDE)
     arrays = [np.asarray(kernel.codes) for kernel in tree.values()]
 
-    def each(do):
+    def each(do, places=places):
         with _chunks.pool() as threads:
             for _ in _chunks.in_order(threads, do, places):
                 pass
+
+    together = sha256.streams()
+    batches = [places[at : at + together] for at in range(0, len(places), together)]
 
     out = np.empty(raw.size, np.uint8)
 
@@ -111,8 +116,11 @@ def parts_seconds(path: str, tree: dict[str, bj.PackedTernary], rounds: int) -> 
     runs = {
         BASE: lambda: np.fromfile(path, np.uint8),
         "read": read,
-        "digest": lambda: each(lambda at: hashlib.sha256(raw[at].data).digest()),
-        "checks": lambda: each(lambda at: part.count_wrong(raw[at], at.start)),
+        "digest and checks": lambda: each(
+            lambda of: sha256.sha256([raw[at] for at in of]), batches
+        ),
+        "digest by hashlib": lambda: each(lambda at: hashlib.sha256(raw[at].data).digest()),
+        "checks by NumPy": lambda: each(lambda at: part.count_wrong(raw[at], at.start)),
         "arrays": lambda: [_shardings.place(array, None) for array in arrays],
     }
     rows = [[name, *versus(t, None)[:3]] for name, t in in_turn(runs, rounds=rounds).items()]
@@ -141,11 +149,22 @@ def saving_seconds(folder: str, tree: dict[str, bj.PackedTernary], rounds: int) 
     table(f"Saving {raw.size / 1e9:.2f} GB", ("call", "saved", *HEADER[:3]), rows)
 
 
+def hash_with(name: str) -> None:
+    """Takes one of the native hashers from now on, or none of them."""
+    found = {hasher.name: (hasher,) for hasher in sha256.hashers()} | {"hashlib": ()}
+    if name not in found:
+        raise SystemExit(f"--hasher: this processor has {', '.join(found)}, got {name!r}")
+    sha256.hashers = lambda: found[name]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bytes", type=int, default=10**9, help="of the packed tree")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--hasher", default=None, help="of _matmul/sha256.py, or hashlib")
     parsed = parse(parser)
+    if parsed.hasher:
+        hash_with(parsed.hasher)
     keep_memory()
     machine()
     tree = make_tree(parsed.bytes)
