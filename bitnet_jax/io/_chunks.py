@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from bitnet_jax._matmul.sha256 import sha256, streams
+from bitnet_jax._native.sha256 import sha256, streams
 from bitnet_jax.io import _dense, _memory, _safetensors
 from bitnet_jax.io._safetensors import Entry, FormatError, Header, raise_damaged
 from bitnet_jax.io._tensors import Part

@@ -25,7 +25,7 @@ import safetensors.numpy
 from _bench import HEADER, in_turn, machine, parse, record, table, versus
 
 import bitnet_jax as bj
-from bitnet_jax._matmul import sha256
+from bitnet_jax._native import sha256
 from bitnet_jax.io import _chunks, _safetensors, _shardings, _tensors
 
 SIDE = 8192  # of a kernel, 16 MiB at two bits a weight
@@ -161,7 +161,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bytes", type=int, default=10**9, help="of the packed tree")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--hasher", default=None, help="of _matmul/sha256.py, or hashlib")
+    parser.add_argument("--hasher", default=None, help="of _native/sha256.py, or hashlib")
     parsed = parse(parser)
     if parsed.hasher:
         hash_with(parsed.hasher)

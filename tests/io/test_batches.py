@@ -8,7 +8,7 @@ from io_files import assert_same, gaussian, signed, split
 
 import bitnet_jax as bj
 import bitnet_jax.io
-from bitnet_jax._matmul import sha256
+from bitnet_jax._native import sha256
 from bitnet_jax.io import FormatError, _chunks, _safetensors
 from bitnet_jax.io._tensors import Part
 

@@ -13,7 +13,7 @@ from io_files import assert_same, canonical, gaussian, join, pack, signed, split
 
 import bitnet_jax as bj
 import bitnet_jax.io
-from bitnet_jax._matmul.sha256 import streams
+from bitnet_jax._native.sha256 import streams
 from bitnet_jax.io import _chunks, _safetensors
 
 

@@ -1,8 +1,7 @@
 """SHA-256 of many messages at once, in C++ where the native library is there.
 
 The digests are those of ``hashlib``, several times as fast: one message is a chain of
-operations that wait for each other, and several messages side by side are not. The library is
-the products' (``native/sha256.h``), so its door is in this room.
+operations that wait for each other, and several messages side by side are not (``sha256.h``).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from bitnet_jax._matmul import native
+from bitnet_jax import _native
 
 _DIGEST = 32  # bytes
 
@@ -53,7 +52,7 @@ class Hashed(NamedTuple):
 @functools.cache
 def hashers() -> tuple[Hasher, ...]:
     """Those that this processor runs, fastest first; empty without the native library."""
-    library = native.load().library
+    library = _native.load().library
     if library is None:
         return ()
     found = []
@@ -85,7 +84,7 @@ def sha256(messages: Sequence[UInt8[np.ndarray, " n"]]) -> Hashed:
 
 
 def _natively(hasher: Hasher, messages: Sequence[np.ndarray]) -> Hashed:
-    library = native.load().library
+    library = _native.load().library
     assert library is not None
     # As struct Message of native/sha256.h.
     table = np.array([(message.ctypes.data, message.size) for message in messages], np.int64)

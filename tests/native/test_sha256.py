@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from native_paths import needs_it
 
-from bitnet_jax._matmul import native, sha256
+from bitnet_jax import _native as native
+from bitnet_jax._native import sha256
 
 HASHERS = sha256.hashers()
 every_hasher = pytest.mark.parametrize("hasher", HASHERS, ids=[hasher.name for hasher in HASHERS])
