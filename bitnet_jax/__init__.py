@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from bitnet_jax import io, lora
 from bitnet_jax._matmul import matmul, prepare
 from bitnet_jax._ops.ternary_dot import ternary_dot
-from bitnet_jax._packed.kernel import PackedInt8, PackedTernary
+from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, is_packed
 from bitnet_jax._packed.pack import pack, unpack
 from bitnet_jax._quantize.config import (
     B158,
@@ -63,6 +63,7 @@ __all__ = [
     "fake_quantize_activations",
     "fake_quantize_params",
     "io",
+    "is_packed",
     "linen",
     "lora",
     "matmul",

@@ -61,6 +61,7 @@ EXPORTS = [
     "fake_quantize_activations",
     "fake_quantize_params",
     "io",
+    "is_packed",
     "linen",
     "lora",
     "matmul",

@@ -205,7 +205,8 @@ def sums(x: Int8[Array, "*rows k"], prepared: Prepared) -> Int32[Array, "g *rows
     """The exact int32 sums of codes that :func:`contract` scales, one for each group."""
     lead, n = len(prepared.batch), math.prod(prepared.outputs)
     rows, count = x.shape[lead:-1], math.prod(prepared.batch)
-    codes = prepared.codes.reshape(count, *prepared.codes.shape[lead:])
+    codes = cut(prepared.codes)
+    codes = codes.reshape(count, *codes.shape[lead:])
     x = x.reshape(count, math.prod(rows), x.shape[-1])
     y = _sums(layout_of(prepared), x, codes, n)
     return y.reshape(y.shape[0], *prepared.batch, *rows, n)
@@ -267,7 +268,9 @@ def _product_at(spec: _Spec) -> by_platform.Operation:
         return _plain_product(spec, x, cut(SliceOf(stack, at))[None], scale)
 
     return by_platform.Operation(
-        native=functools.partial(_multiply, spec),
+        native=shards.partitioned(
+            shards.Body(functools.partial(_multiply, spec), None, codes="sp", step=0)
+        ),
         plain=plain,
         results=lambda x, *_: (
             jax.ShapeDtypeStruct((*x.shape[:2], spec.layout.outputs), spec.dtype),

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int, Int8, UInt8
 from bitnet_jax._native.panel_layout import BESIDE, BLOCK, OUTPUTS, ROW, Layout
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import Prepared, PreparedInt8
+from bitnet_jax._packed.slice_of import cut
 
 _INT8_ZERO = 128  # a code is stored as code + 128
 
@@ -77,7 +78,8 @@ def rows_of(prepared: PreparedInt8, index: Int[Array, "..."]) -> Int8[Array, "..
     start = (first * rows + panel - first) * OUTPUTS + output
     row = jnp.arange(rows, dtype=index.dtype).reshape(*(1,) * index.ndim, rows)
     at = start[..., None] + (beside * OUTPUTS)[..., None] * row
-    codes = jnp.take(prepared.codes.reshape(-1, 4), at, axis=0).reshape(*index.shape, rows * 4)
+    table = cut(prepared.codes).reshape(-1, 4)
+    codes = jnp.take(table, at, axis=0).reshape(*index.shape, rows * 4)
     return codes[..., : math.prod(prepared.contraction)].astype(jnp.int8) ^ jnp.int8(-_INT8_ZERO)
 
 

@@ -32,16 +32,17 @@ class Body(NamedTuple):
     """A product of x (B, M, K), codes (B, ...) and scale (B, G, 1 or N), and its shards.
 
     Attributes:
-      whole: (x, codes, scale) -> y, where the contraction is whole.
+      whole: (x, codes, scale) -> y, where the contraction is whole; with an index of a stack
+        behind them where codes are ``"sp"``.
       summed: (x, codes, scale, mesh axes) -> y, where codes are cut over these axes, and
-        x is or is not.
+        x is or is not; None: the contraction cannot be cut, ``step`` is 0.
       codes: what the axes of codes after B are: ``"kn"``, ``"nk"`` for a table, or
-        ``"p"`` for a prepared kernel.
+        ``"p"`` for a prepared kernel, and ``"sp"``, without B, for a stack of them.
       step: the contraction may be cut at multiples of so many bytes; 0: nowhere.
     """
 
     whole: Callable[..., jax.Array]
-    summed: Callable[..., jax.Array]
+    summed: Callable[..., jax.Array] | None
     codes: str
     step: int
 
@@ -50,8 +51,8 @@ def partitioned(body: Body) -> Callable[..., jax.Array]:
     """``body.whole`` for operands that may be sharded."""
 
     @custom_partitioning
-    def product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-        return body.whole(x, codes, scale)
+    def product(*operands: jax.Array) -> jax.Array:
+        return body.whole(*operands)
 
     def plan(mesh: Mesh, arguments: Shapes) -> tuple[_Cuts, list[NamedSharding], NamedSharding]:
         cuts = _cuts(body, mesh, arguments)
@@ -65,13 +66,13 @@ def partitioned(body: Body) -> Callable[..., jax.Array]:
         del result
         cuts, places, out = plan(mesh, arguments)
 
-        def shard(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+        def shard(*operands: jax.Array) -> jax.Array:
             # Not the caller's mesh: on Explicit axes every operation would be annotated,
             # and nothing reads annotations any more.
             with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-                if not cuts.contraction:
-                    return body.whole(x, codes, scale)
-                return body.summed(x, codes, scale, cuts.contraction)
+                if body.summed is None or not cuts.contraction:
+                    return body.whole(*operands)
+                return body.summed(*operands, cuts.contraction)
 
         return mesh, shard, out, tuple(places)
 
@@ -79,11 +80,12 @@ def partitioned(body: Body) -> Callable[..., jax.Array]:
         del result
         return plan(mesh, arguments)[2]
 
-    codes = " ".join({"k": "r", "n": "n", "p": "p"}[axis] for axis in body.codes)
+    stacked = body.codes == "sp"
+    codes = "c p" if stacked else " ".join(("b", *body.codes.replace("k", "r")))
     product.def_partition(
         partition=partition,
         infer_sharding_from_operands=infer,
-        sharding_rule=f"b m k, b {codes}, b g s -> b m n",
+        sharding_rule=f"b m k, {codes}, b g s{', ' if stacked else ''} -> b m n",
     )
     return product
 
@@ -98,8 +100,8 @@ class _Cuts(NamedTuple):
 
 
 def _cuts(body: Body, mesh: AnyMesh, arguments: Shapes) -> _Cuts:
-    x, codes, _ = (_spec(a) for a in arguments)
-    x_shape, codes_shape = arguments[0].shape, arguments[1].shape
+    x, codes = (_spec(argument) for argument in arguments[:2])
+    x_shape, codes_shape = (argument.shape for argument in arguments[:2])
     taken: set[str] = set()
 
     def take(entry: Entry, length: int) -> tuple[str, ...]:
@@ -111,7 +113,7 @@ def _cuts(body: Body, mesh: AnyMesh, arguments: Shapes) -> _Cuts:
 
     # Who comes first keeps a mesh axis: rows, then outputs, then the contraction.
     batch, rows = take(x[0], x_shape[0]), take(x[1], x_shape[1])
-    if body.codes == "p":
+    if "p" in body.codes:
         return _Cuts(batch, rows, (), ())
     n, k = (1 + body.codes.index(axis) for axis in "nk")
     outputs = take(codes[n], codes_shape[n])
@@ -132,8 +134,10 @@ def _specs(
 ) -> tuple[list[PartitionSpec], PartitionSpec]:
     """The shardings of the operands and of the result; an x that is whole stays so."""
     batch, rows, outputs, contraction = (axes or None for axes in cuts)
-    of = {"k": contraction, "n": outputs, "p": None}
+    of = {"k": contraction, "n": outputs, "p": None, "s": None}
     x = PartitionSpec(batch, rows, contraction if x_sharded else None)
-    codes = PartitionSpec(batch, *(of[axis] for axis in body.codes))
+    stacked = body.codes == "sp"
+    codes = PartitionSpec(*() if stacked else (batch,), *(of[axis] for axis in body.codes))
     scale = PartitionSpec(batch, None, outputs if channels else None)
-    return [x, codes, scale], PartitionSpec(batch, rows, outputs)
+    index = [PartitionSpec()] if stacked else []
+    return [x, codes, scale, *index], PartitionSpec(batch, rows, outputs)

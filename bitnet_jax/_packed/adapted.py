@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TypeGuard, no_type_check
+from typing import Any, TypeGuard, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,11 @@ class Adapted:
     def nbytes(self) -> int:
         """Bytes of the packed kernel and of the adapter."""
         return self.base.nbytes + sum(x.size * x.dtype.itemsize for x in (self.a, self.b))
+
+    def __getitem__(self, index: Int[AnyArray, ""] | int | tuple[Any, ...]) -> Adapted:
+        """The kernel of one slice of a stack with its adapter, as that of a packed kernel."""
+        base = self.base[index]  # checks the index
+        return dataclasses.replace(self, base=base, a=self.a[index], b=self.b[index])
 
     def fault(self) -> str | None:
         """What is wrong with the kernel's arrays or the adapter's; None if nothing."""

@@ -20,6 +20,7 @@ from jax import core
 
 from bitnet_jax import _checks
 from bitnet_jax._packed import trits
+from bitnet_jax._packed.slice_of import stack_of
 
 REMEDY = (
     "Make packed kernels with bj.pack, and change no array in them: a cast, an average or an "
@@ -87,6 +88,7 @@ def scale_array_fault(scale: Any, whole: Sequence[int], batch: int) -> str | Non
 
 def count_invalid(codes: Any, axis: int, length: int) -> int:
     """How many bytes of packed codes hold a 3, or padding that is not 0; 0 where not readable."""
+    codes = stack_of(codes)  # of a slice in its place, all that lies beside it too
     host = _unseen(codes)
     if host is None:
         return 0

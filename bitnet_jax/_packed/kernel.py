@@ -12,7 +12,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NoReturn, TypeGuard, no_type_check
+from typing import Any, ClassVar, NoReturn, Self, TypeGuard, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Float32, Int, Int8, UInt8
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._packed import intact, trits
 from bitnet_jax._packed.not_trainable import MAY_TRAIN, refuse_training
+from bitnet_jax._packed.slice_of import one_slice
 from bitnet_jax._packed.static_data import register_export, register_state_dict
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.arrays import Codes, DTypeLike, PackedCodes, Scale
+from bitnet_jax._quantize.arrays import AnyArray, Codes, DTypeLike, PackedCodes, Scale
 from bitnet_jax._quantize.config import B158, Int8Config, TernaryConfig
 from bitnet_jax._quantize.pinned import pinned
 from bitnet_jax._quantize.ternary import dequantize
@@ -99,7 +100,47 @@ class _Node:
         """A packed kernel has no transpose; raises with what to do."""
         raise AttributeError(self._no_array())
 
-    __array__ = __getitem__ = __matmul__ = __rmatmul__ = _raise_no_array
+    def __getitem__(self, index: Int[AnyArray, ""] | int | tuple[Any, ...]) -> Self:
+        """The kernel of one slice of a stack: ``stack[i]``, or ``stack[i, j]`` of two batch axes.
+
+        In a traced function (``jax.jit``, the body of ``jax.lax.scan``) a layer of a stack that
+        was prepared for ``"cpu"`` is not cut out: its ``codes`` are the stack and the index, and
+        the product reads them where they lie. So use it where it is made; what leaves the
+        function, or goes round a loop, is ``jax.tree.map(lambda a: a[i], stack)``. Anywhere else
+        the slice is a copy, as of an array. The bits are the same.
+
+        Args:
+          index: an integer for each of the first batch axes. A traced one is held within its
+            axis, as that of an array is.
+
+        Returns:
+          A kernel of this kind, without those axes.
+
+        Raises:
+          TypeError: the kernel has no batch axes, or the index is no integer.
+          IndexError: a static index is out of range, or there are more than batch axes.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, bitnet_jax as bj
+          >>> stack = bj.prepare(bj.pack(jnp.ones((3, 8, 8)), batch_axes=0))
+          >>> def layer(h, i):
+          ...     return bj.matmul(h, stack[i]), None
+          >>> jax.lax.scan(layer, jnp.ones((1, 8)), jnp.arange(3))[0].shape
+          (1, 8)
+          >>> [kernel.shape for kernel in stack]
+          [(8, 8), (8, 8), (8, 8)]
+        """
+        who = type(self).__name__
+        intact.require_arrays(who, "the stack", self)
+        lengths = self.shape[: self._batch_ndim()]
+        if not lengths:
+            raise TypeError(f"{self._no_array()} Only a stack has an index: its layers.")
+        # Two-bit codes of a stored kernel are laid out first, and XLA reads slices of its own.
+        native = isinstance(self, Prepared) and self.implementation == "cpu"
+        codes, scale = one_slice(who, index, lengths, self.codes, self.scale, in_place=native)
+        return dataclasses.replace(self, codes=codes, scale=scale)  # pyright: ignore[reportArgumentType] - all are dataclasses
+
+    __array__ = __matmul__ = __rmatmul__ = _raise_no_array
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _raise_no_array
 
 
@@ -443,7 +484,25 @@ def split(packed: Packed) -> tuple[tuple[int, ...], ...]:
 
 
 def is_packed(leaf: object) -> TypeGuard[Packed]:
-    """Whether a leaf is a packed kernel, stored or prepared."""
+    """Whether a leaf is a packed kernel, stored or prepared.
+
+    For ``is_leaf`` of ``jax.tree.map``, where each kernel is to be met as one. One with an
+    adapter is not: the kernel inside it is.
+
+    Args:
+      leaf: anything.
+
+    Returns:
+      True for what :func:`pack` or :func:`prepare` makes of a kernel.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> w = jax.random.normal(jax.random.key(0), (3, 64, 64))
+      >>> layers = {"kernel": bj.prepare(bj.pack(w, batch_axes=0)), "bias": jax.numpy.ones((3, 64))}
+      >>> one = jax.tree.map(lambda leaf: leaf[2], layers, is_leaf=bj.is_packed)
+      >>> one["kernel"].shape, one["bias"].shape
+      ((64, 64), (64,))
+    """
     return isinstance(leaf, (PackedTernary, PackedInt8, Prepared))
 
 

@@ -203,6 +203,8 @@ _RULES: dict[str, Callable[[Eqn, View], list[Step] | None]] = {
 
 def taken(value: Value, position: int, index: ArrayLike) -> Any:
     """One slice of a kernel along one of its axes: of the array, or of all that is packed."""
+    if position == 0 and is_stack(value):
+        return value[index if isinstance(index, int) else jnp.minimum(index, value.shape[0] - 1)]
     if isinstance(index, int):
         return jax.tree.map(lambda a: lax.index_in_dim(a, index, position, keepdims=False), value)
     one = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
@@ -217,6 +219,12 @@ def part(value: Value, position: int, start: ArrayLike, size: int) -> Any:
 def leading(value: Value, position: int) -> Any:
     """A kernel with one of its axes first, as ``scan`` and ``vmap`` slice it."""
     return jax.tree.map(lambda a: jnp.moveaxis(a, position, 0), value)
+
+
+def is_stack(value: Value) -> TypeGuard[Packed | Adapted]:
+    """Whether a kernel is packed and has batch axes, which lead."""
+    base = value.base if isinstance(value, Adapted) else value
+    return is_packed(base) and len(base.axes.batch) > 0
 
 
 def is_float(value: object) -> TypeGuard[jax.Array]:

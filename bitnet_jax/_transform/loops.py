@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from bitnet_jax._packed.slice_of import all_cut
 from bitnet_jax._transform.jaxprs import Eqn, Jaxpr, forwarded, handed_on, scan_parts
-from bitnet_jax._transform.layout import leading
+from bitnet_jax._transform.layout import is_stack, leading
 from bitnet_jax._transform.marks import Mark, Walker
 from bitnet_jax._transform.tracked import Interpreter, Tracked, tracked, values_of, views_of
 from bitnet_jax._transform.view import View
@@ -90,17 +92,23 @@ def run_scan(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[An
     kept = _kept(carry, _unchanged(params["jaxpr"], n, m))
     start = interpreter.arrays(_left(carry, kept), eqn)
     through = _through(eqn, operands)
-    steps, xs = [], []
+    steps, xs, stacks = [], [], []
     for operand in operands[n + m :]:
         view = _step(operand.view) if isinstance(operand, Tracked) else None
         steps.append(view)
         if view is None:
             through = [None if t is operand else t for t in through]
             xs += interpreter.arrays([operand], eqn)
+            stacks.append(None)
         else:
-            xs.append(_stacked(operand, view))
+            stacked = _stacked(operand, view)
+            # A packed kernel by its index: a native product reads it where it lies.
+            stacks.append(stacked if is_stack(stacked) else None)
+            xs.append(None if is_stack(stacked) else stacked)
 
-    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+    def body(carry: list[Any], at_and_x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+        at, x = at_and_x
+        x = [x if stack is None else stack[at] for x, stack in zip(x, stacks, strict=True)]
         outs = interpreter.body(
             params["jaxpr"], [*fixed, *_filled(kept, carry), *tracked(x, steps)]
         )
@@ -110,7 +118,8 @@ def run_scan(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[An
     how = {name: params[name] for name in ("length", "reverse", "unroll") if name in params}
     if params.get("_split_transpose"):
         how["_split_transpose"] = True
-    end, ys = lax.scan(body, start, xs, **how)
+    places = jnp.arange(params["length"], dtype=jnp.int32)
+    end, ys = lax.scan(body, start, (places, xs), **how)
     return [*_filled(kept, end), *_filled(through[m:], ys)]
 
 
@@ -129,7 +138,8 @@ def _stacked(kernel: Tracked, step: View) -> Any:
     """A kernel with the axis first that a scan steps along."""
     for axis in {*kernel.view.kept} - {*step.kept}:
         return leading(kernel.value, kernel.view.position(axis))
-    return jax.tree.map(lambda a: a[None], kernel.value)  # one slice was taken off it before
+    # One slice was taken off it before.
+    return jax.tree.map(lambda a: a[None], all_cut(kernel.value))
 
 
 def _kept(carry: Sequence[Any], same: Sequence[bool]) -> list[Any]:

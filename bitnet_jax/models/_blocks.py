@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from bitnet_jax._packed.kernel import Prepared, is_packed
+from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._packed.slice_of import SliceOf
 from bitnet_jax.models._attention import Attention, LayerCache
 from bitnet_jax.models._decoder_config import DecoderConfig
@@ -135,8 +134,10 @@ def _scanned(layers, config, x, turned, mask, cache, each):
 
     def step(carry, layer):
         x, stacks = carry
-        at, cut_out, end = layer
-        own = jax.tree.map(lambda p, c: _layer_of(p, c, at), state, cut_out, is_leaf=is_packed)
+        at, floats, end = layer
+        own = jax.tree.map(
+            lambda p, c: p[at] if is_packed(p) else c, state, floats, is_leaf=is_packed
+        )
         caches = None
         if stacks is not None:
             caches = {name: SliceOf(stack, at) for name, stack in stacks.items()}
@@ -147,9 +148,10 @@ def _scanned(layers, config, x, turned, mask, cache, each):
             stacks = {name: part.stack for name, part in caches.items()}
         return (y, stacks), (end, y if each is not None else None)
 
-    cut_out = jax.tree.map(_cut_out, state, is_leaf=is_packed)
+    # Floats are cut out by the scan: a gradient by an index would be as large as the stack.
+    floats = jax.tree.map(lambda p: None if is_packed(p) else p, state, is_leaf=is_packed)
     places = jnp.arange(config.depth, dtype=jnp.int32)
-    (x, stacks), (ends, outputs) = jax.lax.scan(step, (x, stacks), (places, cut_out, ends))
+    (x, stacks), (ends, outputs) = jax.lax.scan(step, (x, stacks), (places, floats, ends))
     if each is not None and outputs is not None:
         for i in range(config.depth - 1):
             each(outputs[i])
@@ -159,22 +161,6 @@ def _scanned(layers, config, x, turned, mask, cache, each):
     if stacked:
         return x, {STACKED: new}
     return x, {f"layer_{i}": jax.tree.map(lambda a, i=i: a[i], new) for i in range(config.depth)}
-
-
-def _reads_slices(leaf: Any) -> bool:
-    return isinstance(leaf, Prepared) and leaf.implementation == "cpu"
-
-
-def _cut_out(leaf: Any) -> Any:
-    """What of a stacked parameter the scan cuts out: of a native kernel, the scales alone."""
-    return leaf.scale if _reads_slices(leaf) else leaf
-
-
-def _layer_of(leaf: Any, cut_out: Any, at: jax.Array) -> Any:
-    """A layer's parameter, from its stack and what the scan cut out."""
-    if not _reads_slices(leaf):
-        return cut_out
-    return dataclasses.replace(leaf, codes=SliceOf(leaf.codes, at), scale=cut_out)
 
 
 def slots_of(cache: Cache) -> tuple[jax.Array, int]:

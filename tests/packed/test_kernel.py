@@ -236,6 +236,84 @@ def test_prepared_kernels_keep_the_codes_and_the_scale(shape, config, axes):
     np.testing.assert_array_equal(got.ravel(), want.ravel())
 
 
+# An index of a stack ----------------------------------------------------------------------
+
+STACKS = {
+    "stored": lambda: pack(gaussian((3, 8, 5)), bj.PHASE4, batch_axes=0),
+    "int8": lambda: pack(gaussian((3, 8, 5)), bj.Int8Config(), batch_axes=0),
+    "prepared for xla": lambda: bj.prepare(STACKS["stored"](), "xla"),
+    "prepared for cpu": lambda: bj.prepare(STACKS["stored"](), "cpu"),
+}
+every_stack = pytest.mark.parametrize("name", STACKS)
+
+
+@every_stack
+def test_an_index_of_a_stack_is_its_slice(name):
+    stack = STACKS[name]()
+    assert len(list(stack)) == 3
+    for i, kernel in enumerate(stack):
+        wanted = jax.tree.map(lambda a, i=i: a[i], stack)
+        same = [stack[j] for j in (i, i - 3, np.int8(i), np.array(i), jnp.uint8(i), (i,))]
+        same += [stack[jnp.int32(i - 3)]]
+        for leaf in (kernel, *same):
+            assert (type(leaf), leaf.shape, static(leaf)) == (type(stack), (8, 5), static(wanted))
+            jax.tree.map(oracles.assert_same_bits, leaf, wanted)
+    with jax.disable_jit():
+        jax.tree.map(oracles.assert_same_bits, stack[1], jax.tree.map(lambda a: a[1], stack))
+
+
+@every_stack
+def test_a_traced_index_is_held_within_the_stack(name):
+    stack, x = STACKS[name](), gaussian((2, 8), 1)
+    run = jax.jit(lambda i, stack: bj.matmul(x, stack[i]))
+    numbers = {-9: 0, -3: 0, -1: 2, 0: 0, 2: 2, 3: 2, 100: 2}
+    for i, at in numbers.items():
+        oracles.assert_same_bits(run(np.int8(i), stack), bj.matmul(x, stack[at]))
+    long = pack(gaussian((200, 8, 5)), batch_axes=0)  # longer than an int8 reaches
+    oracles.assert_same_bits(run(np.int8(-1), long), bj.matmul(x, long[199]))
+    oracles.assert_same_bits(run(np.uint8(199), long), bj.matmul(x, long[199]))
+
+
+@every_stack
+def test_an_index_that_is_none_is_refused(name):
+    stack = STACKS[name]()
+    who = rf"^{type(stack).__name__}: "
+    for i in (3, -4, np.int8(7)):
+        with pytest.raises(IndexError, match=who + r"index -?\d is out of range for 3 layers"):
+            stack[i]
+    for i in (1.0, True, None, "a", slice(0, 2), [1], jnp.arange(2), jnp.float32(1), ...):
+        with pytest.raises(TypeError, match=who + r"the index of a layer must be an integer, got"):
+            stack[i]
+    for i in ((), (0, 1)):
+        with pytest.raises(IndexError, match=who + r"the index must be an integer for each"):
+            stack[i]
+    no_array = who + r"a packed kernel is not an array.*Only a stack has an index: its layers\.$"
+    with pytest.raises(TypeError, match=no_array):
+        stack[0][0]
+    abstract = jax.eval_shape(lambda: stack)
+    with pytest.raises(TypeError, match=who + r"the stack is a jax\.ShapeDtypeStruct"):
+        abstract[0]
+    damaged = jax.tree.map(lambda a: a.astype(jnp.float32), stack)
+    with pytest.raises(ValueError, match=who + r"the stack has codes that are float32"):
+        damaged[0]
+
+
+def test_an_index_of_adapted_layers():
+    stack = pack(gaussian((3, 8, 5)), batch_axes=0)
+    adapters = bj.lora.init({"kernel": stack}, 2, key=jax.random.key(0))
+    adapted = bj.lora.attach({"kernel": stack}, adapters)["kernel"]
+    jax.tree.map(oracles.assert_same_bits, adapted[1], jax.tree.map(lambda leaf: leaf[1], adapted))
+    with pytest.raises(IndexError, match=r"index 3 is out of range"):
+        adapted[3]
+
+
+def test_which_leaves_are_packed():
+    packed = pack(gaussian((8, 5)))
+    leaves = [packed, bj.prepare(packed, "xla"), pack(gaussian((8, 5)), bj.Int8Config())]
+    assert all(map(bj.is_packed, leaves))
+    assert not any(map(bj.is_packed, (None, gaussian((8, 5)), bj.quantize(gaussian((8, 5))), {})))
+
+
 # No gradient ------------------------------------------------------------------------------
 
 X = gaussian((5, 24), 1)

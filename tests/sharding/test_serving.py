@@ -234,3 +234,40 @@ def test_a_shard_map_that_leaves_axes_alone():
     how = {"in_specs": (P("data"), P()), "out_specs": P("data"), "axis_names": {"data"}}
     run = jax.jit(jax.shard_map(bj.matmul, mesh=mesh, **how))
     oracles.assert_same_bits(run(x, placed(mesh, packed, P(None, "model"))), bj.matmul(x, packed))
+
+
+@both_kinds
+def test_layers_by_index_keep_their_rows_on_their_devices(kind):
+    """Stacks are whole on each device, and so is nothing else."""
+    mesh = mesh_of(kind)
+    stack = bj.prepare(bj.pack(gaussian(1, 3, K, K), bj.PHASE4, batch_axes=0), "cpu")
+    x = gaussian(0, M, K)
+
+    def layers(x, stack):
+        def step(h, i):
+            return bj.matmul(h, stack[i]), None
+
+        return jax.lax.scan(step, x, jnp.arange(3))[0]
+
+    placed = put(mesh, x, P("data")), jax.device_put(stack, NamedSharding(mesh, P()))
+    program = compiled(layers, *placed)
+    assert not bj.sharding.collectives(program).rows
+    y = program(*placed)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), y.ndim)
+    oracles.assert_same_bits(y, functools.reduce(bj.matmul, list(stack), x))
+
+
+@both_kinds
+def test_a_layer_of_a_stack_in_shards(kind):
+    """Each slice is sharded as its stack is, but for the axis of the layers."""
+    mesh, whole = mesh_of(kind), bj.pack(gaussian(1, 4, K, N), bj.PHASE4, batch_axes=0)
+    x = gaussian(0, M, K)
+    for spec in (P("model"), P(None, "model"), P(None, None, "model"), P("data", "model")):
+        stack = placed(mesh, whole, spec)
+        wanted = bj.matmul(x, whole[2])
+        one = stack[2]
+        oracles.assert_same_bits(one.codes, whole[2].codes)
+        for run in (bj.matmul, jax.jit(bj.matmul)):
+            oracles.assert_same_bits(run(put(mesh, x, P()), one), wanted)
+        by_index = jax.jit(lambda x, s, i: bj.matmul(x, s[i]))
+        oracles.assert_same_bits(by_index(put(mesh, x, P()), stack, 2), wanted)
