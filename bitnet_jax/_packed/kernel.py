@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int, Int8, UInt8
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._packed import intact, trits
-from bitnet_jax._packed.not_trainable import MAY_TRAIN, refuse_training
+from bitnet_jax._packed.not_trainable import ASKERS, refuse_training
 from bitnet_jax._packed.slice_of import one_slice
 from bitnet_jax._packed.static_data import register_export, register_state_dict
 from bitnet_jax._quantize import kernel_axes
@@ -83,6 +83,15 @@ class _Node:
         """The fields after codes and scale: made once, because every jitted call asks."""
         fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType] - all are dataclasses
         return tuple(getattr(self, field.name) for field in fields[2:])
+
+    @functools.cached_property
+    def _flat(self) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
+        """Children and static data, as pytrees give them: made once, as above."""
+        return (self.codes, self.scale), self._static
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made from: not the arrays a second time."""
+        return {name: value for name, value in self.__dict__.items() if name != "_flat"}
 
     def _no_array(self) -> str:
         return (
@@ -524,20 +533,21 @@ def _register(cls: type[Packed]) -> None:
     names = tuple(field.name for field in dataclasses.fields(cls))[2:]
     # Every call of a jitted function runs these for every node: no call is made in vain.
     asker = sys._getframe
+    tree_util, tree, flattree, api = ASKERS
 
     @no_type_check
     def flatten_with_keys(node: Packed) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
-        frame = asker(1)
-        if frame.f_globals.get("__name__", "")[:3] in MAY_TRAIN:
-            refuse_training(node.codes, frame)
+        module = asker(1).f_globals
+        if module is tree_util or module is tree or module is flattree or module is api:
+            refuse_training(node.codes, asker(1))
         return ((keys[0], node.codes), (keys[1], node.scale)), node._static
 
     @no_type_check
     def flatten(node: Packed) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
-        frame = asker(1)
-        if frame.f_globals.get("__name__", "")[:3] in MAY_TRAIN:
-            refuse_training(node.codes, frame)
-        return (node.codes, node.scale), node._static
+        module = asker(1).f_globals
+        if module is tree_util or module is tree or module is flattree or module is api:
+            refuse_training(node.codes, asker(1))
+        return node._flat
 
     @no_type_check
     def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Packed:

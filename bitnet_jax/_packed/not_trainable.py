@@ -35,8 +35,8 @@ _DERIVATIVES = {
     "jacfun": "the Jacobian",
 }
 
-MAY_TRAIN = frozenset({"jax", "opt", "fla"})
-"""How the names of modules begin that :func:`refuse_training` looks at; no others need it."""
+ASKERS = _TREE_UTIL, _TREE, _FLATTREE, _API
+"""The globals of who flattens for a derivative or an optimizer; no others need the guard."""
 
 _STEPS = ("init", "init_fn", "update", "update_fn")
 
@@ -49,7 +49,7 @@ _MASKS = ("optax.transforms._masking", "optax.transforms._combining")
 def refuse_training(codes: object, asker: FrameType | None) -> None:
     """Raises where a derivative or an optimizer flattens a packed leaf.
 
-    Called by ``flatten`` itself, where a module of :data:`MAY_TRAIN` called that.
+    Called by ``flatten`` itself, where a module of :data:`ASKERS` called that.
 
     Args:
       codes: the leaf's codes; a placeholder (``optax.MaskedNode``) passes, and so

@@ -1,6 +1,7 @@
 """PackedTernary and PreparedTernary: a pytree node's laws, and no gradient."""
 
 import copy
+import dataclasses
 import functools
 import pickle
 
@@ -187,6 +188,17 @@ def test_copies_and_pickles(shape, config, axes):
             assert static(other) == static(leaf)
             jax.tree.map(oracles.assert_same_bits, other, leaf)
             assert (other.shape, other.nbytes) == (leaf.shape, leaf.nbytes)
+
+
+def test_a_copy_does_not_hold_its_arrays_twice():
+    """What flattening keeps for the next call is of one node alone."""
+    packed = pack(gaussian((24, 10)))
+    size = len(pickle.dumps(packed))
+    jax.tree.leaves(packed)
+    assert len(pickle.dumps(packed)) <= size + 200  # static data, which is kept as well
+    other = dataclasses.replace(copy.copy(packed), codes=packed.codes + 0)
+    assert jax.tree.leaves(other)[0] is other.codes
+    assert jax.tree.leaves(copy.deepcopy(packed))[0] is not packed.codes
 
 
 def test_a_leaf_is_frozen():
