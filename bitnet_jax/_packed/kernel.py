@@ -144,9 +144,8 @@ class _Node:
         lengths = self.shape[: self._batch_ndim()]
         if not lengths:
             raise TypeError(f"{self._no_array()} Only a stack has an index: its layers.")
-        # Two-bit codes of a stored kernel are laid out first, and XLA reads slices of its own.
-        native = isinstance(self, Prepared) and self.implementation == "cpu"
-        codes, scale = one_slice(who, index, lengths, self.codes, self.scale, in_place=native)
+        in_place = is_read_in_place(self)
+        codes, scale = one_slice(who, index, lengths, self.codes, self.scale, in_place=in_place)
         return dataclasses.replace(self, codes=codes, scale=scale)  # pyright: ignore[reportArgumentType] - all are dataclasses
 
     __array__ = __matmul__ = __rmatmul__ = _raise_no_array
@@ -513,6 +512,14 @@ def is_packed(leaf: object) -> TypeGuard[Packed]:
       ((64, 64), (64,))
     """
     return isinstance(leaf, (PackedTernary, PackedInt8, Prepared))
+
+
+def is_read_in_place(leaf: object) -> TypeGuard[Prepared]:
+    """Whether a product reads a layer of this stack where it lies.
+
+    A stored kernel is laid out first, and XLA reads slices by itself where it unpacks.
+    """
+    return isinstance(leaf, Prepared) and leaf.implementation == "cpu"
 
 
 def is_stored(leaf: object) -> TypeGuard[Stored]:

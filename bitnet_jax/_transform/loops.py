@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from bitnet_jax._packed.slice_of import all_cut
+from bitnet_jax._packed.stacks import layer_of, sliced_by_scan
 from bitnet_jax._transform.jaxprs import Eqn, Jaxpr, forwarded, handed_on, scan_parts
-from bitnet_jax._transform.layout import is_stack, leading
+from bitnet_jax._transform.layout import leading
 from bitnet_jax._transform.marks import Mark, Walker
 from bitnet_jax._transform.tracked import Interpreter, Tracked, tracked, values_of, views_of
 from bitnet_jax._transform.view import View
@@ -101,14 +102,13 @@ def run_scan(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[An
             xs += interpreter.arrays([operand], eqn)
             stacks.append(None)
         else:
-            stacked = _stacked(operand, view)
-            # A packed kernel by its index: a native product reads it where it lies.
-            stacks.append(stacked if is_stack(stacked) else None)
-            xs.append(None if is_stack(stacked) else stacked)
+            stacks.append(_stacked(operand, view))
+            xs.append(sliced_by_scan(stacks[-1]))
 
     def body(carry: list[Any], at_and_x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
         at, x = at_and_x
-        x = [x if stack is None else stack[at] for x, stack in zip(x, stacks, strict=True)]
+        pairs = zip(stacks, x, strict=True)
+        x = [part if whole is None else layer_of(whole, part, at) for whole, part in pairs]
         outs = interpreter.body(
             params["jaxpr"], [*fixed, *_filled(kept, carry), *tracked(x, steps)]
         )

@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._packed.slice_of import SliceOf
+from bitnet_jax._packed.stacks import layer_of, sliced_by_scan
 from bitnet_jax.models._attention import Attention, LayerCache
 from bitnet_jax.models._decoder_config import DecoderConfig
 from bitnet_jax.models._parts import Projection, RMSNorm, norm_if
@@ -134,10 +134,8 @@ def _scanned(layers, config, x, turned, mask, cache, each):
 
     def step(carry, layer):
         x, stacks = carry
-        at, floats, end = layer
-        own = jax.tree.map(
-            lambda p, c: p[at] if is_packed(p) else c, state, floats, is_leaf=is_packed
-        )
+        at, sliced, end = layer
+        own = layer_of(state, sliced, at)
         caches = None
         if stacks is not None:
             caches = {name: SliceOf(stack, at) for name, stack in stacks.items()}
@@ -148,10 +146,10 @@ def _scanned(layers, config, x, turned, mask, cache, each):
             stacks = {name: part.stack for name, part in caches.items()}
         return (y, stacks), (end, y if each is not None else None)
 
-    # Floats are cut out by the scan: a gradient by an index would be as large as the stack.
-    floats = jax.tree.map(lambda p: None if is_packed(p) else p, state, is_leaf=is_packed)
     places = jnp.arange(config.depth, dtype=jnp.int32)
-    (x, stacks), (ends, outputs) = jax.lax.scan(step, (x, stacks), (places, floats, ends))
+    (x, stacks), (ends, outputs) = jax.lax.scan(
+        step, (x, stacks), (places, sliced_by_scan(state), ends)
+    )
     if each is not None and outputs is not None:
         for i in range(config.depth - 1):
             each(outputs[i])

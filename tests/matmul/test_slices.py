@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.extend import core
 
 import bitnet_jax as bj
 from bitnet_jax import _native as native
@@ -269,3 +270,50 @@ def test_a_function_that_indexes_its_kernels_is_ternarised():
     run = jax.jit(scan)
     np.testing.assert_array_equal(run(fast, x), scan({"w": w}, x))
     assert not copies(run, fast, x)
+
+
+@pytest.mark.parametrize("kind", ["stored", "prepared"])
+def test_adapters_of_scanned_layers_are_trained_step_by_step(kind):
+    """Their gradient is no stack at every step, and no step keeps a copy of its codes."""
+    w = jax.random.normal(jax.random.key(0), (DEPTH, 48, 48))
+    x = jax.random.normal(jax.random.key(1), (2, 48))
+    scan = bj.ternarize(lambda p, x: jax.lax.scan(lambda h, w: (h @ w, None), x, p["w"])[0])
+    packed = scan.pack({"w": w}, x)[0]
+    adapters = bj.lora.init(packed, 2, key=jax.random.key(2))
+    adapters = jax.tree.map(lambda a: a + 0.1, adapters)
+    packed = packed if kind == "stored" else bj.prepare(packed, "cpu")
+
+    def loss(adapters, packed):
+        return (scan(bj.lora.attach(packed, adapters), x) ** 2).sum()
+
+    def one_by_one(adapters, packed):
+        h, kernel = x, bj.lora.attach(packed, adapters)["w"]
+        for i in range(DEPTH):
+            one = bj.ternarize(lambda p, h: h @ p["w"])
+            h = one({"w": jax.tree.map(lambda a, i=i: a[i], kernel)}, h)
+        return (h**2).sum()
+
+    step = jax.jit(jax.grad(loss))
+    wanted = jax.grad(one_by_one)(adapters, packed)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        step(adapters, packed),
+        wanted,
+    )
+    program = jax.make_jaxpr(jax.grad(loss))(adapters, packed).jaxpr
+    scans = [eqn for eqn in equations(program) if eqn.primitive.name == "scan"]
+    assert len(scans) >= 2
+    results = [v.aval for eqn in scans for v in eqn.outvars]
+    assert not [a for a in results if a.dtype == jnp.uint8]
+    assert not [a for a in results if a.shape[:2] == (DEPTH, DEPTH)]
+    # Nor is a stack of adapters summed up, step by step.
+    carried = [v.aval for eqn in scans for v in eqn.outvars[: eqn.params["num_carry"]]]
+    assert not [a for a in carried if a.shape[:1] == (DEPTH,)]
+
+
+def equations(jaxpr):
+    """Of a program and of the programs in it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from equations(getattr(inner, "jaxpr", inner))
