@@ -17,6 +17,7 @@ import bitnet_jax as bj
 from bitnet_jax import _native as native
 from bitnet_jax._matmul import embedding_rows
 from bitnet_jax._packed.slice_of import SliceOf, cut
+from bitnet_jax._transform.jaxprs import scan_parts
 
 CONFIGS = {
     "one scale": bj.B158,
@@ -307,7 +308,7 @@ def test_adapters_of_scanned_layers_are_trained_step_by_step(kind):
     assert not [a for a in results if a.dtype == jnp.uint8]
     assert not [a for a in results if a.shape[:2] == (DEPTH, DEPTH)]
     # Nor is a stack of adapters summed up, step by step.
-    carried = [v.aval for eqn in scans for v in eqn.outvars[: eqn.params["num_carry"]]]
+    carried = [v.aval for eqn in scans for v in eqn.outvars[: scan_parts(eqn.params)[1]]]
     assert not [a for a in carried if a.shape[:1] == (DEPTH,)]
 
 
