@@ -7,7 +7,8 @@ sums are exact and the float arithmetic is that of ``int8`` and ``product`` in t
 order, so the bits are theirs at every instruction set, thread count and batch. Threads
 are XLA's own.
 
-A stored kernel is laid out on the way, each time: :func:`prepare` does it once. Where a
+A stored ternary kernel is laid out on the way, each time: :func:`prepare` does it once. A
+stored int8 kernel is multiplied as it lies, by steps that are laid out in a cache. Where a
 program is lowered for another platform, or exported, plain JAX multiplies the same codes.
 """
 
@@ -51,6 +52,12 @@ from bitnet_jax._quantize.int8 import codes_at, gamma_of, plain_activation_codes
 # _native/layout.h.
 _PADDING, _FOUR = 64, 4
 
+# Paths that multiply by stored int8 kernels sooner than XLA does, both on the same instruction
+# set: .1 to .4 of its time with AVX512, .5 to .8 with AVX2 and AVX-VNNI, at 1 to 512 rows of
+# 2560x6912 and 4096x11008 (Zen 5, two cores). Not measured: AMX, whose few rows are AVX512's,
+# and Arm, which leaves those kernels to XLA.
+_SOONER_THAN_XLA = ("amx", "avx512_vnni", "avx_vnni", "avx2")
+
 
 def unsupported_reason(packed: Packed, activations: ActivationConfig | None = None) -> str | None:
     """Why this implementation cannot run a kernel; None if it can."""
@@ -79,15 +86,17 @@ def preferred(packed: Packed, preparing: bool) -> bool:
     """Whether it is the fastest for a kernel.
 
     Not where the portable path is all there is: it is there for its bits. Not laid out
-    on another platform, whose programs would undo it. And not from a stored int8 kernel:
-    XLA multiplies that sooner than it could be laid out, but for a table, whose codes are
-    (outputs, contraction).
+    on another platform, whose programs would undo it. And a stored int8 kernel
+    (contraction, outputs) by the paths of ``_SOONER_THAN_XLA`` alone, at any number of rows.
     """
-    if _native.load().paths() == ["portable"]:
+    paths = _native.load().paths()
+    if paths == ["portable"]:
         return False
     if preparing and jax.default_backend() != "cpu":
         return False
-    return preparing or not isinstance(packed, PackedInt8) or _is_table(packed)
+    if preparing or not isinstance(packed, PackedInt8) or _is_table(packed):
+        return True
+    return paths[0] in _SOONER_THAN_XLA
 
 
 def _is_table(packed: PackedInt8) -> bool:
@@ -300,6 +309,7 @@ def _multiply(
         *at,
         depth=np.int64(layout.depth),
         int8=layout.int8,
+        transposed=spec.table,
         qmax=np.float32(activations.qmax),
     )
 
@@ -323,7 +333,8 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
     activations = spec.activations
 
     def panels_of(spec: _Spec, codes: jax.Array) -> jax.Array:
-        return codes if spec.prepared else _lay_out(spec, codes)
+        # The call reads stored int8 codes as they are, and lays out what it needs next.
+        return codes if spec.prepared or spec.layout.int8 else _lay_out(spec, codes)
 
     def whole(x: Activations, codes: jax.Array, scale: CanonicalScale) -> jax.Array:
         part = spec.layout._replace(outputs=_outputs_of(spec, codes.shape))
@@ -340,7 +351,8 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
         else:  # x is whole: this shard's part of it
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * k, k, axis=-1)
         part = spec._replace(layout=spec.layout._replace(depth=k), last=k)
-        y = _sums(part.layout, codes_at(x, gamma, activations), panels_of(part, codes), n)
+        x_codes = codes_at(x, gamma, activations)
+        y = _sums(part.layout, x_codes, panels_of(part, codes), n, spec.table)
         # Integers are summed over the devices, and scaled once, after: as on one device.
         return group_epilogue(jax.lax.psum(y, axes), gamma, scale, activations.qmax).astype(
             spec.dtype
@@ -361,15 +373,18 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
 
 
 def _sums(
-    layout: Layout, x: Int8[Array, "b m k"], codes: UInt8[Array, "b bytes"], n: int
+    layout: Layout,
+    x: Int8[Array, "b m k"],
+    codes: UInt8[Array, "b bytes"] | Int8[Array, "b k n"],
+    n: int,
+    transposed: bool = False,
 ) -> Int32[Array, "g b m n"]:
     k = x.shape[-1]
     # Codes of 0 behind each row: the kernel reads whole tiles of 64.
     x = jnp.pad(x, [(0, 0), (0, 0), (0, _stride(k, layout.depth) - k)])
     shape = jax.ShapeDtypeStruct((x.shape[0], layout.groups, x.shape[1], n), jnp.int32)
-    y = by_library.call(
-        _native.SUMS, shape, x, codes, depth=np.int64(layout.depth), int8=layout.int8
-    )
+    static = {"depth": np.int64(layout.depth), "int8": layout.int8, "transposed": transposed}
+    y = by_library.call(_native.SUMS, shape, x, codes, **static)
     return jnp.moveaxis(y, 1, 0)  # (B, G, M, N) -> (G, B, M, N), as the epilogue has it
 
 

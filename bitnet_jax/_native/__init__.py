@@ -6,7 +6,7 @@ CPU backend when a library was compiled against a newer FFI than its own. So the
 versions are compared before anything is registered.
 
 From the layout up: ``layout`` (the layout of a prepared kernel), ``path`` (what an
-instruction set has to offer), ``plain``, ``unpack``, ``kernels``, ``ymm``, ``avx512``,
+instruction set has to offer), ``interleave``, ``plain``, ``unpack``, ``kernels``, ``ymm``, ``avx512``,
 ``neon`` and ``dotprod`` (what they are compiled from), a ``.cc`` for each, ``product``
 (whole arrays, cut into pieces for ``threads``), ``quantize`` (kernels of floats to codes, by
 ``quantize_kernel``), ``attend`` (attention over a cache, from

@@ -113,7 +113,8 @@ void AllTiles(const Rows& x, int64_t k, Panel codes, int64_t rows, int64_t panel
 }
 
 Rows From(const Rows& x, int64_t first) {
-  return {x.codes + first * x.stride, x.stride, x.count - first, x.totals + first};
+  const int32_t* totals = x.totals == nullptr ? nullptr : x.totals + first;
+  return {x.codes + first * x.stride, x.stride, x.count - first, totals};
 }
 
 void AmxTernary(const Rows& x, const Beside& beside, int32_t* sums) {

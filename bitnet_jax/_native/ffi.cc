@@ -103,9 +103,10 @@ int64_t PanelBytes(Kind kind, int64_t groups, int64_t outputs, int64_t depth) {
 
 // The operands that MultiplyImpl and SumsImpl share, or why they do not meet. Panels are one
 // flat axis: XLA cuts a layer out of a stack of them several times as fast. With `at`, they
-// are those of a slice of a stack, and B is 1.
-ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels, int64_t groups,
-                    int64_t depth, int64_t parts, bool int8, int64_t outputs, Product& product,
+// are those of a slice of a stack, and B is 1. Int8 codes instead of bytes are stored ones,
+// (B, depth, outputs), or (B, outputs, depth) transposed.
+ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::AnyBuffer panels, int64_t groups, int64_t depth,
+                    int64_t parts, bool int8, bool transposed, int64_t outputs, Product& product,
                     const int32_t* at = nullptr) {
   const Dimensions xd = x.dimensions();
   if (xd.size() != 3 || groups < 1 || outputs < 0) {
@@ -121,13 +122,24 @@ ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels, int64_t
   const Kind kind = int8 ? Kind::kInt8 : Kind::kTernary;
   const int64_t bytes = PanelBytes(kind, groups, outputs, depth);
   const Dimensions pd = panels.dimensions();
+  if (panels.element_type() == Type::S8) {
+    const int64_t first = transposed ? outputs : depth, last = transposed ? depth : outputs;
+    if (!int8 || groups != 1 || at != nullptr || !Is(pd, {xd[0], first, last})) {
+      return Wrong("x, stored codes and outputs do not meet");
+    }
+    product = {kind, xd[0], xd[1], outputs, groups, depth, parts, x.typed_data(), xd[2], nullptr,
+               static_cast<const int8_t*>(panels.untyped_data()), transposed};
+    return ffi::Error::Success();
+  }
+  if (panels.element_type() != Type::U8) return Wrong("panels must be uint8");
   const int64_t slices = at == nullptr || pd.size() == 0 ? xd[0] : pd[0];
   if (!Is(pd, {slices, bytes}) ||
       (at != nullptr && (xd[0] != 1 || *at < 0 || *at >= slices))) {
     return Wrong("x, panels and outputs do not meet");
   }
+  const auto* first = static_cast<const uint8_t*>(panels.untyped_data());
   product = {kind, xd[0], xd[1], outputs, groups, depth, parts, x.typed_data(), xd[2],
-             panels.typed_data() + (at == nullptr ? 0 : *at * bytes)};
+             first + (at == nullptr ? 0 : *at * bytes)};
   return ffi::Error::Success();
 }
 
@@ -136,9 +148,9 @@ ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels, int64_t
 // that cut neither. With one more operand, an index, panels are a stack (S, bytes), of which one
 // slice is read, and B is 1.
 ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
-                        ffi::Buffer<ffi::F32> gamma, ffi::Buffer<ffi::U8> panels,
+                        ffi::Buffer<ffi::F32> gamma, ffi::AnyBuffer panels,
                         ffi::Buffer<ffi::F32> scale, ffi::RemainingArgs rest, int64_t depth,
-                        bool int8, float qmax, ffi::Result<ffi::AnyBuffer> y) {
+                        bool int8, bool transposed, float qmax, ffi::Result<ffi::AnyBuffer> y) {
   const int32_t* at = nullptr;
   if (rest.size() > 0) {
     const auto index = rest.get<ffi::Buffer<ffi::S32>>(0);
@@ -151,7 +163,8 @@ ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
   }
   Product product;
   const int64_t gammas = gd[2], parts = gammas / std::gcd(gammas, sd[1]);
-  const ffi::Error error = Operands(x, panels, sd[1], depth, parts, int8, yd[2], product, at);
+  const ffi::Error error =
+      Operands(x, panels, sd[1], depth, parts, int8, transposed, yd[2], product, at);
   if (error.failure()) return error;
   const int64_t scales = sd[2];
   if (!Is(yd, {product.batch, product.rows, product.outputs}) ||
@@ -207,12 +220,12 @@ ffi::Error MultiplyCodesImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
 }
 
 // x (B, M, K) int8, panels -> sums (B, G, M, N) int32.
-ffi::Error SumsImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U8> panels,
-                    int64_t depth, bool int8, ffi::ResultBuffer<ffi::S32> sums) {
+ffi::Error SumsImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x, ffi::AnyBuffer panels,
+                    int64_t depth, bool int8, bool transposed, ffi::ResultBuffer<ffi::S32> sums) {
   const Dimensions yd = sums->dimensions();
   if (yd.size() != 4) return Wrong("want sums (B, G, M, N)");
   Product product;
-  const ffi::Error error = Operands(x, panels, yd[1], depth, 1, int8, yd[3], product);
+  const ffi::Error error = Operands(x, panels, yd[1], depth, 1, int8, transposed, yd[3], product);
   if (error.failure()) return error;
   if (!Is(yd, {product.batch, product.groups, product.rows, product.outputs})) {
     return Wrong("sums do not meet the product");
@@ -330,11 +343,12 @@ BITNET_HANDLER(bitnet_multiply, bitnet::MultiplyImpl,
                    .Ctx<ffi::ThreadPool>()
                    .Arg<ffi::Buffer<ffi::S8>>()
                    .Arg<ffi::Buffer<ffi::F32>>()
-                   .Arg<ffi::Buffer<ffi::U8>>()
+                   .Arg<ffi::AnyBuffer>()
                    .Arg<ffi::Buffer<ffi::F32>>()
                    .RemainingArgs()
                    .Attr<int64_t>("depth")
                    .Attr<bool>("int8")
+                   .Attr<bool>("transposed")
                    .Attr<float>("qmax")
                    .Ret<ffi::AnyBuffer>())
 
@@ -353,9 +367,10 @@ BITNET_HANDLER(bitnet_sums, bitnet::SumsImpl,
                ffi::Ffi::Bind()
                    .Ctx<ffi::ThreadPool>()
                    .Arg<ffi::Buffer<ffi::S8>>()
-                   .Arg<ffi::Buffer<ffi::U8>>()
+                   .Arg<ffi::AnyBuffer>()
                    .Attr<int64_t>("depth")
                    .Attr<bool>("int8")
+                   .Attr<bool>("transposed")
                    .Ret<ffi::Buffer<ffi::S32>>())
 
 BITNET_HANDLER(bitnet_lay_out, bitnet::LayOutImpl,

@@ -119,6 +119,7 @@ struct Tile {
 // Where sums begin: at what takes the bias of their codes back. All else adds to them.
 template <class I, Kind kind>
 void Begin(const Rows& x, int32_t* sums) {
+  if (x.totals == nullptr) return;
   // Unsigned: the sums of biased codes may leave int32 and come back.
   constexpr uint32_t kBias = I::kBias[static_cast<int>(kind)];
   for (int64_t m = 0; m < x.count; ++m) {
@@ -357,6 +358,7 @@ constexpr Path PathOf(const char* name, bool (*supported)()) {
           QuantizeRow<BFloat16>,
           kKernelQuantizer<float>,
           kKernelQuantizer<BFloat16>,
+          LayOutInt8,
           TotalOf,
           Finish,
           Busy<I>};

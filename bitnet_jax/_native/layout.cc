@@ -57,8 +57,8 @@ void LayOutTernary(const uint8_t* stored, int64_t outputs, int64_t last, int64_t
   }
 }
 
-void LayOutCodes(const int8_t* codes, int64_t outputs, int64_t depth, int64_t panel, uint8_t* to,
-                 int64_t to_row) {
+void LayOutTernaryCodes(const int8_t* codes, int64_t outputs, int64_t depth, int64_t panel, uint8_t* to,
+                        int64_t to_row) {
   const int64_t first = panel * kOutputs, taken = std::min(kOutputs, outputs - first);
   const int64_t rows = ByteRows(Kind::kTernary, depth);
   for (int64_t row = 0; row < rows; ++row, to += to_row) {
@@ -81,27 +81,6 @@ void LayOutCodes(const int8_t* codes, int64_t outputs, int64_t depth, int64_t pa
     for (int64_t l = 0; l < kOutputs; ++l) {
       for (int64_t i = 0; i < 4; ++i) to[4 * l + i] = bytes[i][l];
     }
-  }
-}
-
-void LayOutInt8(const int8_t* stored, Strides strides, int64_t outputs, int64_t depth,
-                int64_t panel, uint8_t* to, int64_t to_row) {
-  constexpr uint32_t kBias = 0x80808080u;
-  const int64_t first = panel * kOutputs, taken = std::min(kOutputs, outputs - first);
-  const auto* bytes = reinterpret_cast<const uint8_t*>(stored) + first * strides.output;
-  for (int64_t k = 0; k < depth; k += 4, to += to_row) {
-    const int64_t fours = std::min(depth - k, int64_t{4});
-    uint32_t quads[kOutputs] = {};
-    if (strides.weight == 1) {
-      for (int64_t l = 0; l < taken; ++l) std::memcpy(&quads[l], bytes + l * strides.output + k, fours);
-    } else {
-      for (int64_t i = 0; i < fours; ++i) {
-        const uint8_t* row = bytes + (k + i) * strides.weight;
-        for (int64_t l = 0; l < taken; ++l) quads[l] |= uint32_t{row[l]} << (8 * i);
-      }
-    }
-    for (int64_t l = 0; l < kOutputs; ++l) quads[l] ^= kBias;
-    std::memcpy(to, quads, kRowBytes);
   }
 }
 

@@ -89,15 +89,12 @@ void LayOutTernary(const uint8_t* stored, int64_t outputs, int64_t last, int64_t
                    int64_t group, int64_t panel, uint8_t* to, int64_t to_row);
 
 // The same from ternary codes of eight bits, (depth, outputs).
-void LayOutCodes(const int8_t* codes, int64_t outputs, int64_t depth, int64_t panel, uint8_t* to,
-                 int64_t to_row);
+void LayOutTernaryCodes(const int8_t* codes, int64_t outputs, int64_t depth, int64_t panel,
+                        uint8_t* to, int64_t to_row);
 
-// Int8 panels from int8 codes, (depth, outputs) or transposed: one of the strides is 1.
+// Stored int8 codes, (depth, outputs) or transposed: one of the strides is 1.
 struct Strides {
   int64_t weight, output;
 };
-
-void LayOutInt8(const int8_t* stored, Strides strides, int64_t outputs, int64_t depth,
-                int64_t panel, uint8_t* to, int64_t to_row);
 
 }  // namespace bitnet

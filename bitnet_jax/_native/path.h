@@ -16,7 +16,8 @@ struct Rows {
   const int8_t* codes;
   int64_t stride;
   int64_t count;
-  const int32_t* totals;  // the sum of each row over the contraction
+  // The sum of each row over the contraction. Null: sums go on from what is there, int8 alone.
+  const int32_t* totals;
 };
 
 // Up to kPanels panels that lie side by side, from their first byte row, and the run of their
@@ -26,6 +27,11 @@ struct Beside {
   int64_t byte_rows, count;
   Fours fours;
 };
+
+// Stored int8 codes, (depth, outputs), to the panels of at most kWidth outputs side by side, from
+// their first byte row. `next` is where what will be laid out after them lies, or null.
+using LayOutCodes = void (*)(const int8_t* stored, Strides strides, int64_t outputs, int64_t depth,
+                             const int8_t* next, uint8_t* panels);
 
 // Exact sums of activations times codes: (x.count, kWidth) int32, of which 16 outputs a
 // panel are written.
@@ -86,6 +92,7 @@ struct Path {
   Quantize<BFloat16> quantize_bfloat16;
   KernelQuantizer<float> kernel;
   KernelQuantizer<BFloat16> kernel_bfloat16;
+  LayOutCodes lay_out;
   int32_t (*total)(const int8_t* codes, int64_t length);
   void (*finish)(const Epilogue& epilogue);
   // Multiplies in registers alone; returns how many multiplications and additions it did.

@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "interleave.h"
 #include "path.h"
 
 namespace bitnet {
@@ -52,6 +53,60 @@ float QuantizeRow(const Float* x, int64_t length, float qmax, float eps, int8_t*
     codes[i] = static_cast<int8_t>(Bits(scaled + kRound) - Bits(kRound));
   }
   return gamma;
+}
+
+// The panels of at most kWidth outputs, from four rows of codes at a time.
+inline void LayOutRows(const uint8_t* stored, int64_t stride, int64_t outputs, int64_t depth,
+                       const uint8_t* next, uint8_t* to) {
+  static constexpr uint8_t kNone[kWidth] = {};
+  uint8_t padded[4][kWidth] = {};
+  const int64_t padded_outputs = Panels(outputs) * kOutputs;
+  for (int64_t k = 0; k < depth; k += 4) {
+    const uint8_t* rows[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      rows[i] = k + i < depth ? stored + (k + i) * stride : kNone;
+      if (next != nullptr) __builtin_prefetch(next + (k + i) * stride);
+      if (outputs != padded_outputs) {
+        std::memcpy(padded[i], rows[i], outputs);
+        rows[i] = padded[i];
+      }
+    }
+    for (int64_t n = 0; n < padded_outputs; n += kOutputs, to += kRowBytes) {
+      Interleave(rows, n, to);
+    }
+  }
+}
+
+// The same from the codes of one output after the other: fours lie together already.
+inline void LayOutTable(const uint8_t* stored, int64_t stride, int64_t outputs, int64_t depth,
+                        const uint8_t* next, uint8_t* to) {
+  constexpr uint32_t kBias = 0x80808080u;
+  const int64_t row = Panels(outputs) * kRowBytes, whole = depth / 4;
+  for (int64_t n = 0; n < Panels(outputs) * kOutputs; ++n, to += 4) {
+    const uint8_t* codes = stored + n * stride;
+    const auto put = [&](int64_t q, int64_t bytes) {
+      uint32_t four = 0;
+      std::memcpy(&four, codes + 4 * q, bytes);
+      four ^= kBias;
+      std::memcpy(to + q * row, &four, sizeof(four));
+    };
+    if (n >= outputs) {
+      for (int64_t q = 0; 4 * q < depth; ++q) put(q, 0);
+      continue;
+    }
+    for (int64_t q = 0; q < whole; ++q) put(q, 4);
+    if (4 * whole < depth) put(whole, depth - 4 * whole);
+    if (next == nullptr) continue;
+    for (int64_t k = 0; k < depth; k += kRowBytes) __builtin_prefetch(next + n * stride + k);
+  }
+}
+
+void LayOutInt8(const int8_t* stored, Strides strides, int64_t outputs, int64_t depth,
+                const int8_t* next, uint8_t* panels) {
+  const auto* from = reinterpret_cast<const uint8_t*>(stored);
+  const auto* then = reinterpret_cast<const uint8_t*>(next);
+  if (strides.output == 1) return LayOutRows(from, strides.weight, outputs, depth, then, panels);
+  LayOutTable(from, strides.output, outputs, depth, then, panels);
 }
 
 inline int32_t TotalOf(const int8_t* codes, int64_t length) {

@@ -9,7 +9,9 @@ namespace {
 void PortableInt8(const Rows& x, const Beside& codes, int32_t* sums) {
   for (int64_t m = 0; m < x.count; ++m) {
     for (int64_t p = 0; p < codes.count; ++p) {
+      int32_t* to = sums + m * kWidth + p * kOutputs;
       int32_t total[kOutputs] = {};
+      if (x.totals == nullptr) std::memcpy(total, to, sizeof(total));
       for (int64_t q = 0; q < codes.fours.count; ++q) {
         const int64_t row = codes.fours.first + q;
         const uint8_t* byte = codes.panels + (row * codes.count + p) * kRowBytes;
@@ -18,7 +20,7 @@ void PortableInt8(const Rows& x, const Beside& codes, int32_t* sums) {
           for (int64_t i = 0; i < 4; ++i, ++byte) total[l] += (*byte - 128) * four[i];
         }
       }
-      std::memcpy(sums + m * kWidth + p * kOutputs, total, sizeof(total));
+      std::memcpy(to, total, sizeof(total));
     }
   }
 }
@@ -68,6 +70,7 @@ const Path kPortablePath = {"portable",
                             QuantizeRow<BFloat16>,
                             kKernelQuantizer<float>,
                             kKernelQuantizer<BFloat16>,
+                            LayOutInt8,
                             TotalOf,
                             Finish,
                             PortableBusy};

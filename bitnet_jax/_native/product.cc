@@ -32,6 +32,13 @@ void Narrow(const float* from, int64_t count, BFloat16* to) {
   }
 }
 
+// Weights of stored int8 codes that are laid out at a time.
+constexpr int64_t kStoredStep = 256;
+
+Strides StridesOf(bool transposed, int64_t depth, int64_t outputs) {
+  return transposed ? Strides{1, depth} : Strides{outputs, 1};
+}
+
 // The product cut into pieces: some rows by kPanels panels of one slice of the batch.
 class Pieces {
  public:
@@ -85,6 +92,7 @@ class Pieces {
     const int64_t total = (piece.batch * product_.Sums() + sum) * product_.rows + piece.row;
     const Rows rows{Codes(piece.batch, sum, piece.row), product_.stride, piece.rows,
                     totals_.data() + total};
+    if (product_.stored != nullptr) return SumStored(piece, rows, part, sums);
     const int64_t fours = part_depth_ / 4;
     const Fours run = product_.parts > 1 ? Fours{part * fours, fours}
                                          : AllOf(product_.kind, byte_rows_);  // padded
@@ -97,6 +105,28 @@ class Pieces {
   int64_t slab() const { return slab_; }
 
  private:
+  // The same from codes as they are stored: laid out a step at a time, which stays in L1.
+  void SumStored(const Piece& piece, Rows rows, int64_t part, int32_t* sums) const {
+    alignas(kRowBytes) uint8_t panels[kStoredStep / 4 * kPanels * kRowBytes];
+    const Strides strides = StridesOf(product_.transposed, product_.depth, product_.outputs);
+    const int64_t kernel = piece.batch * product_.depth * product_.outputs;
+    const int8_t* from = product_.stored + kernel + part * part_depth_ * strides.weight +
+                         piece.output * strides.output;
+    for (int64_t k = 0; k < part_depth_; k += kStoredStep) {
+      const int64_t depth = std::min(kStoredStep, part_depth_ - k);
+      const int64_t byte_rows = ByteRows(Kind::kInt8, depth);
+      const bool last = k + kStoredStep >= part_depth_;
+      const int8_t* at = from + k * strides.weight;
+      const int8_t* next =
+          last ? from + kWidth * strides.output : at + kStoredStep * strides.weight;
+      path_.lay_out(at, strides, piece.outputs, depth, next, panels);
+      path_.int8(rows, {panels, byte_rows, Panels(piece.outputs), AllOf(Kind::kInt8, byte_rows)},
+                 sums);
+      rows.codes += kStoredStep;
+      rows.totals = nullptr;
+    }
+  }
+
   const int8_t* Codes(int64_t batch, int64_t sum, int64_t row) const {
     return product_.x + (batch * product_.rows + row) * product_.stride + sum * part_depth_;
   }
@@ -245,31 +275,56 @@ void Multiply(Pool& pool, const Product& product, const Scales& scales, Float* y
   });
 }
 
+namespace {
+
+Kind KindOf(const Stored& stored) {
+  return stored.form == Form::kCodes ? Kind::kInt8 : Kind::kTernary;
+}
+
+// Panel `piece` of all of a ternary kernel, and four panels of an int8 one.
+void LayOutPanel(const Stored& stored, int64_t piece, uint8_t* panels) {
+  const int64_t count = Panels(stored.outputs), byte_rows = ByteRows(Kind::kTernary, stored.depth);
+  const int64_t panel = piece % count, g = piece / count % stored.groups;
+  const int64_t kernel = piece / count / stored.groups * stored.rows * stored.outputs;
+  const PanelAt at = FindPanel(panel, count, byte_rows);
+  uint8_t* to = panels + (piece - panel) * byte_rows * kRowBytes + at.start;
+  if (stored.form == Form::kBytes) {
+    LayOutTernary(static_cast<const uint8_t*>(stored.codes) + kernel, stored.outputs, stored.last,
+                  stored.depth, g, panel, to, at.row);
+  } else {
+    LayOutTernaryCodes(static_cast<const int8_t*>(stored.codes) + kernel +
+                           g * stored.depth * stored.outputs,
+                       stored.outputs, stored.depth, panel, to, at.row);
+  }
+}
+
+void LayOutQuad(const Stored& stored, int64_t piece, uint8_t* panels) {
+  const int64_t count = Panels(stored.outputs), quads = CeilDiv(count, kPanels);
+  const int64_t batch = piece / quads, quad = piece % quads, output = quad * kWidth;
+  const Strides strides = StridesOf(stored.transposed, stored.depth, stored.outputs);
+  const int64_t start = batch * stored.rows * stored.outputs + output * strides.output;
+  Chosen().lay_out(static_cast<const int8_t*>(stored.codes) + start, strides,
+                   std::min(kWidth, stored.outputs - output), stored.depth, nullptr,
+                   panels + (batch * count + quad * kPanels) *
+                                ByteRows(Kind::kInt8, stored.depth) * kRowBytes);
+}
+
+}  // namespace
+
 void LayOut(Pool& pool, const Stored& stored, uint8_t* panels) {
-  const Kind kind = stored.form == Form::kCodes ? Kind::kInt8 : Kind::kTernary;
-  const int64_t count = Panels(stored.outputs), byte_rows = ByteRows(kind, stored.depth);
-  const int64_t bytes = byte_rows * kRowBytes, pieces = stored.batch * stored.groups * count;
-  const Strides strides = stored.transposed ? Strides{1, stored.depth} : Strides{stored.outputs, 1};
-  WantLargePages(panels, pieces * bytes);
-  ParallelFor(pool, pieces, ThreadsFor(pool, pieces * bytes), [&](int64_t from, int64_t to) {
-    for (int64_t piece = from; piece < to; ++piece) {
-      const int64_t panel = piece % count, g = piece / count % stored.groups;
-      const int64_t kernel = piece / count / stored.groups * stored.rows * stored.outputs;
-      const PanelAt at = FindPanel(panel, count, byte_rows);
-      uint8_t* target = panels + (piece - panel) * bytes + at.start;
-      const auto* codes = static_cast<const int8_t*>(stored.codes) + kernel;
-      if (stored.form == Form::kBytes) {
-        LayOutTernary(static_cast<const uint8_t*>(stored.codes) + kernel, stored.outputs,
-                      stored.last, stored.depth, g, panel, target, at.row);
-      } else if (stored.form == Form::kTernaryCodes) {
-        LayOutCodes(codes + g * stored.depth * stored.outputs, stored.outputs, stored.depth, panel,
-                    target, at.row);
-      } else {
-        LayOutInt8(codes, strides, stored.outputs, stored.depth, panel, target, at.row);
-      }
+  const bool ternary = KindOf(stored) == Kind::kTernary;
+  const int64_t count = Panels(stored.outputs);
+  const int64_t pieces =
+      stored.batch * (ternary ? stored.groups * count : CeilDiv(count, kPanels));
+  const int64_t bytes = stored.batch * stored.groups * count *
+                        ByteRows(KindOf(stored), stored.depth) * kRowBytes;
+  WantLargePages(panels, bytes);
+  ParallelFor(pool, pieces, ThreadsFor(pool, bytes), [&](int64_t from, int64_t to) {
+    for (; from < to; ++from) {
+      ternary ? LayOutPanel(stored, from, panels) : LayOutQuad(stored, from, panels);
     }
   });
-  MakeLargePages(panels, pieces * bytes);
+  MakeLargePages(panels, bytes);
 }
 
 template void QuantizeRows(Pool&, const float*, int64_t, int64_t, int64_t, int64_t, float, float,

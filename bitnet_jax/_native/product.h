@@ -20,7 +20,9 @@ void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, int6
 
 // A batch of products.
 //   x       (batch, rows, stride) codes, `groups` times `depth` of each row
-//   panels  (batch, groups, Panels(outputs), ByteRows(kind, depth), 64), layout.h
+//   panels  (batch, groups, Panels(outputs), ByteRows(kind, depth), 64), layout.h; null where
+//   stored  int8 codes are multiplied as they are stored: one group, (batch, depth, outputs),
+//           or (batch, outputs, depth) transposed
 //   parts   that each group is summed in: 1, or of whole fours
 struct Product {
   Kind kind;
@@ -28,6 +30,8 @@ struct Product {
   const int8_t* x;
   int64_t stride;
   const uint8_t* panels;
+  const int8_t* stored = nullptr;
+  bool transposed = false;
 
   int64_t Sums() const { return groups * parts; }  // of one row and output
 };
@@ -49,7 +53,7 @@ struct Scales {
 template <class Float>
 void Multiply(Pool& pool, const Product& product, const Scales& scales, Float* y);
 
-// A batch of stored kernels to panels, as the functions of layout.h. Bytes: ternary, (batch,
+// A batch of stored kernels to panels, as the functions of layout.h and Path::lay_out. Bytes: ternary, (batch,
 // rows, outputs); codes: int8, (batch, depth, outputs), or (batch, outputs, depth) transposed;
 // ternary codes: the same in ternary panels, not transposed.
 enum class Form { kBytes, kCodes, kTernaryCodes };

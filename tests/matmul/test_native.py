@@ -178,6 +178,48 @@ def test_a_small_group_takes_two_bits_a_weight():
         assert leaf.codes.nbytes == w.size // 4
 
 
+def stored_int8(k, n, table):
+    """Codes (k, n) as a kernel or as a table, with scales of 1."""
+    codes = np.random.default_rng(k).integers(-127, 128, (k, n)).astype(np.int8)
+    codes[:, 0], codes[:, -1] = 127, -127  # where narrow sums would overflow
+    scale = jnp.ones((n, 1) if table else (1, n), jnp.float32)
+    stored = jnp.asarray(codes.T if table else codes)
+    return bj.PackedInt8(stored, scale, contracting_axes=(-1,) if table else (-2,)), codes
+
+
+@needs_it
+@pytest.mark.parametrize("table", [False, True], ids=["kernel", "table"])
+@cases(
+    ("k", "n"),
+    [(1, 1), (3, 16), (255, 64), (256, 65), (260, 130), (1030, 79), (2051, 200)],
+    core=[(3, 16), (1030, 79)],
+)
+def test_stored_int8_codes_are_multiplied_where_they_lie(paths, table, k, n):
+    packed, codes = stored_int8(k, n, table)
+    run = jax.jit(functools.partial(bj.matmul, implementation="cpu"))
+    rows = [1, 2, 5, 8, 17, 50, 128, 131]
+    xs = [np.random.default_rng(m).integers(-127, 128, (m, k)).astype(np.int8) for m in rows]
+    for x in xs:
+        x[:, 0] = 127  # the absmax of every token
+    for path in paths:
+        for x in xs:
+            sums = (np.float64(x) @ np.float64(codes)).astype(np.float32)
+            want = sums * np.float32(127) * np.float32(1 / 127)
+            got = run(jnp.asarray(x, jnp.float32), packed)
+            oracles.assert_same_bits(got, want, path)
+
+
+@needs_it
+@pytest.mark.parametrize("table", [False, True], ids=["kernel", "table"])
+def test_stored_int8_codes_are_not_laid_out_first(table):
+    packed, _ = stored_int8(64, 48, table)
+    run = functools.partial(bj.matmul, implementation="cpu")
+    text = jax.jit(run).lower(jnp.ones((4, 64)), packed).compile().as_text()
+    assert native.MULTIPLY in text
+    assert native.LAY_OUT not in text
+    assert " transpose(" not in text
+
+
 # What XLA makes of it ---------------------------------------------------------------------
 
 

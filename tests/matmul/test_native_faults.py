@@ -49,6 +49,8 @@ BAD = {
     "groups that do not divide": {"gamma": jnp.ones((1, 2, 5))},
     "groups without padding": {"gamma": jnp.ones((1, 2, 2))},
     "fewer panels": {"panels": jnp.zeros((1, 64), jnp.uint8)},
+    "panels of another dtype": {"panels": jnp.zeros((1, 128), jnp.float32)},
+    "stored codes of a ternary kernel": {"panels": jnp.zeros((1, 24, 10), jnp.int8)},
     "scales of other outputs": {"scale": jnp.ones((1, 1, 9))},
     "no scale": {"scale": jnp.ones((1, 1, 0))},
     "no groups": {"scale": jnp.ones((1, 0, 1))},
@@ -56,10 +58,11 @@ BAD = {
 }
 
 
-def call_multiply(operands, dtype=jnp.float32, depth=24):
+def call_multiply(operands, dtype=jnp.float32, depth=24, int8=False, transposed=False):
     y = jax.ShapeDtypeStruct((1, 2, 10), dtype)
     call = jax.ffi.ffi_call(native.MULTIPLY, y)
-    run = jax.jit(lambda *a: call(*a, depth=np.int64(depth), int8=False, qmax=np.float32(127)))
+    static = {"depth": np.int64(depth), "int8": int8, "transposed": transposed}
+    run = jax.jit(lambda *a: call(*a, **static, qmax=np.float32(127)))
     return jax.block_until_ready(run(*operands.values()))
 
 
@@ -69,6 +72,20 @@ def test_buffers_that_do_not_meet_are_errors_and_no_crash(bad):
     call_multiply(GOOD)
     with pytest.raises(Exception, match=r"bitnet_jax|Wrong buffer"):
         call_multiply({**GOOD, **bad})
+
+
+@needs_it
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stored_codes_that_do_not_meet_are_errors_and_no_crash(transposed):
+    shape = (10, 24) if transposed else (24, 10)
+    how = {"int8": True, "transposed": transposed}
+    call_multiply({**GOOD, "panels": jnp.zeros((1, *shape), jnp.int8)}, **how)
+    for bad in ((1, *shape[::-1]), (2, *shape), shape, (1, 240), (1, 24, 9), (1, 0, 10)):
+        with pytest.raises(Exception, match="stored codes and outputs do not meet"):
+            call_multiply({**GOOD, "panels": jnp.zeros(bad, jnp.int8)}, **how)
+    groups = {"panels": jnp.zeros((1, *shape), jnp.int8), "scale": jnp.ones((1, 2, 1))}
+    with pytest.raises(Exception, match="bitnet_jax"):
+        call_multiply({**GOOD, **groups}, depth=12, **how)
 
 
 @needs_it

@@ -91,12 +91,14 @@ class Workers : public Pool {
   bool stop_ = false;
 };
 
+struct Activations;
+
 // A kernel in both layouts and as plain codes (groups * depth, outputs).
 struct Kernel {
   Kind kind;
   int64_t groups, depth, outputs;
   std::vector<int> codes;
-  std::unique_ptr<uint8_t[]> stored, panels;
+  std::unique_ptr<uint8_t[]> stored, table, panels;  // table: int8, transposed
   int64_t panel_bytes;
 
   // `largest`: all codes are as large as they can be, so that narrow sums would overflow.
@@ -126,19 +128,18 @@ struct Kernel {
     const Form form = kind == Kind::kTernary ? Form::kBytes : Form::kCodes;
     LayOut(pool, {form, stored.get(), 1, rows, outputs, length, groups, depth, false},
            panels.get());
+    if (kind == Kind::kTernary) return;
+    table = Exactly<uint8_t>(rows * outputs);
+    for (int64_t k = 0; k < rows; ++k) {
+      for (int64_t n = 0; n < outputs; ++n) table[n * rows + k] = stored[k * outputs + n];
+    }
   }
 
   // Panels of an int8 kernel that is stored as its transpose.
   int64_t WrongFromTransposed(Pool& pool) const {
     const int64_t bytes = groups * Panels(outputs) * panel_bytes;
-    auto transposed = Exactly<int8_t>(depth * outputs);
     auto again = Exactly<uint8_t>(bytes);
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t n = 0; n < outputs; ++n) {
-        transposed[n * depth + k] = static_cast<int8_t>(codes[k * outputs + n]);
-      }
-    }
-    LayOut(pool, {Form::kCodes, transposed.get(), 1, depth, outputs, depth, 1, depth, true},
+    LayOut(pool, {Form::kCodes, table.get(), 1, depth, outputs, depth, 1, depth, true},
            again.get());
     return std::memcmp(again.get(), panels.get(), bytes) != 0;
   }
@@ -153,6 +154,11 @@ struct Kernel {
            again.get());
     return std::memcmp(again.get(), panels.get(), bytes) != 0;
   }
+
+  // What a product reads it from: 0 panels, and an int8 kernel 1 as it is stored, 2 transposed.
+  int64_t Forms() const { return kind == Kind::kInt8 ? 3 : 1; }
+
+  Product Times(const Activations& x, int64_t form) const;
 
   // From the panels, as layout.h defines them.
   int Laid(int64_t g, int64_t k, int64_t n) const {
@@ -203,15 +209,21 @@ struct Activations {
   }
 };
 
-int64_t WrongSums(Pool& pool, const Kernel& kernel, const Activations& x) {
+Product Kernel::Times(const Activations& x, int64_t form) const {
+  const auto* as_stored = reinterpret_cast<const int8_t*>(form == 2 ? table.get() : stored.get());
+  return {kind,           1,        x.rows,
+          outputs,        groups,   depth,
+          x.parts,        x.codes.get(), x.stride,
+          form == 0 ? panels.get() : nullptr, form == 0 ? nullptr : as_stored, form == 2};
+}
+
+int64_t WrongSumsFrom(Pool& pool, const Kernel& kernel, const Activations& x, int64_t form) {
   const int64_t count = kernel.groups * x.parts, depth = kernel.depth / x.parts;
   auto sums = Exactly<int32_t>(count * x.rows * kernel.outputs);
   auto y = Exactly<float>(x.rows * kernel.outputs);
   auto scale = Exactly<float>(kernel.groups);
   for (int64_t g = 0; g < kernel.groups; ++g) scale[g] = 0.25f * static_cast<float>(g + 1);
-  const Product product{kernel.kind,   1,        x.rows,   kernel.outputs,
-                        kernel.groups, kernel.depth, x.parts, x.codes.get(),
-                        x.stride,      kernel.panels.get()};
+  const Product product = kernel.Times(x, form);
   MultiplyToSums(pool, product, sums.get());
   Multiply(pool, product, {x.gamma.get(), x.gammas, scale.get(), 1, 127.0f}, y.get());
   int64_t wrong = 0;
@@ -231,6 +243,14 @@ int64_t WrongSums(Pool& pool, const Kernel& kernel, const Activations& x) {
       }
       wrong += y[m * kernel.outputs + n] != total;
     }
+  }
+  return wrong;
+}
+
+int64_t WrongSums(Pool& pool, const Kernel& kernel, const Activations& x) {
+  int64_t wrong = 0;
+  for (int64_t form = 0; form < kernel.Forms(); ++form) {
+    wrong += WrongSumsFrom(pool, kernel, x, form);
   }
   return wrong;
 }
@@ -271,8 +291,7 @@ int64_t WrongOutputs(Pool& pool, const Kernel& kernel, Activations x) {
   auto narrow = Exactly<BFloat16>(size);
   auto scale = Exactly<float>(kernel.outputs * kernel.groups);
   for (int64_t n = 0; n < kernel.outputs * kernel.groups; ++n) scale[n] = 0.37f + 0.01f * (n % 9);
-  const Product product{kernel.kind, 1, x.rows, kernel.outputs, kernel.groups, kernel.depth, 1,
-                        x.codes.get(), x.stride, kernel.panels.get()};
+  const Product product = kernel.Times(x, 0);
   x.gamma[x.rows - 1] = std::numeric_limits<float>::infinity();
   const Scales scales{x.gamma.get(), 1, scale.get(), kernel.outputs, 127.0f};
   Multiply(pool, product, scales, wide.get());
@@ -446,8 +465,11 @@ int64_t CheckPath(Pool& pool) {
     }
   }
   // Several slabs, and a last one of another size.
-  const Kernel kernel(pool, Kind::kTernary, 1, 300, 70);
-  return wrong + WrongSums(pool, kernel, Activations(1100, kernel, false));
+  for (const Kind kind : {Kind::kTernary, Kind::kInt8}) {
+    const Kernel kernel(pool, kind, 1, 300, 70);
+    wrong += WrongSums(pool, kernel, Activations(1100, kernel, false));
+  }
+  return wrong;
 }
 
 // Outputs of attention that are far from the equation, some slots hidden.
