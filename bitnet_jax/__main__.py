@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from bitnet_jax import _doctor
+from bitnet_jax import _doctor, _tune
 from bitnet_jax.io._inspect import verify
 
 _EXAMPLES = """\
@@ -49,12 +49,23 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     """Adds the command ``doctor``."""
     text = "what is installed, which kernels run, whether results are right, and how fast it is"
     doctor = commands.add_parser("doctor", help=text, description=f"Prints {text}.")
-    doctor.add_argument(
+    how = doctor.add_mutually_exclusive_group()
+    how.add_argument(
         "--quick",
         action="store_true",
         help="skip the speed measurement: twenty seconds",
     )
-    doctor.set_defaults(run=lambda parsed: _doctor.examine(speed=not parsed.quick))
+    how.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure instead whether other constants of the native product gain on this "
+        "processor: a minute for each of its instruction sets; changes nothing",
+    )
+    doctor.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(parsed: argparse.Namespace) -> int:
+    return _tune.tune() if parsed.tune else _doctor.examine(speed=not parsed.quick)
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:

@@ -113,10 +113,10 @@ def _describe_native() -> Iterator[Line]:
     yield "library", found.library._name
     yield "paths built", ", ".join(found.built())
     yield "this CPU runs", ", ".join(found.paths())
-    yield "serves", found.chosen() or "" if _native_serves() else "none, for the reason below"
+    yield "serves", found.chosen() or "" if native_serves() else "none, for the reason below"
 
 
-def _native_serves() -> bool:
+def native_serves() -> bool:
     """Whether ``implementation=None`` selects the native product here."""
     return jax.default_backend() == "cpu" and choose(pack(jnp.ones((8, 4)))) == "cpu"
 
@@ -166,7 +166,7 @@ def check_bits() -> Iterator[Line]:
 
     # With each instruction set of the native product where it runs; and the preferred
     # implementation where that is another one.
-    if not _native_serves():
+    if not native_serves():
         preferred = dict.fromkeys(choose(packed, preparing=True) for packed in stored.values())
         yield ", ".join(preferred), judge(None)
     if cpu.unsupported_reason(stored["int8"]) is not None:
@@ -212,10 +212,10 @@ def _multiply_all(
 
 def measure_speed(load: Load) -> Iterator[Line]:
     """The speed of two products next to their limits, or why it is not measured."""
-    if not _native_serves():
+    if not native_serves():
         yield "skipped", "the native product is not in use, and the limits are for it"
         return
-    stored = _make_kernel(load.side)
+    stored = make_kernel(load.side)
     # First the array that takes twice its memory while it is made.
     together = _lay_out_together(stored, load.read)
     # Each by prepare, which asks for large pages; jnp.copy does not.
@@ -225,7 +225,7 @@ def measure_speed(load: Load) -> Iterator[Line]:
     yield f"{load.rows} tokens", _measure_multiplying(leaves[0], load)
 
 
-def _make_kernel(side: int) -> PackedTernary:
+def make_kernel(side: int) -> PackedTernary:
     """A random kernel whose outputs are as large as its inputs, so that a chain is stable."""
     codes = np.random.default_rng(0).integers(-1, 2, (side, side), np.int8)
     scale = jnp.full((1, 1), math.sqrt(1.5 / side), jnp.float32)
@@ -271,8 +271,8 @@ def _measure_multiplying(leaf: Prepared, load: Load) -> str:
 
     some = busy(1 << 20)
     for run in (product, some):
-        _time(run)  # compiles it
-    registers = busy(math.ceil((1 << 20) * min(_time(product), 0.1) / _time(some)))
+        seconds_of(run)  # compiles it
+    registers = busy(math.ceil((1 << 20) * min(seconds_of(product), 0.1) / seconds_of(some)))
     operations = 2 * load.rows * load.side * load.side
     candidates = [(product, operations), (registers, int(registers()))]
     rate, limit = _rate_in_turn(candidates, load.seconds)
@@ -283,13 +283,13 @@ def _rate_in_turn(candidates: list[Candidate], seconds: float) -> np.ndarray:
     """Rates in 1e9 a second, (candidates, rounds); timed in turn, because speed drifts."""
     rounds, warm_up, end = [], 2, math.inf
     while len(rounds) < warm_up + 5 or time.perf_counter() < end:
-        rounds.append([amount / _time(run) / 1e9 for run, amount in candidates])
+        rounds.append([amount / seconds_of(run) / 1e9 for run, amount in candidates])
         if len(rounds) == warm_up:
             end = time.perf_counter() + seconds
     return np.array(rounds[warm_up:]).T
 
 
-def _time(run: Callable[[], Any]) -> float:
+def seconds_of(run: Callable[[], Any]) -> float:
     """Seconds until the result is ready."""
     start = time.perf_counter()
     jax.block_until_ready(run())

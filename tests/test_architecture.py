@@ -41,7 +41,8 @@ FLOORS = {
     "optim": 9,
     "models": 10,
     "_doctor": 11,
-    "__main__": 12,
+    "_tune": 12,
+    "__main__": 13,
 }
 EXPORTS = [
     "B158",

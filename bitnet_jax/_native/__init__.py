@@ -47,6 +47,8 @@ _FUNCTIONS = (
     "bitnet_hasher_streams",
     "bitnet_sha256",
 )
+# Constants of a path that may be changed while it runs, in the order of ``Tuning`` in path.h.
+CONSTANTS = ("direct rows", "slab", "step rows")
 # No suffix of a Python extension: it is none, and nothing should try to import it.
 _FILE = "product.native"
 _log = logging.getLogger(__name__)
@@ -84,6 +86,21 @@ class Native(NamedTuple):
             raise ValueError(f"path: no {path!r} here, got one of {paths}")
         self.library.bitnet_choose_path(self.built().index(path))
 
+    def tuning(self, path: str) -> dict[str, int]:
+        """Those of ``CONSTANTS`` that a path of :meth:`built` has a use for."""
+        if self.library is None:
+            return {}
+        index = self.built().index(path)
+        values = (self.library.bitnet_constant(index, i) for i in range(len(CONSTANTS)))
+        return {name: value for name, value in zip(CONSTANTS, values, strict=True) if value}
+
+    def tune(self, path: str, constant: str, value: int) -> bool:
+        """Sets one, in every thread; False where the path cannot take the value."""
+        if self.library is None:
+            return False
+        index = self.built().index(path)
+        return bool(self.library.bitnet_tune(index, CONSTANTS.index(constant), value))
+
 
 @functools.cache
 def load() -> Native:
@@ -108,6 +125,8 @@ def load() -> Native:
     try:
         library.bitnet_path.restype = library.bitnet_hasher.restype = ctypes.c_char_p
         handlers = {target: getattr(library, target) for target in TARGETS}
+        library.bitnet_constant.restype = ctypes.c_int64
+        library.bitnet_tune.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64)
         for name in _FUNCTIONS:
             getattr(library, name)
     except AttributeError as error:

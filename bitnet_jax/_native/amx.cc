@@ -25,6 +25,11 @@ BITNET_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8")
 namespace bitnet {
 namespace {
 
+// Its few rows, and what is unpacked for tiles.
+struct Amx : Avx512 {
+  static constexpr int64_t kSlab = 512;
+};
+
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileDepth = kTileRows * 4;  // weights
 constexpr int64_t kSumsStride = kWidth * sizeof(int32_t);
@@ -118,7 +123,7 @@ Rows From(const Rows& x, int64_t first) {
 }
 
 void AmxTernary(const Rows& x, const Beside& beside, int32_t* sums) {
-  if (x.count < kTileRows) return TernarySums<Avx512>(x, beside, sums);
+  if (x.count < kTileRows) return TernarySums<Amx>(x, beside, sums);
   const int64_t whole = x.count / kTileRows * kTileRows, panels = beside.count;
   const Rows tail = From(x, whole);
   Unpacked unpacked;
@@ -139,7 +144,7 @@ void AmxTernary(const Rows& x, const Beside& beside, int32_t* sums) {
 }
 
 void AmxInt8(const Rows& x, const Beside& beside, int32_t* sums) {
-  if (x.count < kTileRows) return Int8Sums<Avx512>(x, beside, sums);
+  if (x.count < kTileRows) return Int8Sums<Amx>(x, beside, sums);
   const int64_t whole = x.count / kTileRows * kTileRows, panels = beside.count;
   const Panel panel = FromRow(beside, beside.fours.first);
   const int64_t byte_rows = beside.fours.count;
@@ -154,7 +159,7 @@ void AmxInt8(const Rows& x, const Beside& beside, int32_t* sums) {
       AllTiles(x, in_tiles * 4, {last, panel.row}, kTileRows, panels, sums);
     }
   }
-  Int8Sums<Avx512>(From(x, whole), beside, sums + whole * kWidth);
+  Int8Sums<Amx>(From(x, whole), beside, sums + whole * kWidth);
 }
 
 int64_t AmxBusy(int64_t turns, int32_t* sink) {
@@ -195,8 +200,7 @@ bool HasAmx() {
 }
 
 constexpr Path MakePath() {
-  Path path = PathOf<Avx512>("amx", HasAmx);
-  path.slab = 512;
+  Path path = PathOf<Amx>("amx", HasAmx);
   path.ternary = AmxTernary;
   path.int8 = AmxInt8;
   path.busy = AmxBusy;

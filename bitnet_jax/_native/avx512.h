@@ -15,7 +15,7 @@ struct Avx512 {
   static constexpr int kIndependent = 12;
   static constexpr int64_t kDirectRows = 32;
   static constexpr int64_t kSlab = 128;
-  static constexpr int64_t kStepRows = int64_t{1} << 40;
+  static constexpr int64_t kMostStepRows = kWhole, kStepRows = kWhole;
   static constexpr uint32_t kBias[2] = {1, 128};
 
   static Row Load(const uint8_t* row) { return _mm512_loadu_si512(row); }

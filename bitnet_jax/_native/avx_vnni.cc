@@ -22,7 +22,7 @@ namespace {
 struct AvxVnni : Ymm {
   static constexpr int kTileRows = 6, kTilePanels = 1;
   static constexpr int64_t kDirectRows = 32;
-  static constexpr int64_t kStepRows = 4 * kBlockRows;
+  static constexpr int64_t kMostStepRows = kWhole, kStepRows = 4 * kBlockRows;
   static constexpr uint32_t kBias[2] = {1, 128};
 
   template <Kind>

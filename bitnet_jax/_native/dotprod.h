@@ -12,7 +12,7 @@ struct Dotprod : Neon {
   using Activations = int8x8_t;  // in its first four bytes: the instruction takes them from there
   static constexpr int kTileRows = 6, kTilePanels = 1;
   static constexpr int64_t kDirectRows = 6;
-  static constexpr int64_t kStepRows = 4 * kBlockRows;
+  static constexpr int64_t kMostStepRows = kWhole, kStepRows = 4 * kBlockRows;
 
   static Activations Every(const int8_t* x) { return vcreate_s8(static_cast<uint32_t>(Four(x))); }
 

@@ -425,6 +425,16 @@ BITNET_EXPORT int bitnet_chosen_path() {
                           bitnet::kPaths);
 }
 
+// A constant of a path (see Tune), or -1 after the last; whether the path takes another value.
+BITNET_EXPORT int64_t bitnet_constant(int index, int constant) {
+  return constant < bitnet::kConstants ? bitnet::ConstantOf(*bitnet::kPaths[index], constant).load()
+                                       : -1;
+}
+
+BITNET_EXPORT int bitnet_tune(int index, int constant, int64_t value) {
+  return bitnet::Tune(*bitnet::kPaths[index], constant, value);
+}
+
 // Takes a path by its index from now on, in every thread.
 BITNET_EXPORT void bitnet_choose_path(int index) { bitnet::Choose(*bitnet::kPaths[index]); }
 

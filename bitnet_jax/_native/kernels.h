@@ -5,13 +5,13 @@
 //   I::Total<kind>                       sums of the 16 outputs of a row, in registers:
 //     Add(codes, x)                      adds 4 products to each, codes unsigned bytes
 //     AddTo(to)                          adds them to what is there
-//   I::kStepRows                         ternary byte rows of a step, whole blocks: as
-//                                        many as a Total can take, and as stay in L1
-//                                        where a tile takes fewer panels than lie
-//                                        side by side
+//   I::kMostStepRows                     ternary byte rows of a step, whole blocks: as
+//                                        many as a Total can take
 //   I::kBias[kind]                       what Add takes a code to be too large by
 //   I::kTileRows, kTilePanels            the block of sums that stays in registers
-//   I::kDirectRows                       up to so many rows, fields unpack in registers
+//   I::kDirectRows, kSlab, kStepRows     what its Tuning begins with: a step stays in L1
+//                                        where a tile takes fewer panels than lie side by
+//                                        side
 //   I::kIndependent                      Totals that hide the latency of each other's products
 //   I::OneRow                            kPanels ternary panels for a single row
 //
@@ -32,6 +32,16 @@
 
 namespace bitnet {
 namespace {
+
+// No end to a step but that of the kernel, or of what is unpacked at a time.
+constexpr int64_t kWhole = int64_t{1} << 40;
+
+template <class I>
+Tuning tuned = {I::kDirectRows, I::kSlab, I::kStepRows};
+
+inline int64_t Now(const std::atomic<int64_t>& constant) {
+  return constant.load(std::memory_order_relaxed);
+}
 
 // Four adjacent activations.
 inline int32_t Four(const int8_t* x) {
@@ -233,9 +243,9 @@ template <class I>
 void Int8Sums(const Rows& x, const Beside& beside, int32_t* sums) {
   const Panel codes = FromRow(beside, beside.fours.first);
   Begin<I, Kind::kInt8>(x, sums);
-  constexpr int64_t kStep = kFields * I::kStepRows;
-  for (int64_t start = 0; start < beside.fours.count; start += kStep) {
-    Add<I, From::kInt8>(x, 4 * start, codes.Down(start), Least(beside.fours.count - start, kStep),
+  const int64_t step = kFields * Now(tuned<I>.step_rows);
+  for (int64_t start = 0; start < beside.fours.count; start += step) {
+    Add<I, From::kInt8>(x, 4 * start, codes.Down(start), Least(beside.fours.count - start, step),
                         beside.count, sums);
   }
 }
@@ -285,7 +295,7 @@ template <class I>
 void TernarySums(const Rows& x, const Beside& beside, int32_t* sums) {
   Begin<I, Kind::kTernary>(x, sums);
   const Fours fours = beside.fours;
-  if (x.count <= I::kDirectRows && IsInBlocks(fours, beside.byte_rows)) {
+  if (x.count <= Now(tuned<I>.direct_rows) && IsInBlocks(fours, beside.byte_rows)) {
     const Panel codes = FromRow(beside, fours.first / kFields);
     const int64_t byte_rows = fours.count / kFields;
     if (x.count == 1 && beside.count == kPanels) return I::OneRow(x, codes, byte_rows, sums);
@@ -298,9 +308,9 @@ void TernarySums(const Rows& x, const Beside& beside, int32_t* sums) {
   }
   if (x.count == 1 && beside.count == kPanels) return OneRowOfFields<I>(x, beside, sums);
   Unpacked unpacked;
-  constexpr int64_t kStep = kFields * (I::kStepRows < kUnpackedRows ? I::kStepRows : kUnpackedRows);
-  for (int64_t start = 0; start < fours.count; start += kStep) {
-    const int64_t taken = Least(fours.count - start, kStep);
+  const int64_t step = kFields * Least(Now(tuned<I>.step_rows), kUnpackedRows);
+  for (int64_t start = 0; start < fours.count; start += step) {
+    const int64_t taken = Least(fours.count - start, step);
     if (x.count <= kSoonDone) {
       Ahead(FromRow(beside, CeilDiv(fours.first + start + taken, kFields)), taken / kFields);
     }
@@ -351,7 +361,8 @@ template <class I>
 constexpr Path PathOf(const char* name, bool (*supported)()) {
   return {name,
           supported,
-          I::kSlab,
+          &tuned<I>,
+          I::kMostStepRows,
           TernarySums<I>,
           Int8Sums<I>,
           QuantizeRow<float>,

@@ -14,7 +14,7 @@ struct Baseline : Neon {
   static constexpr int kIndependent = 3;
   static constexpr int64_t kDirectRows = 2;
   // Ternary products are at most 2 * 127: 128 of them fit.
-  static constexpr int64_t kStepRows = 2 * kBlockRows;
+  static constexpr int64_t kMostStepRows = 2 * kBlockRows, kStepRows = kMostStepRows;
 
   static Activations Every(const int8_t* x) {
     return vreinterpretq_s8_s32(vdupq_n_s32(Four(x)));

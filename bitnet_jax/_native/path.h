@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <atomic>
+
 #include "layout.h"
 
 namespace bitnet {
@@ -82,10 +84,19 @@ struct KernelQuantizer {
   TernaryCodes<Float> codes;
 };
 
+// What may be changed while the library runs: no result depends on it. 0 is what a path has no
+// use for.
+struct Tuning {
+  std::atomic<int64_t> direct_rows;  // up to so many rows, ternary fields unpack in registers
+  std::atomic<int64_t> slab;         // rows that share one unpacking of a panel
+  std::atomic<int64_t> step_rows;    // ternary byte rows that are unpacked at a time
+};
+
 struct Path {
   const char* name;
   bool (*supported)();
-  int64_t slab;  // rows that share one unpacking of a panel
+  Tuning* tuning;
+  int64_t most_step_rows;
   Sums ternary;
   Sums int8;
   Quantize<float> quantize;

@@ -59,11 +59,14 @@ int64_t PortableBusy(int64_t turns, int32_t* sink) {
   return turns * kOutputs * 2;
 }
 
+Tuning tuning = {0, 64, 0};
+
 }  // namespace
 
 const Path kPortablePath = {"portable",
                             Always,
-                            /*slab=*/64,
+                            &tuning,
+                            /*most_step_rows=*/0,
                             PortableTernary,
                             PortableInt8,
                             QuantizeRow<float>,

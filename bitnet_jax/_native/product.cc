@@ -49,7 +49,7 @@ class Pieces {
         byte_rows_(ByteRows(product.kind, product.depth)),
         part_depth_(product.depth / product.parts),
         quads_(CeilDiv(panels_, kPanels)),
-        slabs_(CeilDiv(product.rows, path.slab)),
+        slabs_(CeilDiv(product.rows, path.tuning->slab.load(std::memory_order_relaxed))),
         slab_(CeilDiv(product.rows, slabs_)),
         totals_(product.batch * product.Sums() * product.rows) {
     int32_t* total = totals_.data();
@@ -188,6 +188,20 @@ const Path& Chosen() {
 }
 
 void Choose(const Path& path) { chosen.store(&path, std::memory_order_release); }
+
+std::atomic<int64_t>& ConstantOf(const Path& path, int constant) {
+  Tuning& tuning = *path.tuning;
+  return constant == 0 ? tuning.direct_rows : constant == 1 ? tuning.slab : tuning.step_rows;
+}
+
+bool Tune(const Path& path, int constant, int64_t value) {
+  std::atomic<int64_t>& there = ConstantOf(path, constant);
+  const bool steps = &there == &path.tuning->step_rows;
+  if (value < 1 || there.load() == 0) return false;
+  if (steps && (value % kBlockRows != 0 || value > path.most_step_rows)) return false;
+  there.store(value);
+  return true;
+}
 
 namespace {
 

@@ -12,6 +12,12 @@ namespace bitnet {
 const Path& Chosen();
 void Choose(const Path& path);
 
+// The constants that may be changed while the library runs, of Tuning in its order, and whether a
+// path takes a value of one: that is what it is then.
+constexpr int kConstants = 3;
+std::atomic<int64_t>& ConstantOf(const Path& path, int constant);
+bool Tune(const Path& path, int constant, int64_t value);
+
 // Activations (rows, length), each row in `groups` of a gamma of its own, to codes
 // (rows, stride) with zeros behind them, and gamma (rows, groups).
 template <class Float>

@@ -435,7 +435,7 @@ int64_t WrongQuantized(Pool& pool) {
   return wrong + WrongQuantizedOf<float>(pool, 1, 4100, 3, true, true);
 }
 
-int64_t CheckPath(Pool& pool) {
+int64_t CheckPath(Pool& pool, const Path& path) {
   int64_t wrong = WrongCodes(pool) + WrongQuantized(pool) + (Busy(pool, 3) < 3);
   for (const Kind kind : {Kind::kTernary, Kind::kInt8}) {
     for (int64_t depth : {1, 4, 15, 33, 64, 96, 250, 256, 260, 1024, 1300, 2100}) {
@@ -464,6 +464,21 @@ int64_t CheckPath(Pool& pool) {
       wrong += WrongSums(pool, kernel, Activations(rows, kernel, true));
     }
   }
+  // Other constants than those that the path begins with, where it takes them.
+  int64_t before[kConstants];
+  const int64_t small[kConstants] = {1, 3, kBlockRows};
+  for (int c = 0; c < kConstants; ++c) {
+    before[c] = ConstantOf(path, c).load();
+    wrong += Tune(path, c, small[c]) != (before[c] != 0) || Tune(path, c, 0);
+  }
+  wrong += Tune(path, 2, kBlockRows + 1) || Tune(path, 2, path.most_step_rows + kBlockRows);
+  for (const Kind kind : {Kind::kTernary, Kind::kInt8}) {
+    const Kernel kernel(pool, kind, 1, 1300, 70);
+    for (int64_t rows : {1, 4, 50}) {
+      wrong += WrongSums(pool, kernel, Activations(rows, kernel, false));
+    }
+  }
+  for (int c = 0; c < kConstants; ++c) ConstantOf(path, c).store(before[c]);
   // Several slabs, and a last one of another size.
   for (const Kind kind : {Kind::kTernary, Kind::kInt8}) {
     const Kernel kernel(pool, kind, 1, 300, 70);
@@ -597,7 +612,7 @@ int main() {
       continue;
     }
     Choose(path);
-    const int64_t wrong = CheckPath(alone);
+    const int64_t wrong = CheckPath(alone, path);
     std::printf("%s: %lld wrong\n", path.name, static_cast<long long>(wrong));
     failures += wrong;
   }
