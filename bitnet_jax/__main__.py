@@ -59,7 +59,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
         "--tune",
         action="store_true",
         help="measure instead whether other constants of the native product gain on this "
-        "processor: a minute for each of its instruction sets; changes nothing",
+        "processor: half a minute for each of its instruction sets; changes nothing",
     )
     doctor.set_defaults(run=_run_doctor)
 

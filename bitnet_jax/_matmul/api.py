@@ -288,7 +288,9 @@ def _convolve(
 ) -> Float32[Array, "..."]:
     x = jax.lax.stop_gradient(x)
     codes, gamma = activation_codes(x, activations, convolution.token_axes)
-    # Unpacked to int8 here: the window cannot be walked in packed bytes.
+    # Unpacked to int8 here, at each call: the window cannot be walked in packed bytes. Keeping the
+    # codes would gain 1 % (3x3, 64 to 64, 32x32: .273 ms to .269, the least of 150; at a batch of
+    # 32 nothing), at four times the memory.
     w, scale = _canonical_codes(packed), _canonical_scale(packed)
     return contract_codes(convolution, codes, gamma, w, scale, activations.qmax)
 

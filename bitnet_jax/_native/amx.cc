@@ -27,9 +27,14 @@ namespace {
 
 // Its few rows, and what is unpacked for tiles.
 struct Amx : Avx512 {
+  // 64 KB are unpacked for so many rows, whose own sums are 128 KB. From prototypes on an Intel
+  // processor with AMX; neither it nor another has been there to try others.
   static constexpr int64_t kSlab = 512;
 };
 
+// Of an instruction. Two by two tiles of sums, two of x and two of codes are all eight there are:
+// four loads for four products. On that processor a thread did 7.0 TOP/s from registers, 5.9 with
+// these loads, 5.7 with codes unpacked between them.
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileDepth = kTileRows * 4;  // weights
 constexpr int64_t kSumsStride = kWidth * sizeof(int32_t);

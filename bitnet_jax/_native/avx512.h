@@ -11,10 +11,17 @@ namespace {
 struct Avx512 {
   using Row = __m512i;
   using Activations = __m512i;
+  // 24 sums, 4 vectors of codes and one of x in 32 registers. 128 rows of int8, one thread: 8.6 ms,
+  // as with 4 by 4; 6 by 2 takes 9.2.
   static constexpr int kTileRows = 6, kTilePanels = 4;
-  static constexpr int kIndependent = 12;
+  static constexpr int kIndependent = 12;  // two units times a latency of four or five, and some
+  // 4 rows .20 ms, unpacked .45; 8 rows .32 against .60; 16 rows .65 against .91. At 32 and 64 the
+  // two are as fast within noise.
   static constexpr int64_t kDirectRows = 32;
+  // 512 rows: slabs of 64 to 512 take 36 to 40 ms, within noise.
   static constexpr int64_t kSlab = 128;
+  // A tile takes all panels, so that no codes are read twice. 64 rows: 4.9 ms, in steps of 16, 32
+  // and 64 5.3, 4.7 and 4.6, within noise.
   static constexpr int64_t kMostStepRows = kWhole, kStepRows = kWhole;
   static constexpr uint32_t kBias[2] = {1, 128};
 
@@ -52,6 +59,7 @@ struct Avx512 {
   static void OneRow(const Rows& x, Panel codes, int64_t byte_rows, int32_t* sums);
 
  private:
+  // One row, one thread: .10 ms; without .13, 2048 .12, 8192 .087. Tuned on a processor with AMX.
   static constexpr int64_t kAhead = 4096;
 };
 

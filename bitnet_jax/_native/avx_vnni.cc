@@ -20,8 +20,13 @@ namespace bitnet {
 namespace {
 
 struct AvxVnni : Ymm {
+  // 12 sums, 2 vectors of codes and one of x in 16 registers. One thread: 6 rows .42 ms, 128 rows
+  // 12.7; 4 by 1 takes .56 and 13.2.
   static constexpr int kTileRows = 6, kTilePanels = 1;
+  // 4 rows .36 ms, unpacked .60; 8 rows .69 against .95; 16 rows 1.5 against 2.9. At 32 and 64 the
+  // two are as fast within noise.
   static constexpr int64_t kDirectRows = 32;
+  // 64 KB of codes beside a tile of x. 128 rows: steps of 16 to 64 take 18.7 to 19.2 ms.
   static constexpr int64_t kMostStepRows = kWhole, kStepRows = 4 * kBlockRows;
   static constexpr uint32_t kBias[2] = {1, 128};
 

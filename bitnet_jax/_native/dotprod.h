@@ -10,6 +10,7 @@ namespace {
 
 struct Dotprod : Neon {
   using Activations = int8x8_t;  // in its first four bytes: the instruction takes them from there
+  // 24 sums, 4 vectors of codes and those of x in 32 registers. Six rows a pass unpack once.
   static constexpr int kTileRows = 6, kTilePanels = 1;
   static constexpr int64_t kDirectRows = 6;
   static constexpr int64_t kMostStepRows = kWhole, kStepRows = 4 * kBlockRows;

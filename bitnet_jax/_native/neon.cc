@@ -10,6 +10,7 @@ namespace {
 // Every AArch64 processor: products of bytes are summed in int16.
 struct Baseline : Neon {
   using Activations = int8x16_t;
+  // 24 sums of 8 int16, 4 vectors of codes and one of x in 32 registers.
   static constexpr int kTileRows = 3, kTilePanels = 1;
   static constexpr int kIndependent = 3;
   static constexpr int64_t kDirectRows = 2;

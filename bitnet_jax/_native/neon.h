@@ -12,6 +12,8 @@ struct Neon {
   struct Row {
     uint8x16_t a, b, c, d;
   };
+  // As ymm.h: constants of Arm are counted from registers and instructions of what GCC makes, and
+  // checked under emulation. No Arm processor has been there to time them.
   static constexpr int64_t kSlab = 128;
   static constexpr int kIndependent = 6;
   // Codes as signed bytes: a ternary one is too large by 1, an int8 one is what it is.
@@ -37,7 +39,7 @@ struct Neon {
     return {FieldOf<j>(bytes.a), FieldOf<j>(bytes.b), FieldOf<j>(bytes.c), FieldOf<j>(bytes.d)};
   }
   static void Prefetch(const uint8_t* row) {
-    constexpr int64_t kAhead = 2048;
+    constexpr int64_t kAhead = 2048;  // half of x86's, for rows that are read more slowly
     __builtin_prefetch(row + kAhead);
   }
   template <class Vector>

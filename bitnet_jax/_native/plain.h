@@ -77,27 +77,36 @@ inline void LayOutRows(const uint8_t* stored, int64_t stride, int64_t outputs, i
   }
 }
 
-// The same from the codes of one output after the other: fours lie together already.
+// The same from a table, where fours of an output lie together already.
 inline void LayOutTable(const uint8_t* stored, int64_t stride, int64_t outputs, int64_t depth,
                         const uint8_t* next, uint8_t* to) {
   constexpr uint32_t kBias = 0x80808080u;
-  const int64_t row = Panels(outputs) * kRowBytes, whole = depth / 4;
-  for (int64_t n = 0; n < Panels(outputs) * kOutputs; ++n, to += 4) {
+  constexpr int64_t kTogether = 4, kWeights = 16;  // of Transpose
+  const int64_t row = Panels(outputs) * kRowBytes;
+  for (int64_t n = 0; n < Panels(outputs) * kOutputs; n += kTogether, to += 4 * kTogether) {
     const uint8_t* codes = stored + n * stride;
-    const auto put = [&](int64_t q, int64_t bytes) {
-      uint32_t four = 0;
-      std::memcpy(&four, codes + 4 * q, bytes);
-      four ^= kBias;
-      std::memcpy(to + q * row, &four, sizeof(four));
-    };
-    if (n >= outputs) {
-      for (int64_t q = 0; 4 * q < depth; ++q) put(q, 0);
-      continue;
+    int64_t k = 0;
+    if (n + kTogether <= outputs) {
+      for (; k + kWeights <= depth; k += kWeights) {
+        Transpose(codes + k, stride, to + k / 4 * row, row);
+      }
     }
-    for (int64_t q = 0; q < whole; ++q) put(q, 4);
-    if (4 * whole < depth) put(whole, depth - 4 * whole);
+    for (; k < depth; k += 4) {
+      for (int64_t i = 0; i < kTogether; ++i) {
+        uint32_t four = 0;
+        if (n + i < outputs) {
+          std::memcpy(&four, codes + i * stride + k, depth - k < 4 ? depth - k : 4);
+        }
+        four ^= kBias;
+        std::memcpy(to + k / 4 * row + 4 * i, &four, sizeof(four));
+      }
+    }
     if (next == nullptr) continue;
-    for (int64_t k = 0; k < depth; k += kRowBytes) __builtin_prefetch(next + n * stride + k);
+    for (int64_t i = 0; i < kTogether; ++i) {
+      for (int64_t k = 0; k < depth; k += kRowBytes) {
+        __builtin_prefetch(next + (n + i) * stride + k);
+      }
+    }
   }
 }
 

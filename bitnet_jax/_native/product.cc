@@ -15,6 +15,8 @@ namespace {
 
 std::atomic<const Path*> chosen{nullptr};
 
+// Of ThreadsFor's units. By count: between the GOP/s of AVX2 and of AVX512, and the GB/s of the
+// third and the second cache.
 constexpr int64_t kMultiplicationsPerUnit = 128, kBytesPerUnit = 32, kFloatsPerUnit = 4;
 
 void Narrow(const float* from, int64_t count, float* to) {
@@ -32,7 +34,8 @@ void Narrow(const float* from, int64_t count, BFloat16* to) {
   }
 }
 
-// Weights of stored int8 codes that are laid out at a time.
+// Weights of stored int8 codes that are laid out at a time: 16 KB. On a Zen 5, 128 to 1024 take the
+// same time within 3 %, but with AVX2, where 64 rows take a tenth longer by 128.
 constexpr int64_t kStoredStep = 256;
 
 Strides StridesOf(bool transposed, int64_t depth, int64_t outputs) {

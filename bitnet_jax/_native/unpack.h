@@ -24,7 +24,8 @@ inline Panel FromRow(const Beside& codes, int64_t row) {
   return Panel{codes.panels, codes.count * kRowBytes}.Down(row);
 }
 
-// Byte rows of a ternary panel, a multiple of a block, that are unpacked at a time.
+// Byte rows of a ternary panel, a multiple of a block, that are unpacked at a time: by count, 64 KB
+// for kPanels, which stay in any second-level cache beside 32 KB of sums.
 constexpr int64_t kUnpackedRows = 64;
 
 // Unpacked panels side by side, so that a tile reads on through memory.

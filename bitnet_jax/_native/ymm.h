@@ -13,8 +13,10 @@ struct Ymm {
     __m256i low, high;
   };
   using Activations = __m256i;
+  // 512 rows: slabs of 32 to 512 take 73 to 77 ms with AVX-VNNI and 67 to 73 with AVX2, within
+  // noise.
   static constexpr int64_t kSlab = 128;
-  static constexpr int kIndependent = 6;
+  static constexpr int kIndependent = 6;  // of two vectors each, as avx512.h
 
   static Row Load(const uint8_t* row) {
     const __m256i* halves = reinterpret_cast<const __m256i*>(row);
@@ -33,6 +35,8 @@ struct Ymm {
             _mm256_and_si256(_mm256_srli_epi16(bytes.high, 2 * j), mask)};
   }
   static void Prefetch(const uint8_t* row) {
+    // One row, one thread, with AVX-VNNI: .24 ms; without .44, 2048 .26, 8192 .18. With AVX2 .16,
+    // whatever it is.
     constexpr int64_t kAhead = 4096;
     _mm_prefetch(reinterpret_cast<const char*>(row + kAhead), _MM_HINT_T0);
   }

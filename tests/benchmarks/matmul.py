@@ -15,8 +15,10 @@ timed in the same rounds.
 
 Beside the times: GB/s of codes as a share of what this machine reads, the better of one
 stream and four, and GOP/s as a share of what the instruction set multiplies in registers,
-both taken in the same process. The last tables: latency of a single row through small
-networks, a head of 128,256 int8 outputs, layers under ``lax.scan``, and what XLA plans of
+both taken in the same process. Then int8 kernels as they are stored, against XLA's product
+of the same codes; XLA takes the instruction set of the processor whatever ``--path`` and
+``--xla_cpu_max_isa`` say. The last tables: latency of a single row through small networks, a
+head of 128,256 int8 outputs, layers under ``lax.scan``, and what XLA plans of
 temporary memory for a jitted product.
 """
 
@@ -289,6 +291,34 @@ def measure_small(rounds: int) -> None:
     table("A single row through small networks, packed against dense", header, lines)
 
 
+def measure_int8(k: int, n: int, args: Any) -> None:
+    """Int8 kernels, stored as kernels and as tables, and prepared, against XLA's product."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((k, n), np.float32))
+    kernel = bj.pack(w, bj.Int8Config())
+    table_of = bj.pack(w.T, bj.Int8Config(), contracting_axes=-1)
+
+    def copies(packed):
+        return [jax.tree.map(jnp.copy, packed) for _ in range(FEW)]
+
+    native_product = functools.partial(bj.matmul, implementation="cpu")
+    plain = functools.partial(bj.matmul, implementation="reference")
+    runs = {
+        "xla": (chained(plain), copies(kernel)),
+        "stored": (chained(native_product), copies(kernel)),
+        "table": (chained(native_product), copies(table_of)),
+        "prepared": (chained(native_product), prepare_copies(kernel, FEW)),
+    }
+    lines = []
+    for m in args.rows:
+        x = jnp.asarray(np.random.default_rng(m).standard_normal((m, k), np.float32))
+        candidates = {name: functools.partial(run, x, ws) for name, (run, ws) in runs.items()}
+        timings = in_turn(candidates, args.rounds, each=dict.fromkeys(runs, 1 / FEW))
+        for name, t in timings.items():
+            goal = 1.0 if name in ("stored", "table") else None
+            lines.append([f"M = {m}, {name}", *versus(t, goal)])
+    table(f"Int8 kernels {k}x{n}, {FEW} of them", ("product", *HEADER), lines)
+
+
 def measure_head(rounds: int, most: Limits) -> None:
     """The head of a 2B model at eight bits."""
     w = jax.random.normal(jax.random.key(0), (2560, 128_256), jnp.float32)
@@ -426,6 +456,7 @@ def main() -> None:
     for k, n in SHAPES:
         if f"{k}x{n}" in args.shapes:
             measure_shape(k, n, args, most, points, medians)
+            measure_int8(k, n, args)
     print_spans(medians, args.rows)
     if args.plot:
         draw_roofline(points, most, args.plot)
