@@ -121,7 +121,7 @@ def test_values_that_a_path_cannot_take_are_refused_and_change_nothing():
 @needs_a_path
 def test_no_constant_changes_a_bit():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((40, 300), np.float32))
-    packed = bj.pack(np.random.default_rng(1).standard_normal((300, 100)))
+    packed = bj.pack(jnp.asarray(np.random.default_rng(1).standard_normal((300, 100), np.float32)))
     want = bj.matmul(x, packed, implementation="reference")
     library, before = native.load(), all_constants()
     small = dict(zip(native.CONSTANTS, (1, 3, 16), strict=True))

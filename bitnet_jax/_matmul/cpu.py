@@ -52,10 +52,11 @@ from bitnet_jax._quantize.int8 import codes_at, gamma_of, plain_activation_codes
 # _native/layout.h.
 _PADDING, _FOUR = 64, 4
 
-# Paths that multiply by stored int8 kernels sooner than XLA does, both on the same instruction
-# set: .1 to .4 of its time with AVX512, .5 to .8 with AVX2 and AVX-VNNI, at 1 to 512 rows of
-# 2560x6912 and 4096x11008 (Zen 5, two cores). Not measured: AMX, whose few rows are AVX512's,
-# and Arm, which leaves those kernels to XLA.
+# Paths that multiply by stored int8 kernels sooner than XLA does, at 1 to 128 rows of 2560x6912
+# and 4096x11008 (Zen 5, two cores): .05 to .4 of its time with AVX512, also at 512 rows, .2 to
+# .9 with AVX2, .1 to .4 with AVX-VNNI, which XLA has no product for. XLA's was kept to the same
+# instruction set; --xla_cpu_max_isa does not do that. Not measured: AMX, whose few rows are
+# AVX512's, and Arm, which leaves those kernels to XLA.
 _SOONER_THAN_XLA = ("amx", "avx512_vnni", "avx_vnni", "avx2")
 
 
