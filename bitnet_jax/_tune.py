@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import _display
+from bitnet_jax import _display, _native
 from bitnet_jax._doctor import make_kernel, native_serves, seconds_of
-from bitnet_jax import _native
 from bitnet_jax._matmul import matmul, prepare
 from bitnet_jax._packed.kernel import Prepared
 

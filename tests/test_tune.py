@@ -6,9 +6,9 @@ import pytest
 from native_paths import PATHS, needs_it
 
 import bitnet_jax as bj
+from bitnet_jax import _native as native
 from bitnet_jax import _tune
 from bitnet_jax.__main__ import main
-from bitnet_jax import _native as native
 
 TRIALS = {
     "direct rows": _tune.Trial((1, 4), (2, 5)),

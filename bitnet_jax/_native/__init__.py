@@ -5,14 +5,23 @@ file) and loaded with ctypes, so one wheel serves every Python. XLA stops the wh
 CPU backend when a library was compiled against a newer FFI than its own. So the
 versions are compared before anything is registered.
 
-From the layout up: ``layout`` (the layout of a prepared kernel), ``path`` (what an
-instruction set has to offer), ``interleave``, ``plain``, ``unpack``, ``kernels``, ``ymm``, ``avx512``,
-``neon`` and ``dotprod`` (what they are compiled from), a ``.cc`` for each, ``product``
-(whole arrays, cut into pieces for ``threads``), ``quantize`` (kernels of floats to codes, by
-``quantize_kernel``), ``attend`` (attention over a cache, from
-``attend_kernels`` over ``attend_lanes`` or ``attend_neon``), ``limits`` (what it is
-measured against), ``sha256`` (digests of files, from ``sha256_lanes`` and a ``.cc`` for each
-instruction set), ``ffi`` (XLA's door, and that of ctypes).
+From the layout up::
+
+    layout                       of a prepared kernel
+    path                         what an instruction set has to offer
+    interleave, plain, unpack,   what paths are compiled from
+    kernels, ymm, avx512.h,
+    neon.h, dotprod.h
+    amx, avx512, ..., portable   a path each
+    threads                      work shared out over a pool
+    product                      whole arrays of codes
+    quantize                     kernels of floats to codes, by quantize_kernel
+    attend                       attention over a cache, by attend_kernels
+    limits                       what a product is measured against
+    sha256                       digests of files, by sha256_lanes, a .cc for each set
+    ffi                          XLA's door, and that of ctypes
+
+``by_platform`` decides which programs call it.
 """
 
 from __future__ import annotations
