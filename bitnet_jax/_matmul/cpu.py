@@ -26,9 +26,8 @@ from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from bitnet_jax import _native
 from bitnet_jax._matmul import panels, shards
-from bitnet_jax._matmul.panels import layout_of
+from bitnet_jax._matmul.panels import Layout, layout_of
 from bitnet_jax._native import by_platform
-from bitnet_jax._native.panel_layout import Layout
 from bitnet_jax._ops.codes_product import contract_codes
 from bitnet_jax._ops.product import Product, group_epilogue
 from bitnet_jax._packed import trits

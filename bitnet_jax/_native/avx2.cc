@@ -18,6 +18,7 @@ struct Avx2 : Ymm {
   static constexpr int64_t kDirectRows = 8;
   // Pairs of ternary products are summed in int16, 2 * 2 * 127 each: 64 of them fit.
   static constexpr int64_t kMostStepRows = kBlockRows, kStepRows = kMostStepRows;
+  static constexpr bool kInt8Alike = false;
   static constexpr uint32_t kBias[2] = {1, 0};
 
   static __m256i Wide(__m256i pairs) {

@@ -14,6 +14,7 @@ struct Avx512 {
   // 24 sums, 4 vectors of codes and one of x in 32 registers. 128 rows of int8, one thread: 8.6 ms,
   // as with 4 by 4; 6 by 2 takes 9.2.
   static constexpr int kTileRows = 6, kTilePanels = 4;
+  static constexpr bool kInt8Alike = true;
   static constexpr int kIndependent = 12;  // two units times a latency of four or five, and some
   // 4 rows .20 ms, unpacked .45; 8 rows .32 against .60; 16 rows .65 against .91. At 32 and 64 the
   // two are as fast within noise.

@@ -28,6 +28,7 @@ struct AvxVnni : Ymm {
   static constexpr int64_t kDirectRows = 32;
   // 64 KB of codes beside a tile of x. 128 rows: steps of 16 to 64 take 18.7 to 19.2 ms.
   static constexpr int64_t kMostStepRows = kWhole, kStepRows = 4 * kBlockRows;
+  static constexpr bool kInt8Alike = true;
   static constexpr uint32_t kBias[2] = {1, 128};
 
   template <Kind>

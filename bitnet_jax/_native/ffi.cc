@@ -184,11 +184,11 @@ ffi::Error MultiplyImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
 }
 
 // x (B, M, K) int8, gamma (B, M, A), ternary codes w (B, K, N), scale (B, G, 1 or N)
-// -> y (B, M, N) float32, and w in panels.
+// -> y (B, M, N) float32.
 ffi::Error MultiplyCodesImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
                              ffi::Buffer<ffi::F32> gamma, ffi::Buffer<ffi::S8> w,
                              ffi::Buffer<ffi::F32> scale, float qmax,
-                             ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::U8> panels) {
+                             ffi::ResultBuffer<ffi::F32> y) {
   const Dimensions xd = x.dimensions(), gd = gamma.dimensions(), wd = w.dimensions(),
                    sd = scale.dimensions();
   if (xd.size() != 3 || gd.size() != 3 || wd.size() != 3 || sd.size() != 3 || sd[1] < 1 ||
@@ -198,24 +198,25 @@ ffi::Error MultiplyCodesImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
     return Wrong("want x (B, M, K), gamma (B, M, A), w (B, K, N), scale (B, G, 1 or N)");
   }
   const int64_t groups = sd[1], depth = wd[1] / groups, parts = gd[2] / std::gcd(gd[2], groups);
-  if (depth % parts != 0 || (parts > 1 && depth / parts % 4 != 0) ||
-      !Is(panels->dimensions(), {wd[0], PanelBytes(Kind::kTernary, groups, wd[2], depth)})) {
+  if (depth % parts != 0 || (parts > 1 && depth / parts % 4 != 0)) {
     return Wrong("want groups of depth >= 1, in parts of a multiple of 4 weights");
   }
-  XlaPool pool(threads);
-  LayOut(pool,
-         {Form::kTernaryCodes, w.untyped_data(), wd[0], wd[1], wd[2], depth, groups, depth, false},
-         panels->typed_data());
-  // Rows are read in whole tiles: behind the last weights of each there must be something.
+  // Rows are read in whole tiles: behind the last weights of each there must be zeros.
   const int64_t part = depth / parts, stride = xd[2] - part + CeilDiv(part, kPadding) * kPadding;
   std::vector<int8_t> padded(stride == xd[2] ? 0 : xd[0] * xd[1] * stride);
   for (int64_t row = 0; stride != xd[2] && row < xd[0] * xd[1]; ++row) {
     std::memcpy(padded.data() + row * stride, x.typed_data() + row * xd[2], xd[2]);
   }
-  Multiply(pool,
-           Product{Kind::kTernary, xd[0], xd[1], wd[2], groups, depth, parts,
-                   padded.empty() ? x.typed_data() : padded.data(), stride, panels->typed_data()},
-           Scales{gamma.typed_data(), gd[2], scale.typed_data(), sd[2], qmax}, y->typed_data());
+  XlaPool pool(threads);
+  const Kind kind = Chosen().int8_alike && groups == 1 ? Kind::kInt8 : Kind::kTernary;
+  const Product product{kind,    xd[0],
+                        xd[1],   wd[2],
+                        groups,  depth,
+                        parts,   padded.empty() ? x.typed_data() : padded.data(),
+                        stride,  nullptr,
+                        w.typed_data()};
+  Multiply(pool, product, Scales{gamma.typed_data(), gd[2], scale.typed_data(), sd[2], qmax},
+           y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -255,7 +256,7 @@ ffi::Error LayOutImpl(ffi::ThreadPool threads, ffi::AnyBuffer stored, int64_t la
     return Wrong("stored codes and panels do not meet");
   }
   XlaPool pool(threads);
-  LayOut(pool, {int8 ? Form::kCodes : Form::kBytes, stored.untyped_data(), batch, rows, outputs, last, groups, depth, transposed},
+  LayOut(pool, {kind, stored.untyped_data(), batch, rows, outputs, last, groups, depth, transposed},
          panels->typed_data());
   return ffi::Error::Success();
 }
@@ -360,8 +361,7 @@ BITNET_HANDLER(bitnet_multiply_codes, bitnet::MultiplyCodesImpl,
                    .Arg<ffi::Buffer<ffi::S8>>()
                    .Arg<ffi::Buffer<ffi::F32>>()
                    .Attr<float>("qmax")
-                   .Ret<ffi::Buffer<ffi::F32>>()
-                   .Ret<ffi::Buffer<ffi::U8>>())
+                   .Ret<ffi::Buffer<ffi::F32>>())
 
 BITNET_HANDLER(bitnet_sums, bitnet::SumsImpl,
                ffi::Ffi::Bind()

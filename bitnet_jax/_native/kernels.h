@@ -12,6 +12,7 @@
 //   I::kDirectRows, kSlab, kStepRows     what its Tuning begins with: a step stays in L1
 //                                        where a tile takes fewer panels than lie side by
 //                                        side
+//   I::kInt8Alike                        int8 codes are multiplied as fast as ternary ones
 //   I::kIndependent                      Totals that hide the latency of each other's products
 //   I::OneRow                            kPanels ternary panels for a single row
 //
@@ -375,6 +376,8 @@ constexpr Path PathOf(const char* name, bool (*supported)()) {
           kKernelQuantizer<float>,
           kKernelQuantizer<BFloat16>,
           LayOutInt8,
+          LayOutTernaryCodes,
+          I::kInt8Alike,
           TotalOf,
           Finish,
           Busy<I>};

@@ -57,31 +57,4 @@ void LayOutTernary(const uint8_t* stored, int64_t outputs, int64_t last, int64_t
   }
 }
 
-void LayOutTernaryCodes(const int8_t* codes, int64_t outputs, int64_t depth, int64_t panel, uint8_t* to,
-                        int64_t to_row) {
-  const int64_t first = panel * kOutputs, taken = std::min(kOutputs, outputs - first);
-  const int64_t rows = ByteRows(Kind::kTernary, depth);
-  for (int64_t row = 0; row < rows; ++row, to += to_row) {
-    const int64_t start = row / kBlockRows * kBlockRows;
-    const int64_t field_depth = 4 * std::min(kBlockRows, rows - start);
-    const int64_t k = kFields * 4 * start + 4 * (row - start);  // of field 0
-    uint8_t bytes[4][kOutputs] = {};  // bytes 4 l + i
-    for (int64_t i = 0; i < 4; ++i) {
-      for (int64_t j = 0; j < kFields; ++j) {
-        const int64_t at = k + field_depth * j + i;
-        if (at >= depth) break;
-        const int8_t* from = codes + at * outputs + first;
-        if (taken == kOutputs) {
-          for (int64_t l = 0; l < kOutputs; ++l) bytes[i][l] |= (from[l] + 1) << (2 * j);
-        } else {
-          for (int64_t l = 0; l < taken; ++l) bytes[i][l] |= (from[l] + 1) << (2 * j);
-        }
-      }
-    }
-    for (int64_t l = 0; l < kOutputs; ++l) {
-      for (int64_t i = 0; i < 4; ++i) to[4 * l + i] = bytes[i][l];
-    }
-  }
-}
-
 }  // namespace bitnet

@@ -88,10 +88,6 @@ constexpr int64_t Panels(int64_t outputs) { return CeilDiv(outputs, kOutputs); }
 void LayOutTernary(const uint8_t* stored, int64_t outputs, int64_t last, int64_t depth,
                    int64_t group, int64_t panel, uint8_t* to, int64_t to_row);
 
-// The same from ternary codes of eight bits, (depth, outputs).
-void LayOutTernaryCodes(const int8_t* codes, int64_t outputs, int64_t depth, int64_t panel,
-                        uint8_t* to, int64_t to_row);
-
 // Stored int8 codes, (depth, outputs) or transposed: one of the strides is 1.
 struct Strides {
   int64_t weight, output;

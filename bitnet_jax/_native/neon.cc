@@ -12,6 +12,7 @@ struct Baseline : Neon {
   using Activations = int8x16_t;
   // 24 sums of 8 int16, 4 vectors of codes and one of x in 32 registers.
   static constexpr int kTileRows = 3, kTilePanels = 1;
+  static constexpr bool kInt8Alike = false;
   static constexpr int kIndependent = 3;
   static constexpr int64_t kDirectRows = 2;
   // Ternary products are at most 2 * 127: 128 of them fit.

@@ -15,6 +15,7 @@ struct Neon {
   // As ymm.h: constants of Arm are counted from registers and instructions of what GCC makes, and
   // checked under emulation. No Arm processor has been there to time them.
   static constexpr int64_t kSlab = 128;
+  static constexpr bool kInt8Alike = true;
   static constexpr int kIndependent = 6;
   // Codes as signed bytes: a ternary one is too large by 1, an int8 one is what it is.
   static constexpr uint32_t kBias[2] = {1, 0};

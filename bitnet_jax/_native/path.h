@@ -104,6 +104,9 @@ struct Path {
   KernelQuantizer<float> kernel;
   KernelQuantizer<BFloat16> kernel_bfloat16;
   LayOutCodes lay_out;
+  void (*lay_out_ternary)(const int8_t* stored, int64_t stride, int64_t outputs, int64_t depth,
+                          uint8_t* panels);
+  bool int8_alike;  // eight-bit codes are multiplied as fast as two-bit ones
   int32_t (*total)(const int8_t* codes, int64_t length);
   void (*finish)(const Epilogue& epilogue);
   // Multiplies in registers alone; returns how many multiplications and additions it did.

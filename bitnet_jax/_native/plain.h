@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "interleave.h"
@@ -116,6 +117,42 @@ void LayOutInt8(const int8_t* stored, Strides strides, int64_t outputs, int64_t 
   const auto* then = reinterpret_cast<const uint8_t*>(next);
   if (strides.output == 1) return LayOutRows(from, strides.weight, outputs, depth, then, panels);
   LayOutTable(from, strides.output, outputs, depth, then, panels);
+}
+
+// Ternary panels of at most kWidth outputs side by side, from codes of eight bits `stride` apart.
+void LayOutTernaryCodes(const int8_t* stored, int64_t stride, int64_t outputs, int64_t depth,
+                        uint8_t* to) {
+  const int64_t rows = ByteRows(Kind::kTernary, depth), count = Panels(outputs) * kOutputs;
+  uint8_t none[kWidth], padded[4 * kFields][kWidth], bytes[4][kWidth];
+  std::memset(none, -1, sizeof(none));  // a code that is stored as field 0, as padding is
+  std::memset(padded, -1, sizeof(padded));
+  const uint8_t* const made[4] = {bytes[0], bytes[1], bytes[2], bytes[3]};
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t start = row / kBlockRows * kBlockRows;
+    const int64_t field_depth = 4 * std::min(kBlockRows, rows - start);
+    const int64_t k = kFields * 4 * start + 4 * (row - start);  // of field 0
+    for (int64_t i = 0; i < 4; ++i) {
+      const uint8_t* codes[kFields];
+      for (int64_t j = 0; j < kFields; ++j) {
+        const int64_t at = k + field_depth * j + i;
+        codes[j] = at < depth ? reinterpret_cast<const uint8_t*>(stored) + at * stride : none;
+        if (outputs == count || at >= depth) continue;
+        std::memcpy(padded[4 * j + i], codes[j], outputs);
+        codes[j] = padded[4 * j + i];
+      }
+      // Fields of code + 1, and what Interleave takes off again.
+      constexpr uint8_t kOnes = 0x55 + 128;
+      for (int64_t n = 0; n < count; ++n) {
+        uint8_t sum = codes[3][n];
+        for (int64_t j = kFields - 2; j >= 0; --j) {
+          sum = static_cast<uint8_t>(sum + sum);
+          sum = static_cast<uint8_t>(sum + sum + codes[j][n]);
+        }
+        bytes[i][n] = static_cast<uint8_t>(sum + kOnes);
+      }
+    }
+    for (int64_t n = 0; n < count; n += kOutputs, to += kRowBytes) Interleave(made, n, to);
+  }
 }
 
 inline int32_t TotalOf(const int8_t* codes, int64_t length) {

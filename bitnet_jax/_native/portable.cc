@@ -74,6 +74,8 @@ const Path kPortablePath = {"portable",
                             kKernelQuantizer<float>,
                             kKernelQuantizer<BFloat16>,
                             LayOutInt8,
+                            LayOutTernaryCodes,
+                            /*int8_alike=*/false,
                             TotalOf,
                             Finish,
                             PortableBusy};

@@ -42,6 +42,14 @@ Strides StridesOf(bool transposed, int64_t depth, int64_t outputs) {
   return transposed ? Strides{1, depth} : Strides{outputs, 1};
 }
 
+template <class T>
+T* Scratch(int64_t size) {
+  // Kept by the thread: an allocation of this size would be mapped and zeroed each time.
+  thread_local std::vector<T> scratch;
+  if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
+  return scratch.data();
+}
+
 // The product cut into pieces: some rows by kPanels panels of one slice of the batch.
 class Pieces {
  public:
@@ -95,11 +103,21 @@ class Pieces {
     const int64_t total = (piece.batch * product_.Sums() + sum) * product_.rows + piece.row;
     const Rows rows{Codes(piece.batch, sum, piece.row), product_.stride, piece.rows,
                     totals_.data() + total};
-    if (product_.stored != nullptr) return SumStored(piece, rows, part, sums);
+    const bool ternary = product_.kind == Kind::kTernary, stored = product_.stored != nullptr;
+    if (stored && !ternary) return SumStored(piece, rows, part, sums);
     const int64_t fours = part_depth_ / 4;
     const Fours run = product_.parts > 1 ? Fours{part * fours, fours}
                                          : AllOf(product_.kind, byte_rows_);  // padded
-    const Sums multiply = product_.kind == Kind::kTernary ? path_.ternary : path_.int8;
+    if (stored) {
+      // Laid out once for all rows of the piece, which is what panels are for.
+      uint8_t* panels = Scratch<uint8_t>(byte_rows_ * kPanels * kRowBytes);
+      const int64_t slice = piece.batch * product_.groups + group;
+      path_.lay_out_ternary(
+          product_.stored + slice * product_.depth * product_.outputs + piece.output,
+          product_.outputs, piece.outputs, product_.depth, panels);
+      return path_.ternary(rows, {panels, byte_rows_, Panels(piece.outputs), run}, sums);
+    }
+    const Sums multiply = ternary ? path_.ternary : path_.int8;
     multiply(rows, {product_.panels + panel * byte_rows_ * kRowBytes, byte_rows_,
                     Panels(piece.outputs), run},
              sums);
@@ -139,14 +157,6 @@ class Pieces {
   int64_t panels_, byte_rows_, part_depth_, quads_, slabs_, slab_;
   std::vector<int32_t> totals_;
 };
-
-template <class T>
-T* Scratch(int64_t size) {
-  // Kept by the thread: an allocation of this size would be mapped and zeroed each time.
-  thread_local std::vector<T> scratch;
-  if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
-  return scratch.data();
-}
 
 bool Empty(const Product& product) {
   return product.batch == 0 || product.rows == 0 || product.outputs == 0;
@@ -294,25 +304,15 @@ void Multiply(Pool& pool, const Product& product, const Scales& scales, Float* y
 
 namespace {
 
-Kind KindOf(const Stored& stored) {
-  return stored.form == Form::kCodes ? Kind::kInt8 : Kind::kTernary;
-}
-
 // Panel `piece` of all of a ternary kernel, and four panels of an int8 one.
 void LayOutPanel(const Stored& stored, int64_t piece, uint8_t* panels) {
-  const int64_t count = Panels(stored.outputs), byte_rows = ByteRows(Kind::kTernary, stored.depth);
+  const int64_t count = Panels(stored.outputs), byte_rows = ByteRows(stored.kind, stored.depth);
   const int64_t panel = piece % count, g = piece / count % stored.groups;
   const int64_t kernel = piece / count / stored.groups * stored.rows * stored.outputs;
   const PanelAt at = FindPanel(panel, count, byte_rows);
-  uint8_t* to = panels + (piece - panel) * byte_rows * kRowBytes + at.start;
-  if (stored.form == Form::kBytes) {
-    LayOutTernary(static_cast<const uint8_t*>(stored.codes) + kernel, stored.outputs, stored.last,
-                  stored.depth, g, panel, to, at.row);
-  } else {
-    LayOutTernaryCodes(static_cast<const int8_t*>(stored.codes) + kernel +
-                           g * stored.depth * stored.outputs,
-                       stored.outputs, stored.depth, panel, to, at.row);
-  }
+  LayOutTernary(static_cast<const uint8_t*>(stored.codes) + kernel, stored.outputs, stored.last,
+                stored.depth, g, panel, panels + (piece - panel) * byte_rows * kRowBytes + at.start,
+                at.row);
 }
 
 void LayOutQuad(const Stored& stored, int64_t piece, uint8_t* panels) {
@@ -323,18 +323,18 @@ void LayOutQuad(const Stored& stored, int64_t piece, uint8_t* panels) {
   Chosen().lay_out(static_cast<const int8_t*>(stored.codes) + start, strides,
                    std::min(kWidth, stored.outputs - output), stored.depth, nullptr,
                    panels + (batch * count + quad * kPanels) *
-                                ByteRows(Kind::kInt8, stored.depth) * kRowBytes);
+                                ByteRows(stored.kind, stored.depth) * kRowBytes);
 }
 
 }  // namespace
 
 void LayOut(Pool& pool, const Stored& stored, uint8_t* panels) {
-  const bool ternary = KindOf(stored) == Kind::kTernary;
+  const bool ternary = stored.kind == Kind::kTernary;
   const int64_t count = Panels(stored.outputs);
   const int64_t pieces =
       stored.batch * (ternary ? stored.groups * count : CeilDiv(count, kPanels));
   const int64_t bytes = stored.batch * stored.groups * count *
-                        ByteRows(KindOf(stored), stored.depth) * kRowBytes;
+                        ByteRows(stored.kind, stored.depth) * kRowBytes;
   WantLargePages(panels, bytes);
   ParallelFor(pool, pieces, ThreadsFor(pool, bytes), [&](int64_t from, int64_t to) {
     for (; from < to; ++from) {

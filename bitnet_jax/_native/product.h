@@ -27,8 +27,8 @@ void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, int6
 // A batch of products.
 //   x       (batch, rows, stride) codes, `groups` times `depth` of each row
 //   panels  (batch, groups, Panels(outputs), ByteRows(kind, depth), 64), layout.h; null where
-//   stored  int8 codes are multiplied as they are stored: one group, (batch, depth, outputs),
-//           or (batch, outputs, depth) transposed
+//   stored  codes of eight bits are multiplied as they are stored: ternary ones, (batch, groups,
+//           depth, outputs), or int8 ones in one group, which may be (batch, outputs, depth)
 //   parts   that each group is summed in: 1, or of whole fours
 struct Product {
   Kind kind;
@@ -59,13 +59,10 @@ struct Scales {
 template <class Float>
 void Multiply(Pool& pool, const Product& product, const Scales& scales, Float* y);
 
-// A batch of stored kernels to panels, as the functions of layout.h and Path::lay_out. Bytes: ternary, (batch,
-// rows, outputs); codes: int8, (batch, depth, outputs), or (batch, outputs, depth) transposed;
-// ternary codes: the same in ternary panels, not transposed.
-enum class Form { kBytes, kCodes, kTernaryCodes };
-
+// A batch of stored kernels to panels, as LayOutTernary and Path::lay_out. Ternary: (batch, rows,
+// outputs) bytes; int8: (batch, depth, outputs) codes, or (batch, outputs, depth) transposed.
 struct Stored {
-  Form form;
+  Kind kind;
   const void* codes;
   int64_t batch, rows, outputs;
   int64_t last, groups, depth;

@@ -1,7 +1,7 @@
 """The integer product of training: codes of x times ternary codes, and the epilogue.
 
-In plain JAX, or by the native library from the same codes: one custom call lays them out
-and multiplies, without int32 sums in memory, and gives the same bits.
+In plain JAX, or by the native library from the same codes: one custom call multiplies them
+as they lie, without int32 sums in memory, and gives the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from jaxtyping import Array, Float32, Int8
 
 from bitnet_jax import _native
 from bitnet_jax._native import by_platform
-from bitnet_jax._native.panel_layout import Layout
 from bitnet_jax._ops.convolution import Convolution
 from bitnet_jax._ops.product import Product, group_epilogue, joint_groups
 from bitnet_jax._quantize import by_library
@@ -93,13 +92,9 @@ def _operation(qmax: int) -> by_platform.Operation:
         return (jax.ShapeDtypeStruct((*x.shape[:2], w.shape[2]), jnp.float32),)
 
     def native(x: jax.Array, gamma: Gamma, w: jax.Array, scale: jax.Array) -> jax.Array:
-        slices, k, n = w.shape
-        groups = scale.shape[1]
-        panels = Layout(n, k // groups, groups, int8=False).nbytes
-        # Panels are a result, so that XLA finds them a place.
-        made = (*results(x, gamma, w, scale), jax.ShapeDtypeStruct((slices, panels), jnp.uint8))
+        (made,) = results(x, gamma, w, scale)
         operands = (x, gamma, w, scale)
-        return by_library.call(_native.MULTIPLY_CODES, made, *operands, qmax=np.float32(qmax))[0]
+        return by_library.call(_native.MULTIPLY_CODES, made, *operands, qmax=np.float32(qmax))
 
     def plain(x: jax.Array, gamma: Gamma, w: jax.Array, scale: jax.Array) -> jax.Array:
         if len(x) > 1:

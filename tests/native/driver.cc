@@ -99,6 +99,7 @@ struct Kernel {
   int64_t groups, depth, outputs;
   std::vector<int> codes;
   std::unique_ptr<uint8_t[]> stored, table, panels;  // table: int8, transposed
+  std::unique_ptr<int8_t[]> each;                    // codes of eight bits
   int64_t panel_bytes;
 
   // `largest`: all codes are as large as they can be, so that narrow sums would overflow.
@@ -125,8 +126,9 @@ struct Kernel {
     }
     panel_bytes = ByteRows(kind, depth) * kRowBytes;
     panels = Exactly<uint8_t>(groups * Panels(outputs) * panel_bytes);
-    const Form form = kind == Kind::kTernary ? Form::kBytes : Form::kCodes;
-    LayOut(pool, {form, stored.get(), 1, rows, outputs, length, groups, depth, false},
+    each = Exactly<int8_t>(length * outputs);
+    std::copy(codes.begin(), codes.end(), each.get());
+    LayOut(pool, {kind, stored.get(), 1, rows, outputs, length, groups, depth, false},
            panels.get());
     if (kind == Kind::kTernary) return;
     table = Exactly<uint8_t>(rows * outputs);
@@ -139,24 +141,12 @@ struct Kernel {
   int64_t WrongFromTransposed(Pool& pool) const {
     const int64_t bytes = groups * Panels(outputs) * panel_bytes;
     auto again = Exactly<uint8_t>(bytes);
-    LayOut(pool, {Form::kCodes, table.get(), 1, depth, outputs, depth, 1, depth, true},
-           again.get());
-    return std::memcmp(again.get(), panels.get(), bytes) != 0;
-  }
-
-  // Panels of a ternary kernel from codes of eight bits.
-  int64_t WrongFromCodes(Pool& pool) const {
-    const int64_t length = groups * depth, bytes = groups * Panels(outputs) * panel_bytes;
-    auto wide = Exactly<int8_t>(length * outputs);
-    auto again = Exactly<uint8_t>(bytes);
-    std::copy(codes.begin(), codes.end(), wide.get());
-    LayOut(pool, {Form::kTernaryCodes, wide.get(), 1, length, outputs, depth, groups, depth, false},
-           again.get());
+    LayOut(pool, {kind, table.get(), 1, depth, outputs, depth, 1, depth, true}, again.get());
     return std::memcmp(again.get(), panels.get(), bytes) != 0;
   }
 
   // What a product reads it from: 0 panels, and an int8 kernel 1 as it is stored, 2 transposed.
-  int64_t Forms() const { return kind == Kind::kInt8 ? 3 : 1; }
+  int64_t Forms() const { return kind == Kind::kInt8 ? 3 : 2; }
 
   Product Times(const Activations& x, int64_t form) const;
 
@@ -210,7 +200,8 @@ struct Activations {
 };
 
 Product Kernel::Times(const Activations& x, int64_t form) const {
-  const auto* as_stored = reinterpret_cast<const int8_t*>(form == 2 ? table.get() : stored.get());
+  const int8_t* as_stored =
+      form == 2 ? reinterpret_cast<const int8_t*>(table.get()) : each.get();
   return {kind,           1,        x.rows,
           outputs,        groups,   depth,
           x.parts,        x.codes.get(), x.stride,
@@ -443,8 +434,7 @@ int64_t CheckPath(Pool& pool, const Path& path) {
         const int64_t groups = kind == Kind::kTernary && depth < 100 && depth % 4 == 0 ? 3 : 1;
         const Kernel kernel(pool, kind, groups, depth, outputs);
         wrong += kernel.WrongLayout();
-        wrong += kind == Kind::kInt8 ? kernel.WrongFromTransposed(pool)
-                                     : kernel.WrongFromCodes(pool);
+        if (kind == Kind::kInt8) wrong += kernel.WrongFromTransposed(pool);
         for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 33, 40, 50}) {
           wrong += WrongSums(pool, kernel, Activations(rows, kernel, depth % 2 == 0));
         }
