@@ -76,18 +76,23 @@ ffi::Error QuantizeImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, float qmax, f
   return Wrong("x must be float32 or bfloat16");
 }
 
-// w (B, K, N) float32 or bfloat16 -> codes (B, K, N) int8, scale (B, G, 1 or N) float32.
+// w (..., K, N) float32 or bfloat16 -> codes (..., K, N) int8, scale (..., G, 1 or N) float32.
 ffi::Error QuantizeKernelImpl(ffi::ThreadPool threads, ffi::AnyBuffer w, float threshold,
                               float eps, bool survivors, ffi::ResultBuffer<ffi::S8> codes,
                               ffi::ResultBuffer<ffi::F32> scale) {
-  const Dimensions wd = w.dimensions(), sd = scale->dimensions();
-  if (wd.size() != 3 || sd.size() != 3 || !Is(codes->dimensions(), {wd[0], wd[1], wd[2]}) ||
-      sd[0] != wd[0] || sd[1] < 1 || wd[1] % sd[1] != 0 || (sd[2] != 1 && sd[2] != wd[2])) {
-    return Wrong("want w and codes (B, K, N), scale (B, a divisor of K, 1 or N)");
+  const Dimensions wd = w.dimensions(), cd = codes->dimensions(), sd = scale->dimensions();
+  if (wd.size() < 2 || sd.size() != wd.size() || !std::equal(wd.begin(), wd.end(), cd.begin(), cd.end()) ||
+      !std::equal(wd.begin(), wd.end() - 2, sd.begin())) {
+    return Wrong("want w and codes (..., K, N), scale (..., G, 1 or N)");
+  }
+  const int64_t batch = ElementsBefore(wd, 2), depth = wd[wd.size() - 2], outputs = wd.back();
+  const int64_t groups = sd[sd.size() - 2], scales = sd.back();
+  if (groups < 1 || depth % groups != 0 || (scales != 1 && scales != outputs)) {
+    return Wrong("want w and codes (..., K, N), scale (..., a divisor of K, 1 or N)");
   }
   XlaPool pool(threads);
-  const Ternarized kernel{wd[0] * sd[1], wd[1] / sd[1], wd[2],    sd[2] == 1,
-                          survivors,     threshold,     eps};
+  const Ternarized kernel{batch * groups, depth / groups, outputs, scales == 1,
+                          survivors,      threshold,      eps};
   const auto run = [&](const auto* from) {
     QuantizeKernel(pool, kernel, from, codes->typed_data(), scale->typed_data());
     return ffi::Error::Success();

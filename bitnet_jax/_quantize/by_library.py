@@ -66,15 +66,19 @@ def _kernel_quantizer(config: TernaryConfig, plain: Callable[..., Codes]) -> by_
             jax.ShapeDtypeStruct((slices, groups, scales), jnp.float32),
         )
 
-    def native(w: CanonicalKernel) -> tuple[CanonicalCodes, CanonicalScale]:
-        return call(
+    def native(w: CanonicalKernel) -> Codes:
+        made = results(w)
+        # One slice without its axis: XLA does not share out over threads what undoes a reshape.
+        flat = [one.shape[1:] if len(w) == 1 else one.shape for one in (w, *made)]
+        y = call(
             _native.QUANTIZE_KERNEL,
-            results(w),
-            w if w.dtype in FLOATS else widened(w),
+            [one.update(shape=shape) for one, shape in zip(made, flat[1:], strict=True)],
+            (w if w.dtype in FLOATS else widened(w)).reshape(flat[0]),
             threshold=np.float32(config.threshold),
             eps=np.float32(config.eps),
             survivors=config.scale == "survivors",
         )
+        return tuple(a.reshape(one.shape) for a, one in zip(y, made, strict=True))
 
     return by_platform.Operation(native, functools.partial(plain, config=config), results)
 
