@@ -122,26 +122,23 @@ def _batched(
         results = jax.vmap(_as_tuple(operation.mapped), tuple(axes))(*operands)
         return results, (0,) * len(results)
     size = next(a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None)
-    # Mapped operands lead with the mapped axis, and what is merged has it.
-    moved = [
-        (
-            a
-            if axis is None and i >= (rows if merges else len(axes))
-            else jnp.broadcast_to(a, (size, *a.shape))
-            if axis is None
-            else jnp.moveaxis(a, axis, 0)
-        )
-        for i, (a, axis) in enumerate(zip(operands, axes, strict=True))
-    ]
+    count = rows if merges else len(operands)
+    leading = [_leading(a, axis, size) for a, axis in zip(operands[:count], axes, strict=False)]
     if merges:
         # (size, B, M, ...) -> (B, size * M, ...), and back.
-        results = run(operation, *(_merged_rows(a) for a in moved[:rows]), *moved[rows:])
-        split = [y.reshape(y.shape[0], size, -1, *y.shape[2:]) for y in results]
+        shape = leading[0].shape[:3]
+        results = run(operation, *map(_merged_rows, leading), *operands[count:])
+        split = [y.reshape(shape[1], size, shape[2], *y.shape[2:]) for y in results]
         return split, (1,) * len(split)
-    # (size, B, ...) -> (size * B, ...).
-    results = run(operation, *(a.reshape(math.prod(a.shape[:2]), *a.shape[2:]) for a in moved))
+    # (size, B, ...) -> (size * B, ...), and back.
+    results = run(operation, *(a.reshape(math.prod(a.shape[:2]), *a.shape[2:]) for a in leading))
     split = [y.reshape(size, y.shape[0] // size, *y.shape[1:]) for y in results]
     return split, (0,) * len(split)
+
+
+def _leading(a: jax.Array, axis: int | None, size: int) -> jax.Array:
+    """An operand with the mapped axis first."""
+    return jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
 
 
 def _merged_rows(a: jax.Array) -> jax.Array:
