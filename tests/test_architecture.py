@@ -39,6 +39,7 @@ FLOORS = {
     "linen": 9,
     "nnx": 9,
     "optim": 9,
+    "convert": 10,
     "models": 10,
     "_doctor": 11,
     "_tune": 12,

@@ -1,0 +1,1 @@
+"""Float networks to ternary ones: calibration from batches of inputs."""

@@ -1,0 +1,50 @@
+"""The squares of a kernel's outputs over the tokens that it saw, from their second moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from scipy.linalg import blas
+
+_AT_ONCE = 2**22  # weights that are worked on together
+_LARGE = 2**33  # products from which on float32 takes them; their sums stay float64
+
+
+def output_square(h: np.ndarray, w: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> float:
+    """``tr(R^T H R)`` of the rest R, a kernel less its codes times scales.
+
+    Args:
+      h: the second moment of the inputs, (K, K), or its diagonal, (K,).
+      w: (K, N) float32.
+      codes: (K, N) int8.
+      scale: (G, 1 or N) float32.
+    """
+    length, width = w.shape
+    if h.ndim == 1:
+        parts = (h @ np.square(r).sum(axis=1) for r in _rests(w, codes, scale, np.float64))
+        return float(sum(parts))
+    # R R^T first: it is symmetric, so half of its products will do.
+    large = length * length * width > _LARGE
+    dtype = np.float32 if large else np.float64
+    (syrk,) = blas.get_blas_funcs(("syrk",), dtype=dtype)
+    gram = np.zeros((length, length), dtype, order="F")
+    for rest in _rests(w, codes, scale, dtype):
+        gram = syrk(1.0, rest.T, beta=1.0, c=gram, trans=1, lower=1, overwrite_c=1)
+    total = 0.0
+    for j in range(length):
+        column = h[j:, j] * gram[j:, j]
+        total += 2 * column.sum() - column[0]
+    return float(max(total, 0.0))
+
+
+def _rests(
+    w: np.ndarray, codes: np.ndarray, scale: np.ndarray, dtype: type
+) -> Iterator[np.ndarray]:
+    """A kernel less its codes times scales, some outputs at a time."""
+    size = max(1, _AT_ONCE // len(w))
+    for first in range(0, w.shape[1], size):
+        part = slice(first, first + size)
+        own = (scale if scale.shape[1] == 1 else scale[:, part]).astype(dtype)
+        rest = codes[:, part] * np.repeat(own, len(w) // len(scale), axis=0)
+        yield np.subtract(w[:, part], rest, dtype=dtype)
