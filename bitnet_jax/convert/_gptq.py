@@ -201,16 +201,14 @@ def _in_turns(
     choose: Callable[[np.ndarray], Choice], scale: np.ndarray, rounds: int, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales (1, 1 or n) of the least error of so many rounds of one after the other."""
-    best, kept, least = choose(scale), scale, None
-    now = best
+    best = choose(scale)
+    kept, least = scale, best.loss
     for turn in range(rounds):
-        if turn:
-            now = choose(scale)
+        now = choose(scale) if turn else best
         scale, loss = _refitted(now, scale, eps)
-        better = np.ones(loss.shape, bool) if least is None else loss < least
+        better = loss < least
         np.copyto(best.codes, now.codes, where=better)
-        kept = np.where(better, scale, kept)
-        least = np.where(better, loss, loss if least is None else least)
+        kept, least = np.where(better, scale, kept), np.minimum(loss, least)
     return best.codes, kept
 
 

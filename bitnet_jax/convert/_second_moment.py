@@ -129,8 +129,7 @@ def value(statistics: Statistics, b: int, length: int) -> np.ndarray:
 
 def stands_in(statistics: Statistics, b: int) -> bool:
     """Whether a slice has seen nothing but zeros, or nothing: the identity stands in."""
-    moments = statistics.moments
-    return moments is not None and not (moments[b].any() and statistics.tokens[b])
+    return statistics.moments is not None and not statistics.moments[b].any()
 
 
 def notes(statistics: Statistics, b: int, length: int) -> list[str]:

@@ -235,34 +235,51 @@ def test_act_order_is_the_textbook_loop_by_falling_mean_square(granularity):
     assert (named.codes == found.codes).all()
 
 
-@cases("granularity", GRANULARITIES, core=["tensor", 4])
-def test_the_last_scales_are_the_least_squares_of_the_outputs(granularity):
+def least_squares(w, codes, scale, x, shared, run, damping=0.01, eps=1e-5):
+    """Scales (G, n) refitted in float64, a run of groups after another."""
+    k, n = w.shape
+    # The tokens, and a token for each input whose square is the damping.
+    rows = np.vstack([x, np.sqrt(damping * np.square(x).sum(axis=0).mean()) * np.eye(k)])
+    grid = np.repeat(np.eye(len(scale)), k // len(scale), axis=0)  # which group a row is in
+    scale = scale.astype(np.float64).copy()
+    for part in [slice(0, n)] if shared else [slice(i, i + 1) for i in range(n)]:
+        weights, chosen = w[:, part].T.astype(np.float64), codes[:, part].T
+        own = scale[:, 0] if shared else scale[:, part.start]
+        for first in range(0, len(scale), run):
+            now = slice(first, first + run)
+            others = own.copy()
+            others[now] = 0
+            aim = [rows @ (v - c * (grid @ others)) for v, c in zip(weights, chosen, strict=True)]
+            design = [rows @ (c[:, None] * grid[:, now]) for c in chosen]
+            new = others.copy()
+            new[now] = np.linalg.lstsq(np.vstack(design), np.concatenate(aim))[0]
+            empty = np.abs(chosen).sum(axis=0) @ grid == 0
+            new[empty] = own[empty]
+            square = [
+                sum(
+                    np.square(x @ (v - c * (grid @ s))).sum()
+                    for v, c in zip(weights, chosen, strict=True)
+                )
+                for s in (own, new)
+            ]
+            if square[1] < square[0] and (new[now] >= eps).all():
+                own[:] = new
+    return scale
+
+
+@cases("granularity", GRANULARITIES[:-1], core=["tensor", 4])
+@pytest.mark.parametrize("run", [32, 2])
+def test_the_last_scales_are_the_least_squares_of_the_outputs(granularity, run, monkeypatch):
+    monkeypatch.setattr(_refit, "_RUN", run)
     w, x = kernel(24, 10), inputs(24, 100)
     before = gptq(w, seen(x), config(granularity), rounds=0, refit=False)
     after = gptq(w, seen(x), config(granularity), rounds=0)
     assert (after.codes == before.codes).all()
-    mean = np.mean(x * x) * len(x)
-    # Least squares over the tokens, and over a row for each input for the damping.
-    rows = np.vstack([x / np.sqrt(mean), np.sqrt(0.01) * np.eye(24)])
-    size = granularity if isinstance(granularity, int) else 24
-    grid = np.repeat(np.eye(24 // size), size, axis=0)  # which group a row is in
-    columns = [slice(0, 10)] if granularity == "tensor" else [slice(i, i + 1) for i in range(10)]
-    fitted = 0
-    for part in columns:
-        codes = before.codes[0, :, part].astype(np.float64)
-        design = np.vstack([rows @ (c[:, None] * grid) for c in codes.T])
-        aim = np.concatenate([rows @ v for v in w[0, :, part].T.astype(np.float64)])
-        wanted = np.linalg.lstsq(design, aim)[0]
-        old, new = before.scale[0, :, part][:, 0], after.scale[0, :, part][:, 0]
-        if (new != old).any():
-            fitted += 1
-            used = np.abs(codes).T @ grid > 0
-            np.testing.assert_allclose(new[used[0]], wanted[used[0]], rtol=2e-4)
-        else:  # it would not have helped, or a scale would have been negative
-            plain = x @ (w[0, :, part] - codes * (grid @ wanted)[:, None])
-            kept = x @ (w[0, :, part] - codes * (grid @ old)[:, None])
-            assert (wanted < 1e-5).any() or (plain**2).sum() >= (kept**2).sum() * (1 - 1e-5)
-    assert fitted >= (len(columns) / 2 if granularity != 1 else 0)
+    shared = granularity == "tensor"
+    codes = before.codes[0].astype(np.float64)
+    wanted = least_squares(w[0], codes, before.scale[0], x, shared, run)
+    np.testing.assert_allclose(after.scale[0], wanted, rtol=2e-4)
+    assert np.mean(after.scale != before.scale) > 0.3
 
 
 def output_error(w, quantized, x):
@@ -356,6 +373,20 @@ def test_error_of_zeros():
 
 
 # ---- what every method promises
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "absmean"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
+def test_no_scale_is_below_eps(name, granularity):
+    w, statistics = kernel(16, 60), seen(inputs(16, 40))
+    eps = float(np.abs(w).mean())
+    found = METHODS[name].quantize(w, statistics, config(granularity, eps))
+    assert (found.scale >= np.float32(eps)).all()
+    free = METHODS[name].quantize(w, statistics, config(granularity))
+    assert granularity == "tensor" or (free.scale < eps).any()
+    if name.startswith("gptq"):
+        found = gptq(w, statistics, config(granularity, eps), refit=False)
+        assert (found.scale >= np.float32(eps)).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
