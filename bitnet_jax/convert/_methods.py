@@ -242,9 +242,12 @@ def error(w: np.ndarray, quantized: Quantized, statistics: Statistics) -> np.nda
       >>> error(w, survivors(w, none, bj.B158), none).round(4).tolist()
       [0.0857]
     """
+    _second_moment.require_kernel("error", w)
     _second_moment.require_statistics("error", w, statistics, "nothing")
     codes, scale = quantized.codes, quantized.scale
-    if codes.shape != w.shape or scale.ndim != 3 or w.shape[1] % scale.shape[1]:
+    b, k, n = w.shape
+    fits = scale.ndim == 3 and scale.shape[0] == b and scale.shape[2] in (1, n)
+    if codes.shape != w.shape or not fits or k % scale.shape[1]:
         raise ValueError(
             f"error: `quantized` must be of a kernel of shape {w.shape}, got codes of shape "
             f"{codes.shape} and scales of shape {scale.shape}. Pass what a method made of this w."

@@ -20,12 +20,12 @@ def require_operands(
 ) -> None:
     """Raises unless a canonical kernel, its statistics and its config are right for a method."""
     _checks.require_instance(who, "config", config, TernaryConfig, "Use bj.B158 or your own.")
-    _require_kernel(who, w)
+    require_kernel(who, w)
     kernel_axes.require_whole_groups(who, "granularity", config.granularity, w.shape[1:2])
     require_statistics(who, w, statistics, needs)
 
 
-def _require_kernel(who: str, w: np.ndarray) -> None:
+def require_kernel(who: str, w: np.ndarray) -> None:
     """Raises unless it is a finite float32 kernel (B, K, N) with elements."""
     _checks.require_instance(who, "w", w, np.ndarray, "Pass np.asarray(w).")
     if w.dtype != np.float32 or w.ndim != 3 or w.size == 0:

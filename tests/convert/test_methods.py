@@ -613,8 +613,23 @@ def test_options_that_are_none_are_refused():
             gptq(w, statistics, config(4), rounds=rounds)
     with pytest.raises(TypeError, match="survivors: `config` must be a TernaryConfig"):
         survivors(w, statistics, bj.Int8Config())
-    with pytest.raises(ValueError, match=r"error: `quantized` must be of a kernel of shape"):
-        error(w, survivors(kernel(4, 3), NOTHING, config(4)), statistics)
+
+
+def test_error_refuses_what_is_of_another_kernel():
+    w, statistics = kernel(8, 3), seen(inputs(8, 9))
+    found = survivors(w, statistics, config(4))
+    wrong = [
+        survivors(kernel(4, 3), NOTHING, config(4)),
+        found._replace(scale=found.scale[0]),
+        found._replace(scale=found.scale[:, :, :2]),
+        found._replace(scale=np.repeat(found.scale, 2, axis=0)),
+        found._replace(scale=np.repeat(found.scale, 3, axis=1)[:, :3]),
+    ]
+    for one in wrong:
+        with pytest.raises(ValueError, match=r"error: `quantized` must be of a kernel of shape"):
+            error(w, one, statistics)
+    with pytest.raises(ValueError, match=r"error: `w` must be a float32 kernel \(B, K, N\)"):
+        error(w[0], found, statistics)
 
 
 def test_the_examples_in_the_docstrings_run():
