@@ -33,7 +33,7 @@ def output_square(h: np.ndarray, w: np.ndarray, codes: np.ndarray, scale: np.nda
         gram = syrk(1.0, rest.T, beta=1.0, c=gram, trans=1, lower=1, overwrite_c=1)
     total = 0.0
     for j in range(length):
-        column = h[j:, j] * gram[j:, j]
+        column = h[j, j:] * gram[j:, j]
         total += 2 * column.sum() - column[0]
     return float(max(total, 0.0))
 
