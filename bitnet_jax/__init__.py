@@ -41,7 +41,7 @@ from bitnet_jax._tree.params import (
 from bitnet_jax._tree.select import exclude, only
 
 if TYPE_CHECKING:
-    from bitnet_jax import analysis, linen, models, nnx, optim, sharding
+    from bitnet_jax import analysis, convert, linen, models, nnx, optim, sharding
 
 __version__ = "0.1.0.dev0"
 
@@ -58,6 +58,7 @@ __all__ = [
     "TernaryConfig",
     "analysis",
     "combine",
+    "convert",
     "exclude",
     "fake_quantize",
     "fake_quantize_activations",
@@ -88,7 +89,7 @@ __all__ = [
 
 def __getattr__(name: str) -> _types.ModuleType:
     # Imported when first used: Flax's front ends and optax take longer than all the rest.
-    if name in ("analysis", "linen", "models", "nnx", "optim", "sharding"):
+    if name in ("analysis", "convert", "linen", "models", "nnx", "optim", "sharding"):
         return _importlib.import_module(f"bitnet_jax.{name}")
     raise AttributeError(f"module 'bitnet_jax' has no attribute {name!r}")
 

@@ -157,10 +157,10 @@ def varying_alike(*operands: PyTree) -> Any:
     gradients have the types of its operands. The transpose of this cast is the sum over
     the devices.
     """
-    axes = frozenset[str]().union(*map(_varying, jax.tree.leaves(operands)))
+    axes = frozenset[str]().union(*map(varying, jax.tree.leaves(operands)))
 
     def cast(array: jax.typing.ArrayLike) -> Any:
-        missing = axes - _varying(array)
+        missing = axes - varying(array)
         return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 
     return jax.tree.map(cast, operands) if axes else operands
@@ -170,7 +170,7 @@ def struct_varying_like(
     shape: Sequence[int], dtype: jax.typing.DTypeLike, like: Shaped[Array, "..."]
 ) -> jax.ShapeDtypeStruct:
     """The type of an array that varies over the mesh axes that another does."""
-    if not _varying(like):
+    if not varying(like):
         return jax.ShapeDtypeStruct(shape, dtype)
     kind = jax.typeof(like)
     place = NamedSharding(kind.sharding.mesh, PartitionSpec())
@@ -178,7 +178,7 @@ def struct_varying_like(
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place, manual_axis_type=manual)
 
 
-def _varying(array: jax.typing.ArrayLike) -> frozenset[str]:
+def varying(array: jax.typing.ArrayLike) -> frozenset[str]:
     """The mesh axes of a ``shard_map`` over which an array has other values."""
     return jax.typeof(array).manual_axis_type.varying
 

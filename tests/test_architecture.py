@@ -58,6 +58,7 @@ EXPORTS = [
     "TernaryConfig",
     "analysis",
     "combine",
+    "convert",
     "exclude",
     "fake_quantize",
     "fake_quantize_activations",
@@ -234,6 +235,14 @@ def test_exports_are_frozen():
         "sensitivity",
         "trit_stats",
     ]
+    assert bj.convert.__all__ == [
+        "CalibratedKernel",
+        "Calibration",
+        "Method",
+        "Quantized",
+        "Statistics",
+        "calibrate",
+    ]
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         bj.nope  # noqa: B018
 
@@ -298,6 +307,7 @@ def test_what_always_raises_says_so():
 REPORTS = {
     "bitnet_jax": ["PackReport"],
     "bitnet_jax.analysis": ["Comparison", "GradientFlow", "Sensitivity", "TritStats"],
+    "bitnet_jax.convert": ["Calibration"],
     "bitnet_jax.sharding": ["Collectives", "TrainingMemory"],
     "bitnet_jax.nnx._coverage": ["Coverage"],
     "bitnet_jax._transform.explain": ["ProgramCoverage"],
@@ -317,6 +327,7 @@ def public():
     for module in (
         bj,
         bj.analysis,
+        bj.convert,
         bj.io,
         bj.linen,
         bj.lora,

@@ -90,6 +90,30 @@ class Convolution(NamedTuple):
         """The convolution of floats."""
         return self._conv(x, w, precision=precision)
 
+    def patches(self, x: Activations) -> Float[Array, "b *out k"]:
+        """What each place of the window contracts, without feature groups: K as in a kernel."""
+        space = x.ndim - 2
+        order = self.order or (space, *range(space))
+        lengths = [self.window[at] for at in order]
+        last, axes = x.ndim - 1, tuple(range(1, x.ndim - 1))
+        dims = (0, last, *axes), (last, last - 1, *range(space)), (0, last, *axes)
+        found = lax.conv_general_dilated_patches(
+            x,
+            lengths[1:],
+            self.strides,
+            self.padding,
+            lhs_dilation=self.input_dilation,
+            rhs_dilation=self.kernel_dilation,
+            dimension_numbers=lax.ConvDimensionNumbers(*dims),
+            precision=lax.Precision.HIGHEST,
+        )
+        # Its features are (channels, *space); the kernel's are where `order` says.
+        lead = found.shape[:-1]
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        found = found.reshape(*lead, *lengths)
+        found = found.transpose(*range(len(lead)), *(len(lead) + i for i in inverse))
+        return found.reshape(*lead, -1)
+
     def to_input(
         self,
         g: Float[AnyArray, "b *out n"],

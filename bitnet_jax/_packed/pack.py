@@ -77,18 +77,23 @@ def packing_spec(
 def pack_quantized(w: Kernel, spec: KernelSpec) -> tuple[Ternary, Stored]:
     """A kernel's codes and scale, and the same packed."""
     t = quantize_kernel(w, spec)
-    contracting, last = spec.axes.contracting, spec.axes.contracting[-1]
+    return t, stored(t, spec, np.dtype(w.dtype))
+
+
+def stored(t: Ternary, spec: KernelSpec, dtype: np.dtype) -> Stored:
+    """Codes and scale of a kernel of this dtype, packed."""
+    contracting, ndim = spec.axes.contracting, t.codes.ndim
     # Axes from the end, and no batch axis: scan and vmap take those away and bring them back.
     static: dict[str, Any] = {
-        "contracting_axes": tuple(a - w.ndim for a in contracting),
-        "kernel_ndim": w.ndim - len(spec.axes.batch),
+        "contracting_axes": tuple(a - ndim for a in contracting),
+        "kernel_ndim": ndim - len(spec.axes.batch),
         "config": spec.config,
-        "dtype": np.dtype(w.dtype),
+        "dtype": dtype,
     }
     if isinstance(spec.config, Int8Config):
-        return t, PackedInt8(t.codes, t.scale, **static)
-    codes = trits.pack_trits(t.codes, last)
-    return t, PackedTernary(codes, t.scale, length=w.shape[last], **static)
+        return PackedInt8(t.codes, t.scale, **static)
+    codes = trits.pack_trits(t.codes, contracting[-1])
+    return PackedTernary(codes, t.scale, length=t.codes.shape[contracting[-1]], **static)
 
 
 def unpack(packed: Stored, dtype: DTypeLike | None = None) -> Float[Array, "..."]:

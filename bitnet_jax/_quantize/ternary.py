@@ -122,6 +122,17 @@ def quantize_kernel(w: Kernel, spec: KernelSpec) -> Ternary:
     _, contraction, outputs = spec.axes.split(w.shape)
     # Only transposes and reshapes here; the maths sees (*b, K, N) alone.
     codes, scale = quantize_canonical(kernel_axes.to_canonical(w, spec.axes), spec.config)
+    return of_canonical(codes, scale, spec, contraction, outputs)
+
+
+def of_canonical(
+    codes: CanonicalCodes,
+    scale: CanonicalScale,
+    spec: KernelSpec,
+    contraction: tuple[int, ...],
+    outputs: tuple[int, ...],
+) -> Ternary:
+    """Canonical codes and scale, both of the kernel's rank."""
     codes = kernel_axes.from_canonical(codes, spec.axes, contraction, outputs)
     # One scale for all outputs, or for each: a length of 1 on each of their axes, or theirs.
     across = outputs if scale.shape[-1] > 1 else (1,) * len(outputs)

@@ -7,7 +7,7 @@ order, and the operator of the convolution is told where the window lies in it.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +40,33 @@ class ConvPlan(NamedTuple):
 
     def run(self, site: Site, x: jax.Array, value: Value) -> jax.Array:
         """The result of the equation, from a ternary kernel."""
-        view = self.view
-        lhs, _, out = site.eqn.params["dimension_numbers"]
-        shared = [a for a in self.batch if a not in self.alone]
-        x = x.transpose((lhs[0], *lhs[2:], lhs[1]))
-        lead = [view.length(a) for a in shared]
-        x = x.reshape(*x.shape[:-1], *lead, x.shape[-1] // math.prod(lead))
-        first = range(x.ndim - 1 - len(lead), x.ndim - 1)
-        x = jnp.moveaxis(x, tuple(first), tuple(range(len(lead))))
-        y = self._slices(site, x, value, view.kept)
+        out = site.eqn.params["dimension_numbers"][2]
+        y = self._slices(site, self._ordered(site.eqn, x)[0], value, self.view.kept)
         # The mapped axes were outer digits of the output channels.
         y = jnp.moveaxis(y, range(len(self.batch)), range(y.ndim - 1 - len(self.batch), y.ndim - 1))
         y = y.reshape(*y.shape[: len(out) - 1], -1)
         at = {out[0]: 0, out[1]: y.ndim - 1, **{a: i + 1 for i, a in enumerate(out[2:])}}
         return y.transpose([at[a] for a in range(y.ndim)])
+
+    def inputs(self, eqn: Eqn, where: str, x: jax.Array) -> jax.Array:
+        """See ``DotPlan``: each place of the window is a token."""
+        if self.convolution.feature_groups != 1:
+            _raise_grouped(where, self.convolution.feature_groups)
+        x, shared = self._ordered(eqn, x)
+        run = self.convolution.patches
+        for _ in range(shared):
+            run = jax.vmap(run)
+        x = run(x)
+        return x.reshape(*x.shape[:shared], -1, x.shape[-1])
+
+    def _ordered(self, eqn: Eqn, x: jax.Array) -> tuple[jax.Array, int]:
+        """x as (*shared, examples, *space, channels), and how many axes the first are."""
+        lhs = eqn.params["dimension_numbers"][0]
+        lead = [self.view.length(a) for a in self.batch if a not in self.alone]
+        x = x.transpose((lhs[0], *lhs[2:], lhs[1]))
+        x = x.reshape(*x.shape[:-1], *lead, x.shape[-1] // math.prod(lead))
+        first = range(x.ndim - 1 - len(lead), x.ndim - 1)
+        return jnp.moveaxis(x, tuple(first), tuple(range(len(lead)))), len(lead)
 
     def _slices(self, site: Site, x: jax.Array, value: Value, kept: tuple[int, ...]) -> jax.Array:
         """The convolution, mapped over the axes of slices."""
@@ -115,6 +128,16 @@ def plan_conv(eqn: Eqn, side: int, view: View) -> ConvPlan | str:
     if convolution.order == (len(window) - 1, *range(len(window) - 1)):
         convolution = convolution._replace(order=None)
     return ConvPlan(view, contracting, lead, alone, convolution)
+
+
+def _raise_grouped(path: str, groups: int) -> NoReturn:
+    """Refuses statistics of inputs that differ from output to output."""
+    raise NotImplementedError(
+        f"calibrate: the kernel at {path} is of a convolution with {groups} feature groups, whose "
+        "outputs do not meet the same inputs: they have no statistics in common. Give it a method "
+        f"that needs none, method={{'*': 'gptq', {path!r}: 'survivors'}}, or leave it in float "
+        "(select=)."
+    )
 
 
 def _spare(view: View) -> int | None:

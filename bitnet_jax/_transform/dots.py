@@ -38,27 +38,18 @@ class DotPlan(NamedTuple):
     batch: tuple[int, ...]
     alone: tuple[int, ...]
 
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """The leaf's axes that carry slices of kernel and input."""
+        return tuple(a for a in self.batch if a not in self.alone)
+
     def run(self, site: Site, x: jax.Array, value: Value) -> jax.Array:
         """The result of the equation, from a ternary kernel."""
-        view, eqn = self.view, site.eqn
+        view, eqn, shared = self.view, site.eqn, self.shared
         (xc, wc), (xb, wb) = _sided(eqn, self.side)
         met = dict(zip((*xc, *xb), (*wc, *wb), strict=True))
-        shared = tuple(a for a in self.batch if a not in self.alone)
         outputs = tuple(a for a in view.kept if a not in self.batch + self.contracting)
-
-        # The axes of x as the parts of the kernel that they meet; rows by their number.
-        x_parts: list[Any] = []
-        for axis in range(x.ndim):
-            own = view.parts[met[axis]] if axis in met else ()
-            x_parts += own or (() if axis in xc else (axis,))
-        rows = [p for p in x_parts if isinstance(p, int)]
-        sizes = [x.shape[p] if isinstance(p, int) else p.length for p in x_parts]
-        order = [*view.ordered(shared), *rows, *view.ordered(self.contracting)]
-        x = x.reshape(sizes).transpose([x_parts.index(p) for p in order])
-        lead = [view.length(a) for a in shared]
-        rows_shape = [sizes[x_parts.index(row)] for row in rows]
-        x = x.reshape(*lead, *rows_shape, *(view.length(a) for a in self.contracting))
-
+        x, rows, rows_shape = self._ordered(eqn, x)
         y = self._slices(site, x, value, self.alone, view.kept)
         # y is (*alone, *shared, *rows, *outputs): to the order of the equation.
         y_parts = [*view.ordered(self.alone), *view.ordered(shared), *rows, *view.ordered(outputs)]
@@ -71,6 +62,34 @@ class DotPlan(NamedTuple):
         y = y.transpose([y_parts.index(p) for group in groups for p in group])
         shape = [math.prod(_length(p, rows, rows_shape) for p in group) for group in groups]
         return jnp.broadcast_to(y.reshape(shape), shape_of(eqn.outvars[0]))
+
+    def inputs(self, eqn: Eqn, where: str, x: jax.Array) -> jax.Array:
+        """What the contraction meets: x as (*shared, tokens, K), K in the leaf's order."""
+        del where
+        x, _, rows_shape = self._ordered(eqn, x)
+        shared = x.shape[: len(self.shared)]
+        return x.reshape(
+            *shared, math.prod(rows_shape), math.prod(x.shape[-len(self.contracting) :])
+        )
+
+    def _ordered(self, eqn: Eqn, x: jax.Array) -> tuple[jax.Array, list[int], list[int]]:
+        """x as (*shared, *rows, *contraction), its axes that are rows, and their lengths."""
+        view = self.view
+        (xc, wc), (xb, wb) = _sided(eqn, self.side)
+        met = dict(zip((*xc, *xb), (*wc, *wb), strict=True))
+        # The axes of x as the parts of the kernel that they meet; rows by their number.
+        x_parts: list[Any] = []
+        for axis in range(x.ndim):
+            own = view.parts[met[axis]] if axis in met else ()
+            x_parts += own or (() if axis in xc else (axis,))
+        rows = [p for p in x_parts if isinstance(p, int)]
+        sizes = [x.shape[p] if isinstance(p, int) else p.length for p in x_parts]
+        order = [*view.ordered(self.shared), *rows, *view.ordered(self.contracting)]
+        x = x.reshape(sizes).transpose([x_parts.index(p) for p in order])
+        lead = [view.length(a) for a in self.shared]
+        rows_shape = [sizes[x_parts.index(row)] for row in rows]
+        x = x.reshape(*lead, *rows_shape, *(view.length(a) for a in self.contracting))
+        return x, rows, rows_shape
 
     def _slices(
         self,

@@ -21,6 +21,7 @@ from bitnet_jax._transform import loops
 from bitnet_jax._transform.jaxprs import Eqn, Jaxpr
 from bitnet_jax._transform.layout import is_float
 from bitnet_jax._transform.marks import Mark, Walker
+from bitnet_jax._transform.probe import once, placed
 from bitnet_jax._transform.tracked import Interpreter, Tracked, tracked, values_of, views_of
 from bitnet_jax._transform.view import View
 
@@ -71,13 +72,17 @@ class _Wrapped:
         self._interpreter, self._jaxpr, self._views = interpreter, jaxpr, views
         self._seen: list[View | None] = []
 
-    def __call__(self, *values: Any) -> list[Any]:
-        outs = self._interpreter.body(self._jaxpr, tracked(values, self._views))
+    def __call__(self, *values: Any) -> tuple[list[Any], list[jax.Array]]:
+        outs, tolls = self._interpreter.closed(self._jaxpr, tracked(values, self._views))
         self._seen = views_of(outs)
-        return values_of(outs)
+        return values_of(outs), tolls
 
-    def results(self, values: Sequence[Any], views: Sequence[View | None]) -> list[Any]:
+    def results(
+        self, made: tuple[Sequence[Any], list[jax.Array]], views: Sequence[View | None]
+    ) -> list[Any]:
         """The results, their kernels seen as leaves of the operands of this call."""
+        values, tolls = made
+        self._interpreter.tolls += tolls
         pairs = zip(self._views, views, strict=True)
         leaf = {old.leaf: new.leaf for old, new in pairs if old is not None and new is not None}
         seen = [v if v is None else v._replace(leaf=leaf[v.leaf]) for v in self._seen]
@@ -97,8 +102,8 @@ def _jit(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
     return body.results(run(*values_of(operands)), views)
 
 
-def _named(body: _Wrapped, name: str) -> Callable[..., list[Any]]:
-    def run(*values: Any) -> list[Any]:
+def _named(body: _Wrapped, name: str) -> Callable[..., tuple[list[Any], list[jax.Array]]]:
+    def run(*values: Any) -> tuple[list[Any], list[jax.Array]]:
         return body(*values)
 
     run.__name__ = run.__qualname__ = name
@@ -118,7 +123,7 @@ def _how(eqn: Eqn, views: Sequence[View | None]) -> dict[str, Any]:
     if any(s is not None for s in ins):
         how["in_shardings"] = tuple(ins)
     if any(s is not None for s in outs):
-        how["out_shardings"] = outs
+        how["out_shardings"] = (outs, None)
     donated = [
         i for i, (v, d) in enumerate(_paired(views, params["donated_invars"])) if d and not v
     ]
@@ -188,18 +193,25 @@ def _shard_map(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[
         seen.append(_shards(spec, operand.view, params["mesh"]) if kernel else None)
         specs.append(_stored_spec(spec, operand.view) if kernel else spec)
     body = _Wrapped(interpreter, params["jaxpr"], seen)
+    manual = frozenset(params.get("newly_manual_axes", params.get("manual_axes", ())))
+    if not params["check_vma"]:
+        interpreter.require_collectable(operands, "a `shard_map` with check_vma=False")
 
-    def run(*values: Any) -> list[Any]:
-        return interpreter.arrays(tracked(body(*values), body._seen), eqn)
+    def run(*values: Any) -> tuple[list[Any], list[jax.Array]]:
+        outs, tolls = body(*values)
+        owed = [once(toll, tuple(sorted(manual))) for toll in tolls]
+        return interpreter.arrays(tracked(outs, body._seen), eqn), owed
 
-    return jax.shard_map(
+    outs, tolls = jax.shard_map(
         run,
         mesh=params["mesh"],
         in_specs=tuple(specs),
-        out_specs=list(params["out_specs"]),
-        axis_names=frozenset(params.get("newly_manual_axes", params.get("manual_axes", ()))),
+        out_specs=(list(params["out_specs"]), PartitionSpec(tuple(sorted(manual)))),
+        axis_names=manual,
         check_vma=params["check_vma"],
     )(*values_of(operands))
+    interpreter.tolls += [toll.sum() for toll in tolls]
+    return outs
 
 
 def _stored_spec(spec: PartitionSpec, view: View) -> PartitionSpec:
@@ -209,7 +221,7 @@ def _stored_spec(spec: PartitionSpec, view: View) -> PartitionSpec:
         axis = view.whole(at)
         if axis is not None and entry is not None:
             entries[axis] = entry
-    return PartitionSpec(*(entries.get(a) for a in view.kept))
+    return placed(PartitionSpec(*(entries.get(a) for a in view.kept)))
 
 
 # What has a derivative of its own, which is not used where it multiplies a quantised kernel.

@@ -8,7 +8,7 @@ left in the program: interpreting is tracing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,11 @@ from bitnet_jax._layers.stated import STATED
 from bitnet_jax._ops.gather import gathering
 from bitnet_jax._quantize.pinned import pinned
 from bitnet_jax._transform import jaxprs, layout
+from bitnet_jax._transform.convs import ConvPlan
+from bitnet_jax._transform.dots import DotPlan
 from bitnet_jax._transform.higher_order import RULES
 from bitnet_jax._transform.jaxprs import Atom, Eqn, Jaxpr
+from bitnet_jax._transform.probe import Probed, toll
 from bitnet_jax._transform.products import MEETS, MULTIPLIES, plan_of
 from bitnet_jax._transform.site import Chosen, Site
 from bitnet_jax._transform.tracked import Operand, Tracked, shown
@@ -34,16 +37,35 @@ class Interpreter:
 
     Args:
       chosen: the quantised leaves, by their number.
+      probing: whether the program is run in float, to collect what probed kernels meet.
     """
 
-    def __init__(self, chosen: dict[int, Chosen]):
-        self._chosen = chosen
+    def __init__(self, chosen: dict[int, Chosen], probing: bool = False):
+        self._chosen, self._probing = chosen, probing
         self.jitted: dict[Any, Any] = {}
+        self.tolls: list[jax.Array] = []
 
     def body(self, jaxpr: Jaxpr, operands: Sequence[Any]) -> list[Any]:
         """Runs a jaxpr; operands and results are arrays, and kernels on their way."""
         inner, consts = jaxprs.opened(jaxpr)
         return _Run(self, inner, consts, operands).results()
+
+    def closed(self, jaxpr: Jaxpr, operands: Sequence[Any]) -> tuple[list[Any], list[jax.Array]]:
+        """:meth:`body`, and what it owes: one number where kernels are probed, else nothing."""
+        if not self._probing:
+            return self.body(jaxpr, operands), []
+        outer, self.tolls = self.tolls, []
+        try:
+            outs = self.body(jaxpr, operands)
+            return outs, [sum(self.tolls, start=jnp.float32(0))]
+        finally:
+            self.tolls = outer
+
+    def require_collectable(self, operands: Sequence[Any], what: str) -> None:
+        """Refuses code in which no statistics can be collected of the probed operands."""
+        for o in operands:
+            if isinstance(o, Tracked) and isinstance(o.value, Probed):
+                _raise_not_collectable(self._chosen[o.view.leaf].where, what)
 
     def alike(self, views: Sequence[View | None]) -> Any:
         """A key that is the same for operands that are quantised and seen the same way."""
@@ -74,11 +96,24 @@ class Interpreter:
         plan = plan_of(eqn, side, view)
         assert not isinstance(plan, str)  # such leaves were not chosen
         x = jnp.asarray(operands[1 - side] if uncast is None else uncast)
+        if self._probing:
+            if isinstance(value, Probed):
+                assert isinstance(plan, DotPlan | ConvPlan)  # no ternary config fits a look-up
+                rows = plan.inputs(eqn, self._chosen[view.leaf].where, x)
+                alone = tuple(plan.batch.index(a) for a in plan.alone)
+                self.tolls.append(toll(rows, value.probe, alone))
+            return self.computed(eqn, operands)
         chosen = self._chosen[view.leaf]
         if view.stated is not None:
             chosen = chosen._replace(config=view.stated)
         y = plan.run(Site(eqn, chosen, strength), x, value)
         return [_placed(y, eqn.outvars[0])]
+
+    def computed(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
+        """An equation as it is, from what the program sees of its operands."""
+        params = eqn.primitive.get_bind_params(eqn.params)
+        outs = eqn.primitive.bind(*self.arrays(operands, eqn), **params)
+        return outs if eqn.primitive.multiple_results else [outs]
 
     def state(self, eqn: Eqn, operands: list[Any]) -> Tracked:
         """The kernel of a layer of ours, a leaf or not: from here on it is quantised as stated."""
@@ -89,6 +124,15 @@ class Interpreter:
             kernel = Tracked(of_leaf(number, jnp.shape(kernel)), jnp.asarray(kernel))
         view = kernel.view._replace(stated=eqn.params["config"])
         return Tracked(view, kernel.value, strength[0] if strength else eqn.params["strength"])
+
+
+def _raise_not_collectable(path: str, what: str) -> NoReturn:
+    """Refuses to collect what a kernel meets where that cannot be counted."""
+    raise NotImplementedError(
+        f"calibrate: the kernel at {path} enters {what}, in which no statistics of its inputs can "
+        "be collected. Give it a method that needs none, method={'*': 'gptq', "
+        f"{path!r}: 'survivors'}}, or leave it in float (select=)."
+    )
 
 
 def _placed(y: jax.Array, like: Atom) -> jax.Array:
@@ -143,7 +187,7 @@ class _Run:
         """The add after a product, of a bias as a rule, rounded as the layers round it."""
         self._catch_up(at)
         with jaxprs.inside(eqn):
-            (y,) = self._computed(eqn, [self._read(v) for v in eqn.invars])
+            (y,) = self._interpreter.computed(eqn, [self._read(v) for v in eqn.invars])
             self._values[eqn.outvars[0]] = pinned(y)
 
     def _read(self, atom: Atom) -> Any:
@@ -176,7 +220,7 @@ class _Run:
                 outs = self._interpreter.meet(eqn, operands, self._uncast(eqn, operands))
                 self._products.update(eqn.outvars if name in MULTIPLIES else ())
             else:
-                outs = self._moved(eqn, operands) or self._computed(eqn, operands)
+                outs = self._moved(eqn, operands) or self._interpreter.computed(eqn, operands)
         self._values.update(zip(eqn.outvars, outs, strict=True))
 
     @staticmethod
@@ -195,11 +239,6 @@ class _Run:
             Tracked(s.view, value if s.change is None else s.change(value, operands), strength)
             for s in steps
         ]
-
-    def _computed(self, eqn: Eqn, operands: list[Any]) -> list[Any]:
-        params = eqn.primitive.get_bind_params(eqn.params)
-        outs = eqn.primitive.bind(*self._interpreter.arrays(operands, eqn), **params)
-        return outs if eqn.primitive.multiple_results else [outs]
 
     def _uncast(self, eqn: Eqn, operands: list[Any]) -> jax.Array | None:
         """The input before the cast that its own layer made: it is quantised as the kernel is."""

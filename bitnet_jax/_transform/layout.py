@@ -19,10 +19,14 @@ from bitnet_jax._layers.stated import STATED
 from bitnet_jax._packed.adapted import Adapted
 from bitnet_jax._packed.kernel import Packed, is_packed
 from bitnet_jax._transform.jaxprs import Eqn
+from bitnet_jax._transform.probe import Probed
 from bitnet_jax._transform.view import View
 
 # A kernel as it is stored: a float array, a packed kernel, or one with an adapter.
 Value = jax.Array | Packed | Adapted
+
+# The same, or a float array whose inputs are counted.
+Carried = Value | Probed
 
 Change = Callable[[Any, list[Any]], Any]
 
@@ -68,8 +72,9 @@ def _identity(eqn: Eqn, at: int, view: View) -> list[Step] | None:
     if eqn.primitive.name in _PLACING and not view.is_plain:
         return [Step(view)]
 
-    def change(value: Value, operands: list[Any]) -> Any:
-        del operands
+    def change(value: Carried, operands: list[Any]) -> Any:
+        if isinstance(value, Probed):
+            return value._replace(kernel=change(value.kernel, operands))
         if not isinstance(value, jax.Array):
             return value
         params = eqn.primitive.get_bind_params(eqn.params)
@@ -201,7 +206,7 @@ _RULES: dict[str, Callable[[Eqn, View], list[Step] | None]] = {
 }
 
 
-def taken(value: Value, position: int, index: ArrayLike) -> Any:
+def taken(value: Carried, position: int, index: ArrayLike) -> Any:
     """One slice of a kernel along one of its axes: of the array, or of all that is packed."""
     if position == 0 and is_stack(value):
         return value[index if isinstance(index, int) else jnp.minimum(index, value.shape[0] - 1)]
@@ -211,12 +216,12 @@ def taken(value: Value, position: int, index: ArrayLike) -> Any:
     return jax.tree.map(lambda a: one(a, index, position), value)
 
 
-def part(value: Value, position: int, start: ArrayLike, size: int) -> Any:
+def part(value: Carried, position: int, start: ArrayLike, size: int) -> Any:
     """A run of slices of a kernel along one of its axes."""
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, position), value)
 
 
-def leading(value: Value, position: int) -> Any:
+def leading(value: Carried, position: int) -> Any:
     """A kernel with one of its axes first, as ``scan`` and ``vmap`` slice it."""
     return jax.tree.map(lambda a: jnp.moveaxis(a, position, 0), value)
 
@@ -228,5 +233,5 @@ def is_stack(value: Value) -> TypeGuard[Packed | Adapted]:
 
 
 def is_float(value: object) -> TypeGuard[jax.Array]:
-    """Whether a value is an array, and not a packed kernel."""
-    return not (is_packed(value) or isinstance(value, Adapted))
+    """Whether a value is an array, and not a packed or a probed kernel."""
+    return not (is_packed(value) or isinstance(value, Adapted | Probed))

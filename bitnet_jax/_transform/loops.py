@@ -105,21 +105,22 @@ def run_scan(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[An
             stacks.append(_stacked(operand, view))
             xs.append(sliced_by_scan(stacks[-1]))
 
-    def body(carry: list[Any], at_and_x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+    def body(carry: list[Any], at_and_x: tuple[Any, list[Any]]) -> tuple[list[Any], Any]:
         at, x = at_and_x
         pairs = zip(stacks, x, strict=True)
         x = [part if whole is None else layer_of(whole, part, at) for whole, part in pairs]
-        outs = interpreter.body(
+        outs, tolls = interpreter.closed(
             params["jaxpr"], [*fixed, *_filled(kept, carry), *tracked(x, steps)]
         )
         ends = _left(outs[:m], kept), _left(outs[m:], through[m:])
-        return interpreter.arrays(ends[0], eqn), interpreter.arrays(ends[1], eqn)
+        return interpreter.arrays(ends[0], eqn), (interpreter.arrays(ends[1], eqn), tolls)
 
     how = {name: params[name] for name in ("length", "reverse", "unroll") if name in params}
     if params.get("_split_transpose"):
         how["_split_transpose"] = True
     places = jnp.arange(params["length"], dtype=jnp.int32)
-    end, ys = lax.scan(body, start, (places, xs), **how)
+    end, (ys, tolls) = lax.scan(body, start, (places, xs), **how)
+    interpreter.tolls += [toll.sum() for toll in tolls]
     return [*_filled(kept, end), *_filled(through[m:], ys)]
 
 
@@ -170,6 +171,7 @@ def analyse_while(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> 
 
 def run_while(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
     """A while loop with its condition and its body interpreted."""
+    interpreter.require_collectable(operands, "a `while` loop whose length is not known")
     params = eqn.params
     c, b = params["cond_nconsts"], params["body_nconsts"]
     of_cond, of_body, carry = operands[:c], operands[c : c + b], operands[c + b :]
@@ -208,18 +210,21 @@ def run_cond(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[An
     index, *operands = operands
     views, values = views_of(operands), values_of(operands)
 
-    def interpreted(branch: Jaxpr) -> Callable[..., list[Any]]:
-        def run(*values: Any) -> list[Any]:
-            outs = interpreter.body(branch, tracked(values, views))
-            return interpreter.arrays(_left(outs, through), eqn)
+    def interpreted(branch: Jaxpr) -> Callable[..., Any]:
+        def run(*values: Any) -> Any:
+            outs, tolls = interpreter.closed(branch, tracked(values, views))
+            return interpreter.arrays(_left(outs, through), eqn), tolls
 
         return run
 
     branches = [interpreted(branch) for branch in eqn.params["branches"]]
     platforms = eqn.params.get("branches_platforms")
     if platforms is None:
-        return _filled(through, lax.switch(index, branches, *values))
-    pairs = list(zip(branches, platforms, strict=True))
-    named = {name: branch for branch, names in pairs for name in names or ()}
-    default = next((branch for branch, names in pairs if names is None), None)
-    return _filled(through, lax.platform_dependent(*values, default=default, **named))
+        outs, tolls = lax.switch(index, branches, *values)
+    else:
+        pairs = list(zip(branches, platforms, strict=True))
+        named = {name: branch for branch, names in pairs for name in names or ()}
+        default = next((branch for branch, names in pairs if names is None), None)
+        outs, tolls = lax.platform_dependent(*values, default=default, **named)
+    interpreter.tolls += tolls
+    return _filled(through, outs)

@@ -6,6 +6,7 @@ in JAX's own caches, by the function, the shapes and the contexts that they were
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,6 +27,7 @@ from bitnet_jax._transform.interpret import Interpreter
 from bitnet_jax._transform.jaxprs import Jaxpr
 from bitnet_jax._transform.layout import Value
 from bitnet_jax._transform.marks import KNOWN, LIVE, Found, Mark
+from bitnet_jax._transform.probe import Probe, Probed
 from bitnet_jax._transform.site import Chosen
 from bitnet_jax._transform.survey import Survey
 from bitnet_jax._transform.tracked import Operand, Tracked, shown
@@ -141,6 +143,26 @@ class Program:
         if self._phased:
             _require_own(candidates, decisions)
         return Plan(jaxpr, result, candidates, survey.found, decisions)
+
+    @functools.cached_property
+    def moments(self) -> Callable[..., dict[int, Probe]]:
+        """(probes by leaf, values, rest) -> their statistics, of one call in float."""
+        return jax.jit(jax.grad(self._toll))
+
+    def _toll(self, probes: dict[int, Probe], values: list[Any], rest: list[Any]) -> jax.Array:
+        """What the products of the probed kernels owe; see ``probe``."""
+        plan = self.plan(values, rest)
+        chosen: dict[int, Chosen] = {}
+        operands = list(values)
+        for i, probe in probes.items():
+            one, decision = plan.candidates[i], plan.decisions[i]
+            assert one is not None  # it was selected
+            if decision is not None and decision.config is not None:  # it is met in this call
+                layer = self._spec.layer._replace(weights=decision.config)
+                chosen[i] = Chosen(one.where, layer)
+                operands[i] = Tracked(of_leaf(i, one.leaf.shape), Probed(values[i], probe))
+        _, tolls = Interpreter(chosen, probing=True).closed(plan.jaxpr, [*operands, *rest])
+        return tolls[0]
 
     def _run(self, values: list[Any], rest: list[Any]) -> Any:
         plan = self.plan(values, rest)

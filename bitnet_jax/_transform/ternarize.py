@@ -10,7 +10,7 @@ contexts that they were made in.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,12 +27,13 @@ from bitnet_jax._quantize.arrays import DTypeLike
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig
 from bitnet_jax._transform import decide
 from bitnet_jax._transform.explain import ProgramCoverage, coverage
+from bitnet_jax._transform.probe import Probe, Wanted
 from bitnet_jax._transform.program import Bound, Plan, Program, Spec, static_leaves
 from bitnet_jax._transform.results import given_back
 from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
-from bitnet_jax._tree.select import Kernels, KernelUse, Select
+from bitnet_jax._tree.select import Kernels, KernelUse, Path, Select
 
 
 def ternarize(
@@ -128,6 +129,11 @@ class Ternarized:
         self._programs: dict[Any, Program] = {}
         functools.update_wrapper(self, spec.fn, updated=())
 
+    @property
+    def argnums(self) -> int:
+        """Which positional argument holds the parameters."""
+        return self._spec.argnums
+
     def __reduce__(self) -> Any:
         return Ternarized, (self._spec,)
 
@@ -211,6 +217,39 @@ class Ternarized:
         """
         kernels = self.packable(*args, **kwargs)
         return pack_params(args[self._spec.argnums], select=kernels)
+
+    def moments(
+        self, wanted: Mapping[Path, Wanted], *args: PyTree, **kwargs: PyTree
+    ) -> dict[Path, Probe]:
+        """What kernels meet in one call of the float function; see ``probe``.
+
+        Args:
+          wanted: path of a kernel to what is asked of it.
+          *args: as for the function.
+          **kwargs: as for the function.
+
+        Returns:
+          Path to sums over the tokens of this call, float32; 0 where it does not meet a kernel.
+
+        Raises:
+          ValueError: as a call does; a kernel that this call uses over other axes.
+          NotImplementedError: a kernel whose inputs cannot be collected.
+        """
+        bound = self._bind("calibrate", args, kwargs)
+        _require_values(bound.values, bound.rest)
+        plan = self._checked_plan(bound)
+        probes, paths = {}, {}
+        for i, one in enumerate(plan.candidates):
+            if one is not None and one.path in wanted:
+                paths[i], probes[i] = one.path, wanted[one.path].probe()
+        for path, use in _kernels(plan).uses.items():
+            axes = wanted[path].axes if path in wanted else None
+            if axes is not None and (axes.contracting, axes.batch) != (*use.axes.values(),):
+                _checks.raise_used_two_ways(
+                    "calibrate", "/".join(path), "over other axes in a call"
+                )
+        found = bound.program.moments(probes, bound.values, bound.rest)
+        return {paths[i]: probe for i, probe in found.items()}
 
     def check(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Raises what a call raises of the selection; nothing is computed."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
+import jax
 from jax.typing import ArrayLike
 
 from bitnet_jax._quantize.strength import Strength
 from bitnet_jax._transform.jaxprs import Eqn, Jaxpr
-from bitnet_jax._transform.layout import Value, is_float
+from bitnet_jax._transform.layout import Carried, is_float
+from bitnet_jax._transform.probe import plain
 from bitnet_jax._transform.view import View
 
 
@@ -18,12 +20,12 @@ class Tracked(NamedTuple):
 
     Attributes:
       view: how the program sees it.
-      value: an array, a packed kernel or an adapted one, with the view's kept axes.
+      value: an array, a probed, a packed or an adapted kernel, with the view's kept axes.
       strength: that its own layer states; None: the one around the call.
     """
 
     view: View
-    value: Value
+    value: Carried
     strength: Strength | None = None
 
 
@@ -36,9 +38,20 @@ class Interpreter(Protocol):
     """What the rule of a higher-order primitive needs of the interpreter."""
 
     jitted: dict[Any, Any]
+    tolls: list[jax.Array]
 
     def body(self, jaxpr: Jaxpr, operands: Sequence[Operand]) -> list[Any]:
         """Runs a jaxpr; results may be kernels still."""
+        ...
+
+    def closed(
+        self, jaxpr: Jaxpr, operands: Sequence[Operand]
+    ) -> tuple[list[Any], list[jax.Array]]:
+        """Runs a jaxpr that is traced on its own; returns what it owes besides."""
+        ...
+
+    def require_collectable(self, operands: Sequence[Operand], what: str) -> None:
+        """Refuses code in which no statistics can be collected of the probed operands."""
         ...
 
     def alike(self, views: Sequence[View | None]) -> tuple[Any, ...]:
@@ -71,9 +84,10 @@ def shown(operand: Operand, where: str, primitive: str) -> ArrayLike:
     """The array that the program sees; refuses a packed kernel, which is none."""
     if not isinstance(operand, Tracked):
         return operand
-    if not is_float(operand.value):
+    value = plain(operand.value)
+    if not is_float(value):
         _raise_read_as_float(where, primitive)
-    return operand.view.shown(operand.value)
+    return operand.view.shown(value)
 
 
 def _raise_read_as_float(path: str, primitive: str) -> NoReturn:

@@ -18,6 +18,7 @@ from bitnet_jax import _checks
 from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._transform.decide import NOT_SELECTED, UNREACHED
 from bitnet_jax._transform.explain import ProgramCoverage
+from bitnet_jax._transform.probe import Probe, Wanted
 from bitnet_jax._transform.ternarize import Ternarized
 from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.pack_report import PackReport
@@ -79,7 +80,7 @@ def pack(
       >>> bool((y == model.apply({"params": params}, x)).all())
       True
     """
-    asked = _Asked("pack", model, _examples(example_args, example_kwargs, method, calls), rngs)
+    asked = Asked("pack", model, _examples(example_args, example_kwargs, method, calls), rngs)
     return asked.pack(params, variables)
 
 
@@ -123,7 +124,7 @@ def kernels(
       >>> packed["kernel"]
       PackedTernary(shape=(3, 3, 4, 8), scale=(1, 1, 1, 1), 76 bytes)
     """
-    asked = _Asked("kernels", model, _examples(example_args, example_kwargs, method, calls), rngs)
+    asked = Asked("kernels", model, _examples(example_args, example_kwargs, method, calls), rngs)
     return asked.kernels(params, variables)
 
 
@@ -162,18 +163,18 @@ def explain(
       layers_1/kernel  conv_general_dilated  2x2x8x4  float32  0,1,2  37.2%  float    not selected
       63 % ternary of 44 kFLOP
     """
-    asked = _Asked("explain", model, [_Example(method, example_args, example_kwargs)], rngs)
+    asked = Asked("explain", model, [Example(method, example_args, example_kwargs)], rngs)
     return asked.explain()
 
 
 def _examples(
     args: Args, kwargs: Kwargs, method: Method, calls: Sequence[Callable[[Any], Any]]
-) -> list[_Example]:
+) -> list[Example]:
     """The calls that the model is traced with."""
-    return [_Example(method, args, kwargs), *(_Example(call, (), {}) for call in calls)]
+    return [Example(method, args, kwargs), *(Example(call, (), {}) for call in calls)]
 
 
-class _Example(NamedTuple):
+class Example(NamedTuple):
     """One call of a model."""
 
     method: Method
@@ -187,10 +188,10 @@ def _nothing(path: Path, leaf: object) -> bool:
     return False
 
 
-class _Asked:
+class Asked:
     """What is asked of a model by example calls."""
 
-    def __init__(self, who: str, model: nn.Module, examples: Sequence[_Example], rngs: PyTree):
+    def __init__(self, who: str, model: nn.Module, examples: Sequence[Example], rngs: PyTree):
         _checks.require_instance(who, "model", model, nn.Module, "Pass a linen module.")
         self._who, self._model, self._examples = who, model, examples
         self._rngs = {"params": jax.random.key(0)} if rngs is None else rngs
@@ -236,8 +237,23 @@ class _Asked:
         self, params: PyTree, variables: Mapping[str, PyTree] | None
     ) -> tuple[PyTree, PackReport]:
         """The packed parameters, and the report."""
+        return pack_params(params, select=self.packable(params, variables))
+
+    def packable(self, params: PyTree, variables: Mapping[str, PyTree] | None) -> Kernels:
+        """The quantised parameters, where each can be packed."""
         self._require_reached(params, variables)
-        return pack_params(params, select=self._traced(self._ternary.packable, params, variables))
+        return self._traced(self._ternary.packable, params, variables)
+
+    def moments(
+        self,
+        wanted: Mapping[Path, Wanted],
+        params: PyTree,
+        variables: Mapping[str, PyTree] | None,
+        args: Args,
+        kwargs: Kwargs,
+    ) -> dict[Path, Probe]:
+        """What kernels meet in a call as the one example, of other arguments."""
+        return self._ternary.moments(wanted, params, variables or {}, [(args, kwargs)])
 
     def _require_reached(self, params: PyTree, variables: Mapping[str, PyTree] | None) -> None:
         _checks.require_instance(
@@ -333,7 +349,8 @@ def _example_refused(who: str, error: Exception) -> ValueError:
 
 def _raise_never_reached(who: str, paths: Sequence[str]) -> NoReturn:
     """Reports kernels that no example call uses."""
+    how = "call={'method': lambda m, *args: ...}" if who == "calibrate" else "calls=[lambda m: ...]"
     raise ValueError(
-        f"{who}: no call reaches the kernels {', '.join(paths)}. Pass calls=[lambda m: ...] that "
+        f"{who}: no call reaches the kernels {', '.join(paths)}. Pass {how} that "
         "use them, or take them out of `params`."
     )

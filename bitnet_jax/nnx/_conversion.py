@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import uuid
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, TypeVar
 
@@ -26,6 +26,7 @@ from bitnet_jax._quantize.int8 import INT8, ActivationConfig
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._transform import ProgramCoverage
 from bitnet_jax._transform.decide import NOT_SELECTED
+from bitnet_jax._transform.probe import Probe, Wanted
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
 from bitnet_jax._tree.select import Kernels, KernelUse, Path, Patterns, Select, decide, matched
@@ -226,9 +227,14 @@ def pack(
     """
     uses = _kernels("pack", model, _examples(method, calls, args, kwargs))
     state, report = pack_params(nnx.state(model, nnx.Param), select=uses)
-    packed = nnx.clone(model)
-    nnx.update(packed, state)
-    return packed, report
+    return with_params(model, state), report
+
+
+def with_params(model: Model, state: PyTree) -> Model:
+    """A copy of a model with other values of its parameters; the rest it shares."""
+    copied = nnx.clone(model)
+    nnx.update(copied, state)
+    return copied
 
 
 def kernels(
@@ -309,7 +315,7 @@ def explain(
 
 
 # A method's name, and the arguments of an example of a call.
-_Example = tuple[str, tuple[Any, ...], dict[str, Any]]
+Example = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
 def _examples(
@@ -317,12 +323,12 @@ def _examples(
     calls: Sequence[tuple[Any, ...]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> list[_Example]:
+) -> list[Example]:
     first = [(method or "__call__", args, kwargs)] if method or args or kwargs else []
     return [*first, *((name, tuple(rest), {}) for name, *rest in calls)]
 
 
-def _split(who: str, model: nnx.Module, example: _Example) -> AbstractContextManager[Split]:
+def _split(who: str, model: nnx.Module, example: Example) -> AbstractContextManager[Split]:
     """A call of an example, split for the transformation."""
     name, args, kwargs = example
     place = place_of(model)
@@ -335,7 +341,7 @@ def _split(who: str, model: nnx.Module, example: _Example) -> AbstractContextMan
     return splitting(place.plan, model, run.__wrapped__, args, kwargs)
 
 
-def _kernels(who: str, model: nnx.Module, examples: Sequence[_Example]) -> Kernels:
+def _kernels(who: str, model: nnx.Module, examples: Sequence[Example]) -> Kernels:
     _checks.require_instance(
         who, "model", model, nnx.Module, "Pass an NNX module; linen models have bj.linen."
     )
@@ -363,7 +369,7 @@ def _kernels(who: str, model: nnx.Module, examples: Sequence[_Example]) -> Kerne
     return Kernels(uses)
 
 
-def _traced(who: str, model: nnx.Module, examples: Sequence[_Example]) -> dict[Path, KernelUse]:
+def _traced(who: str, model: nnx.Module, examples: Sequence[Example]) -> dict[Path, KernelUse]:
     """The kernels that examples of calls quantise."""
     paths = {id(v): path for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     found: dict[Path, KernelUse | None] = {}
@@ -384,6 +390,27 @@ def _traced(who: str, model: nnx.Module, examples: Sequence[_Example]) -> dict[P
                 how = "in one way here and in another, or in float, in another of the calls"
                 _checks.raise_used_two_ways(who, "/".join(where), how)
     return {path: use for path, use in found.items() if use is not None}
+
+
+def packable(model: nnx.Module, example: Example) -> Kernels:
+    """The kernels that :func:`pack` packs, by one example."""
+    return _kernels("pack", model, [example])
+
+
+def moments(
+    model: nnx.Module, wanted: Mapping[Path, Wanted], example: Example
+) -> dict[Path, Probe]:
+    """What kernels meet in one call of the float model, by their paths in the model."""
+    paths = {id(v): path for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    with _split("calibrate", model, example) as split:
+        own = {
+            path: tuple(map(str, paths[id(variable)]))
+            for path, variable in split.params.items()
+            if id(variable) in paths
+        }
+        inside = {path: wanted[where] for path, where in own.items() if where in wanted}
+        found = split.function.moments(inside, *split.operands)
+    return {own[path]: probe for path, probe in found.items()}
 
 
 def _raise_needs_example(who: str, path: str, owner: str) -> NoReturn:

@@ -1,0 +1,125 @@
+"""Second moments of what a kernel meets, collected by differentiating a program.
+
+A *probe* is an array of zeros that travels beside a kernel. Where the kernel meets x, the program
+owes a *toll*, ``sum(probe * moments(x))``: zero, and linear in the probe. The interpreter adds the
+tolls up and hands them out of jitted, scanned, rematerialised, conditional and sharded code. So
+the gradient of the toll is the moments, summed over uses, and stacked where a loop or a map
+slices the kernel, by JAX's own transposition. Only the toll is differentiated: no cotangent comes
+back through the model, and nothing in it (``stop_gradient``, an argmax) can cut one.
+
+Left out: a ``custom_vjp`` around x, whose rule is not run where no cotangent arrives, and which
+costs a backward pass; a callback, which does not know the slice that it is called for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Float32, PyTree
+
+from bitnet_jax import _mesh
+from bitnet_jax._quantize.arrays import AnyArray
+from bitnet_jax._quantize.kernel_axes import KernelAxes
+
+# Squares of so many rows are summed first: two short float32 sums are closer than a long one.
+_BLOCK = 128
+
+
+class Probe(NamedTuple):
+    """Zeros beside a kernel, or the statistics that are their gradient.
+
+    Attributes:
+      tokens: how many rows of x that are not all 0 each slice meets.
+      moments: sums over rows of ``x_i**2``, or of ``x_i x_j``.
+    """
+
+    tokens: Float32[Array, "*b"]
+    moments: Float32[Array, "*b k"] | Float32[Array, "*b k k"]
+
+
+class Probed(NamedTuple):
+    """A float kernel on its way with its probe; batch axes come first in both."""
+
+    kernel: jax.Array
+    probe: Probe
+
+
+class Wanted(NamedTuple):
+    """What is asked of one kernel.
+
+    Attributes:
+      shape: of the kernel.
+      axes: of the kernel; the batch axes come first.
+      matrix: whether all of ``x_i x_j``, or ``x_i**2`` alone.
+    """
+
+    shape: tuple[int, ...]
+    axes: KernelAxes
+    matrix: bool
+
+    def probe(self) -> Probe:
+        """The zeros."""
+        batch, contraction, _ = self.axes.split(self.shape)
+        length = math.prod(contraction)
+        each = (length, length) if self.matrix else (length,)
+        return Probe(jnp.zeros(batch, jnp.float32), jnp.zeros((*batch, *each), jnp.float32))
+
+
+def toll(x: Float[AnyArray, "*shared t k"], probe: Probe, alone: tuple[int, ...]) -> jax.Array:
+    """What a product owes: the inner product of its probe with the statistics of its input.
+
+    Args:
+      x: the input, its contraction flattened.
+      probe: of the kernel, (*batch) first.
+      alone: the batch axes that x does not have: each of their slices meets all of x.
+    """
+    matrix = probe.moments.ndim == probe.tokens.ndim + 2
+
+    def run(x: jax.Array) -> Probe:
+        return _statistics(x, matrix)
+
+    def whole(_: Any) -> Probe:
+        return Probe(PartitionSpec(), PartitionSpec())  # pyright: ignore[reportArgumentType]
+
+    found = _mesh.in_auto(run, lax.stop_gradient(x), out=whole)
+    owed = jax.tree.map(lambda zeros, sums: jnp.sum(zeros.sum(alone) * sums), probe, found)
+    return owed.tokens + owed.moments
+
+
+def _statistics(x: Float[Array, "*shared t k"], matrix: bool) -> Probe:
+    x = x.astype(jnp.float32)
+    tokens = jnp.any(x != 0, axis=-1).astype(jnp.float32).sum(axis=-1)
+    if matrix:
+        pairs = jnp.einsum("...ti,...tj->...ij", x, x, precision=lax.Precision.HIGHEST)
+        return Probe(tokens, pairs)
+    rows = x.shape[-2]
+    padding = [(0, 0)] * (x.ndim - 2) + [(0, -rows % _BLOCK), (0, 0)]
+    squares = jnp.pad(jnp.square(x), padding)
+    blocks = squares.reshape(*x.shape[:-2], -1, _BLOCK, x.shape[-1])
+    return Probe(tokens, blocks.sum(axis=-2).sum(axis=-2))
+
+
+def placed(spec: PartitionSpec) -> PartitionSpec:
+    """The spec of a kernel that ``shard_map`` splits along batch axes alone, for its probe too."""
+    entries = [*spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def once(owed: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A toll inside a ``shard_map``, owed by one of the devices that saw the same input."""
+    for axis in axes:
+        if axis not in _mesh.varying(owed):
+            owed = jnp.where(lax.axis_index(axis) == 0, owed, jnp.float32(0))
+    return owed.reshape(1)
+
+
+def plain(value: PyTree) -> Any:
+    """The float kernel of a probed one; any other value as it is."""
+    return value.kernel if isinstance(value, Probed) else value

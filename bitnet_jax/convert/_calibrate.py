@@ -1,0 +1,238 @@
+"""``calibrate``: a float network to a packed ternary one, from batches of its inputs.
+
+The network runs in float, once over the batches. What each kernel meets is summed by the probes
+of ``_transform/probe.py``: they reach whatever ``bj.ternarize`` reaches, and change nothing in the
+network. A method then chooses codes and scales of one kernel after another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from bitnet_jax import _checks
+from bitnet_jax._checks import describe
+from bitnet_jax._quantize.config import B158
+from bitnet_jax._tree.leaves import Leaf, rebox
+from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
+from bitnet_jax._tree.select import Kernels, Path, axes_for
+from bitnet_jax.convert._calibration import Calibration
+from bitnet_jax.convert._chosen_methods import (
+    WHO,
+    AnyMethod,
+    MethodOf,
+    methods_of,
+    require_methods,
+)
+from bitnet_jax.convert._converted import FloatKernel, converted
+from bitnet_jax.convert._front_ends import Args, FrontEnd, front_end
+from bitnet_jax.convert._input_statistics import Statistics
+
+
+def calibrate(
+    ternary: Any,
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    method: AnyMethod | Mapping[str, AnyMethod] | MethodOf = "gptq",
+    call: Mapping[str, Any] | None = None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> tuple[Any, Calibration]:
+    """Packs a float network into a ternary one, its codes chosen by what its inputs are.
+
+    The kernels, their configs and their axes are those that ``ternary.pack`` packs. The network
+    runs over the batches in float and without gradients, and for each kernel W it sums what its
+    method needs of the inputs x, over all tokens, uses and batches: nothing, ``sum x_i**2``, or
+    ``H = sum x x^T``. The method then makes codes and scales that lose little of ``x W``, for
+    ``"gptq"`` of ``tr((W - W_hat)^T H (W - W_hat))``.
+
+    Sums are float32 within a batch, on the device and compiled once for each structure of
+    batches, and float64 across batches, on the host. For a kernel with a contraction of K a
+    ``"matrix"`` method takes 4 K**2 bytes there and 8 K**2 here, for each of its slices, of all
+    kernels at once; a ``"diagonal"`` one takes K numbers. A convolution's tokens are the places of
+    its window.
+
+    Args:
+      ternary: a function from ``bj.ternarize``, a linen model from ``bj.linen.ternarize`` or with
+        layers of this package, or an NNX model after ``bj.nnx.ternarize``.
+      params: its float parameters; None for an NNX model, which holds its own.
+      batches: examples of calls, read once. A tuple holds all positional arguments but the
+        params; anything else is the one argument.
+      method: ``"absmean"`` (as ``bj.quantize``), ``"survivors"``, ``"weighted"``, ``"gptq"``, a
+        :class:`Method`, a dict of patterns (as ``bj.only`` takes them; the last that matches
+        holds) to these, or a function of path and shape that returns one. Kernels with an
+        ``Int8Config`` keep their own quantiser. If no method needs statistics, the first batch
+        alone is read, for the kernels' axes.
+      call: keyword arguments of every call. For a linen model also ``method``, ``rngs`` and
+        ``variables``, as ``bj.linen.pack`` takes them; for an NNX model ``method``.
+      progress: called with the part that is done, 0 to 1.
+
+    Returns:
+      The packed parameters (of an NNX model, a packed copy), which ``ternary`` runs from, and a
+      :class:`Calibration`, which names what had to be handled, a kernel that saw no token among
+      it.
+
+    Raises:
+      TypeError: ``ternary`` is none; ``batches`` is no iterable of examples; a kernel is packed
+        already; a method is none.
+      ValueError: no batches; one that does not fit the network or that makes NaN or Inf
+        statistics, by its number; no tokens at all; a pattern that matches nothing, or a kernel
+        that none matches; as ``ternary.pack``.
+      NotImplementedError: statistics of a kernel in a ``while`` loop of unknown length, in a
+        ``shard_map`` with ``check_vma=False``, or in a convolution with feature groups.
+
+    Example:
+      >>> import jax, bitnet_jax as bj
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = {"w": jax.random.normal(keys[0], (16, 8))}
+      >>> batches = [jax.random.normal(key, (32, 16)) for key in keys[1:]]
+      >>> ternary = bj.ternarize(lambda params, x: x @ params["w"])
+      >>> packed, report = bj.convert.calibrate(ternary, params, batches, method="survivors")
+      >>> print(report)
+      path  method     shape  tokens  error  absmean  notes
+      w     survivors   16x8          0.173    0.218
+      >>> ternary(packed, batches[0]).shape
+      (32, 8)
+
+    References:
+      Frantar et al., GPTQ, arXiv:2210.17323, for the loss and ``"gptq"``.
+    """
+    net = front_end(WHO, ternary, params, call)
+    _require_callback(progress)
+    require_methods(method)
+    rest = _examples(batches)
+    first = next(rest, None)
+    if first is None:
+        _raise_no_batch()
+    with _fitting(0):
+        uses = net.packable(first)
+    chosen, treedef = chosen_leaves(WHO, net.params, B158, uses, values=True)
+    kernels = _kernels(uses, [leaf for leaf, config in chosen if config is not None], method)
+    length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
+    found = _collected(net, kernels, itertools.chain([first], rest), length, progress)
+    done, rows = {}, []
+    for number, kernel in enumerate(kernels, start=1):
+        done[kernel.leaf.path], row = converted(kernel, found.pop(kernel.leaf.path, None))
+        rows.append(row)
+        progress(0.5 + 0.5 * number / len(kernels))
+    leaves = [rebox(leaf.boxed, done.get(leaf.path, leaf.value)) for leaf, _ in chosen]
+    return net.result(jax.tree.unflatten(treedef, leaves)), Calibration(tuple(rows))
+
+
+@contextlib.contextmanager
+def _fitting(number: int) -> Iterator[None]:
+    """Names the batch in whose call the network fails."""
+    try:
+        yield
+    except Exception as failure:
+        if str(failure).startswith((f"{WHO}:", "ternarize:", "pack:")):
+            raise
+        text = " ".join(str(failure).split()).rstrip(".")
+        text = text if len(text) <= 500 else f"{text[:497]}..."
+        raise ValueError(
+            f"{WHO}: the network does not run on batch {number}: {type(failure).__name__}: {text}. "
+            "A batch is a tuple of all positional arguments but the params, or the one argument; "
+            "keywords go into call=."
+        ) from failure
+
+
+def _examples(batches: Iterable[Any]) -> Iterator[Args]:
+    """The positional arguments of each call."""
+    single = hasattr(batches, "shape") or isinstance(batches, (str, bytes, Mapping))
+    if single or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{WHO}: `batches` must be an iterable of batches, got {describe(batches)}. Pass "
+            "[batch] for a single one."
+        )
+    return (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
+
+
+def _kernels(uses: Kernels, leaves: Sequence[Leaf], method: Any) -> list[FloatKernel]:
+    """The kernels to convert, checked, each with its method."""
+    axes = axes_for(uses, None)
+    methods = methods_of(uses.ternary, method)
+    kernels = []
+    for leaf in leaves:
+        w = np.asarray(leaf.value, np.float32)
+        if not np.isfinite(w).all():
+            _checks.raise_not_finite(WHO, leaf.where, int((~np.isfinite(w)).sum()))
+        spec = spec_of_leaf(WHO, leaf, uses.uses[leaf.path].config, axes)
+        kernels.append(FloatKernel(leaf, spec, *methods.get(leaf.path, ("int8", None))))
+    return kernels
+
+
+def _collected(
+    net: FrontEnd,
+    kernels: Sequence[FloatKernel],
+    batches: Iterable[Args],
+    length: int | None,
+    progress: Callable[[float], None],
+) -> dict[Path, Statistics]:
+    """What each kernel that asks for it met in all batches."""
+    wanted = {kernel.leaf.path: kernel.wanted for kernel in kernels if kernel.wanted is not None}
+    if not wanted:
+        return {}
+    sums: dict[Path, list[np.ndarray]] = {}
+    for number, args in enumerate(batches):
+        with _fitting(number):
+            found = jax.device_get(net.moments(wanted, args))
+        for path, probe in found.items():
+            _require_finite(path, probe.moments, number)
+            if path not in sums:
+                sums[path] = [np.array(part, np.float64) for part in probe]
+                continue
+            for total, part in zip(sums[path], probe, strict=True):
+                total += part
+        if length:
+            progress(0.5 * (number + 1) / length)
+    if not any(tokens.any() for tokens, _ in sums.values()):
+        _raise_no_tokens()
+    return {path: _canonical(*sums[path]) for path in sums}
+
+
+def _canonical(tokens: np.ndarray, moments: np.ndarray) -> Statistics:
+    """Statistics with the batch axes as one."""
+    each = moments.shape[tokens.ndim :]
+    return Statistics(tokens.reshape(-1).astype(np.int64), moments.reshape(-1, *each))
+
+
+def _raise_no_batch() -> NoReturn:
+    """Reports an empty iterable."""
+    raise ValueError(
+        f"{WHO}: `batches` is empty. Pass at least one batch; an iterator that was read before "
+        "has none left."
+    )
+
+
+def _require_callback(progress: object) -> None:
+    """Raises unless ``progress`` can be called."""
+    if not callable(progress):
+        raise TypeError(
+            f"{WHO}: `progress` must be a function of the part that is done, got "
+            f"{describe(progress)}."
+        )
+
+
+def _require_finite(path: Path, moments: np.ndarray, number: int) -> None:
+    """Raises for statistics that are NaN or Inf."""
+    if not np.isfinite(moments).all():
+        count = int((~np.isfinite(moments)).sum())
+        raise ValueError(
+            f"{WHO}: the inputs of {'/'.join(path)} have {count} NaN or Inf second moments in "
+            f"batch {number}. Look for NaN in that batch, and for what overflows on the way to "
+            "this kernel."
+        )
+
+
+def _raise_no_tokens() -> NoReturn:
+    """Reports batches in which no kernel met anything."""
+    raise ValueError(
+        f"{WHO}: no kernel met an input in `batches`: they are empty, or all that reaches the "
+        "kernels is 0. Pass examples of real inputs."
+    )

@@ -1,0 +1,156 @@
+"""One kernel converted by its method, checked, packed, and measured."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from bitnet_jax import _mesh
+from bitnet_jax._checks import describe
+from bitnet_jax._packed.kernel import Stored
+from bitnet_jax._packed.pack import pack_kernel, stored
+from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.config import TernaryConfig
+from bitnet_jax._quantize.kernel_spec import KernelSpec
+from bitnet_jax._quantize.ternary import Ternary, of_canonical
+from bitnet_jax._transform.probe import Wanted
+from bitnet_jax._tree.leaves import Leaf
+from bitnet_jax.convert._calibration import CalibratedKernel
+from bitnet_jax.convert._chosen_methods import WHO
+from bitnet_jax.convert._input_statistics import Statistics
+from bitnet_jax.convert._methods import METHODS, Method, Quantized, error
+
+
+class FloatKernel(NamedTuple):
+    """One kernel to convert.
+
+    Attributes:
+      leaf: where it lies.
+      spec: how it is quantised.
+      name: of its method.
+      method: None: an int8 kernel has none.
+    """
+
+    leaf: Leaf
+    spec: KernelSpec
+    name: str
+    method: Method | None
+
+    @property
+    def wanted(self) -> Wanted | None:
+        """What is to be known of its inputs; None: nothing."""
+        if self.method is None or self.method.needs == "nothing":
+            return None
+        shape = tuple(self.leaf.value.shape)
+        return Wanted(shape, self.spec.axes, self.method.needs == "matrix")
+
+
+def converted(
+    kernel: FloatKernel, statistics: Statistics | None
+) -> tuple[Stored, CalibratedKernel]:
+    """One kernel packed, and its row of the report."""
+    leaf, spec, name, method = kernel
+    w = leaf.value if isinstance(leaf.value, jax.Array) else jnp.asarray(leaf.value)
+    canonical = _canonical_kernel(leaf, spec)
+    tokens = None if statistics is None else int(statistics.tokens.min())
+    if statistics is None:
+        statistics = Statistics(np.zeros(len(canonical), np.int64), None)
+    if method is None or not isinstance(spec.config, TernaryConfig):
+        packed = pack_kernel(w, spec)
+        own = Quantized(*_canonical_parts(packed), ())
+        lost = _mean(error(canonical, own, statistics))
+        return packed, _row(kernel, tokens, lost, lost, ())
+    made = method.quantize(canonical, statistics, spec.config)
+    _require_quantized(leaf.where, name, made, canonical.shape, spec.config)
+    plain = METHODS["absmean"].quantize(canonical, statistics, spec.config)
+    lost, plainly = (_mean(error(canonical, one, statistics)) for one in (made, plain))
+    return _packed(w, made, spec), _row(kernel, tokens, lost, plainly, made.notes)
+
+
+def _row(
+    kernel: FloatKernel,
+    tokens: int | None,
+    lost: float,
+    absmean: float,
+    notes: tuple[str, ...],
+) -> CalibratedKernel:
+    leaf = kernel.leaf
+    shape = tuple(leaf.value.shape)
+    config = kernel.spec.config
+    return CalibratedKernel(
+        leaf.where, kernel.name, shape, config, tokens, lost, absmean, tuple(notes)
+    )
+
+
+def _canonical_kernel(leaf: Leaf, spec: KernelSpec) -> np.ndarray:
+    """A kernel as float32 (B, K, N)."""
+    w: Any = np.asarray(leaf.value).astype(np.float32)
+    w = kernel_axes.to_canonical(w, spec.axes)
+    return np.ascontiguousarray(w.reshape(-1, *w.shape[-2:]))
+
+
+def _canonical_parts(packed: Stored) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scale of a packed kernel, each (B, ., .)."""
+    parts = packed.int8_codes(), packed.scale
+    canonical = [np.asarray(kernel_axes.to_canonical(part, packed.axes)) for part in parts]
+    codes, scale = (part.reshape(-1, *part.shape[-2:]) for part in canonical)
+    return codes, scale
+
+
+def _mean(errors: np.ndarray) -> float:
+    """Over slices; NaN of slices that have no loss to compare with are left out."""
+    known = errors[np.isfinite(errors)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def _packed(w: jax.Array, made: Quantized, spec: KernelSpec) -> Stored:
+    """Codes and scale as a packed kernel, placed as the float one is."""
+    batch, contraction, outputs = spec.axes.split(w.shape)
+    codes, scale = (part.reshape(*batch, *part.shape[1:]) for part in (made.codes, made.scale))
+    t = of_canonical(codes, scale, spec, contraction, outputs)  # pyright: ignore[reportArgumentType]
+    placed, whole = w.sharding, w.sharding
+    if isinstance(placed, NamedSharding):
+        whole = NamedSharding(placed.mesh, PartitionSpec())
+    t = Ternary(jnp.asarray(t.codes), jnp.asarray(t.scale))
+    if w.committed:
+        t = Ternary(jax.device_put(t.codes, placed), jax.device_put(t.scale, whole))
+    run = functools.partial(stored, spec=spec, dtype=np.dtype(w.dtype))
+    return _mesh.in_auto_like(jax.jit(run), t)
+
+
+def _require_quantized(
+    path: str, name: str, made: object, shape: tuple[int, ...], config: TernaryConfig
+) -> None:
+    """Raises unless a method returned codes and scales of its kernel."""
+    slices, length, outputs = shape
+    groups = length // config.granularity if isinstance(config.granularity, int) else 1
+    scales = (slices, groups, 1 if config.granularity == "tensor" else outputs)
+    if not isinstance(made, Quantized):
+        raise TypeError(
+            f"{WHO}: the method {name!r} returned {describe(made)} for {path}. Return a "
+            "bj.convert.Quantized."
+        )
+    for part, value, wanted, dtype in (
+        ("codes", made.codes, shape, np.int8),
+        ("scale", made.scale, scales, np.float32),
+    ):
+        array = np.asarray(value)
+        if array.shape != wanted or array.dtype != dtype:
+            raise ValueError(
+                f"{WHO}: the method {name!r} returned `{part}` {describe(value)} for {path}; it "
+                f"must be {np.dtype(dtype).name} of shape {wanted}."
+            )
+    if (
+        not (np.abs(made.codes) <= 1).all()
+        or not (np.isfinite(made.scale) & (made.scale > 0)).all()
+    ):
+        raise ValueError(
+            f"{WHO}: the method {name!r} returned codes other than -1, 0 and 1, or a scale that "
+            f"is not finite and above 0, for {path}."
+        )

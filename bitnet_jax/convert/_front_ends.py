@@ -1,0 +1,143 @@
+"""A network to calibrate: a function, a linen model or an NNX model, asked the same questions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from flax import linen, nnx
+from jaxtyping import PyTree
+
+from bitnet_jax._checks import describe
+from bitnet_jax._transform import Ternarized
+from bitnet_jax._transform.probe import Probe, Wanted
+from bitnet_jax._tree.select import Kernels, Path
+from bitnet_jax.linen._examples import Asked, Example
+from bitnet_jax.nnx import _conversion
+
+Args = tuple[Any, ...]
+
+
+class FrontEnd(Protocol):
+    """What is asked of a network.
+
+    Attributes:
+      params: its float parameters.
+    """
+
+    params: PyTree
+
+    def packable(self, args: Args) -> Kernels:
+        """The kernels that a call quantises, with their axes."""
+        ...
+
+    def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
+        """What they meet in a call."""
+        ...
+
+    def result(self, packed: PyTree) -> Any:
+        """What the caller gets for the packed parameters."""
+        ...
+
+
+class _Function:
+    """A function from ``bj.ternarize``."""
+
+    def __init__(self, ternary: Ternarized, params: PyTree, call: Mapping[str, Any]):
+        self._ternary, self.params, self._call = ternary, params, call
+
+    def _arguments(self, args: Args) -> Args:
+        at = self._ternary.argnums
+        return (*args[:at], self.params, *args[at:])
+
+    def packable(self, args: Args) -> Kernels:
+        return self._ternary.packable(*self._arguments(args), **self._call)
+
+    def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
+        return self._ternary.moments(wanted, *self._arguments(args), **self._call)
+
+    def result(self, packed: PyTree) -> PyTree:
+        return packed
+
+
+class _Linen:
+    """A linen model with ternary layers, or from ``bj.linen.ternarize``."""
+
+    def __init__(self, who: str, model: linen.Module, params: PyTree, call: Mapping[str, Any]):
+        self._who, self._model, self.params = who, model, params
+        self._kwargs = dict(call)
+        self._method, self._rngs, self._variables = (
+            self._kwargs.pop(name, None) for name in ("method", "rngs", "variables")
+        )
+
+    def packable(self, args: Args) -> Kernels:
+        example = Example(self._method, args, self._kwargs)
+        # One for all batches: it keeps what is compiled.
+        self._asked = Asked(self._who, self._model, [example], self._rngs)
+        return self._asked.packable(self.params, self._variables)
+
+    def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
+        return self._asked.moments(wanted, self.params, self._variables, args, self._kwargs)
+
+    def result(self, packed: PyTree) -> PyTree:
+        return packed
+
+
+class _Nnx:
+    """An NNX model, after ``bj.nnx.ternarize``."""
+
+    def __init__(self, model: nnx.Module, call: Mapping[str, Any]):
+        self._model, self._kwargs = model, dict(call)
+        self._method = self._kwargs.pop("method", None) or "__call__"
+        self.params = nnx.state(model, nnx.Param)
+
+    def packable(self, args: Args) -> Kernels:
+        return _conversion.packable(self._model, (self._method, args, self._kwargs))
+
+    def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
+        return _conversion.moments(self._model, wanted, (self._method, args, self._kwargs))
+
+    def result(self, packed: PyTree) -> nnx.Module:
+        return _conversion.with_params(self._model, packed)
+
+
+def front_end(who: str, ternary: Any, params: PyTree, call: Mapping[str, Any] | None) -> FrontEnd:
+    """The network that ``ternary`` is; raises for anything else."""
+    if call is not None and not isinstance(call, Mapping):
+        raise TypeError(
+            f"{who}: `call` must be a dict of keyword arguments of every call, got "
+            f"{describe(call)}."
+        )
+    how = call or {}
+    if isinstance(ternary, nnx.Module):
+        _require_no_params(who, params)
+        return _Nnx(ternary, how)
+    _require_params(who, params)
+    if isinstance(ternary, linen.Module):
+        return _Linen(who, ternary, params, how)
+    if isinstance(ternary, Ternarized):
+        return _Function(ternary, params, how)
+    kind = "a class" if inspect.isclass(ternary) else describe(ternary)
+    raise TypeError(
+        f"{who}: `ternary` must be a function from bj.ternarize, or a model after "
+        f"bj.linen.ternarize or bj.nnx.ternarize, got {kind}. Call one of them on the float "
+        "network first: its selector and configs say what becomes ternary."
+    )
+
+
+def _require_params(who: str, params: PyTree) -> None:
+    """Raises where the parameters of a function or a linen model are missing."""
+    if params is None:
+        raise TypeError(
+            f"{who}: `params` is None. Pass the float parameters; only an NNX model holds its own."
+        )
+
+
+def _require_no_params(who: str, params: PyTree) -> None:
+    """Raises for parameters beside those that an NNX model holds."""
+    if params is not None:
+        raise TypeError(
+            f"{who}: `params` must be None for an NNX model, which holds its own, got "
+            f"{describe(params)}. Update the model with them first: nnx.update(model, params)."
+        )
