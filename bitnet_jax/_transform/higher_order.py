@@ -21,7 +21,7 @@ from bitnet_jax._transform import loops
 from bitnet_jax._transform.jaxprs import Eqn, Jaxpr
 from bitnet_jax._transform.layout import is_float
 from bitnet_jax._transform.marks import Mark, Walker
-from bitnet_jax._transform.probe import once, placed
+from bitnet_jax._transform.probe import placed
 from bitnet_jax._transform.tracked import Interpreter, Tracked, tracked, values_of, views_of
 from bitnet_jax._transform.view import View
 
@@ -198,9 +198,13 @@ def _shard_map(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[
         interpreter.require_collectable(operands, "a `shard_map` with check_vma=False")
 
     def run(*values: Any) -> tuple[list[Any], list[jax.Array]]:
-        outs, tolls = body(*values)
-        owed = [once(toll, tuple(sorted(manual))) for toll in tolls]
-        return interpreter.arrays(tracked(outs, body._seen), eqn), owed
+        outer, interpreter.manual = interpreter.manual, (*interpreter.manual, *sorted(manual))
+        try:
+            outs, tolls = body(*values)
+        finally:
+            interpreter.manual = outer
+        seen = interpreter.arrays(tracked(outs, body._seen), eqn)
+        return seen, [toll.reshape(1) for toll in tolls]
 
     outs, tolls = jax.shard_map(
         run,

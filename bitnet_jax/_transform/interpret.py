@@ -24,7 +24,7 @@ from bitnet_jax._transform.convs import ConvPlan
 from bitnet_jax._transform.dots import DotPlan
 from bitnet_jax._transform.higher_order import RULES
 from bitnet_jax._transform.jaxprs import Atom, Eqn, Jaxpr
-from bitnet_jax._transform.probe import Probed, toll
+from bitnet_jax._transform.probe import Probed, once, toll
 from bitnet_jax._transform.products import MEETS, MULTIPLIES, plan_of
 from bitnet_jax._transform.site import Chosen, Site
 from bitnet_jax._transform.tracked import Operand, Tracked, shown
@@ -44,6 +44,7 @@ class Interpreter:
         self._chosen, self._probing = chosen, probing
         self.jitted: dict[Any, Any] = {}
         self.tolls: list[jax.Array] = []
+        self.manual: tuple[str, ...] = ()
 
     def body(self, jaxpr: Jaxpr, operands: Sequence[Any]) -> list[Any]:
         """Runs a jaxpr; operands and results are arrays, and kernels on their way."""
@@ -57,7 +58,7 @@ class Interpreter:
         outer, self.tolls = self.tolls, []
         try:
             outs = self.body(jaxpr, operands)
-            return outs, [sum(self.tolls, start=jnp.float32(0))]
+            return outs, [sum(self.tolls, start=once(jnp.float32(0), self.manual))]
         finally:
             self.tolls = outer
 
@@ -101,7 +102,7 @@ class Interpreter:
                 assert isinstance(plan, DotPlan | ConvPlan)  # no ternary config fits a look-up
                 rows = plan.inputs(eqn, self._chosen[view.leaf].where, x)
                 alone = tuple(plan.batch.index(a) for a in plan.alone)
-                self.tolls.append(toll(rows, value.probe, alone))
+                self.tolls.append(once(toll(rows, value.probe, alone), self.manual))
             return self.computed(eqn, operands)
         chosen = self._chosen[view.leaf]
         if view.stated is not None:

@@ -14,6 +14,7 @@ costs a backward pass; a callback, which does not know the slice that it is call
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,12 +113,12 @@ def placed(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def once(owed: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A toll inside a ``shard_map``, owed by one of the devices that saw the same input."""
+def once(owed: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A toll inside ``shard_map``, owed by one of the devices that have the same one."""
     for axis in axes:
         if axis not in _mesh.varying(owed):
             owed = jnp.where(lax.axis_index(axis) == 0, owed, jnp.float32(0))
-    return owed.reshape(1)
+    return owed
 
 
 def plain(value: PyTree) -> Any:

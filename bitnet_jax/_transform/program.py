@@ -27,7 +27,7 @@ from bitnet_jax._transform.interpret import Interpreter
 from bitnet_jax._transform.jaxprs import Jaxpr
 from bitnet_jax._transform.layout import Value
 from bitnet_jax._transform.marks import KNOWN, LIVE, Found, Mark
-from bitnet_jax._transform.probe import Probe, Probed
+from bitnet_jax._transform.probe import Probe, Probed, Wanted
 from bitnet_jax._transform.site import Chosen
 from bitnet_jax._transform.survey import Survey
 from bitnet_jax._transform.tracked import Operand, Tracked, shown
@@ -146,8 +146,14 @@ class Program:
 
     @functools.cached_property
     def moments(self) -> Callable[..., dict[int, Probe]]:
-        """(probes by leaf, values, rest) -> their statistics, of one call in float."""
-        return jax.jit(jax.grad(self._toll))
+        """(what is wanted of which leaves, values, rest) -> statistics of one call in float."""
+        return jax.jit(self._moments, static_argnums=0)
+
+    def _moments(
+        self, wanted: tuple[tuple[int, Wanted], ...], values: list[Any], rest: list[Any]
+    ) -> dict[int, Probe]:
+        probes = {i: one.probe() for i, one in wanted}
+        return jax.grad(self._toll)(probes, values, rest)
 
     def _toll(self, probes: dict[int, Probe], values: list[Any], rest: list[Any]) -> jax.Array:
         """What the products of the probed kernels owe; see ``probe``."""

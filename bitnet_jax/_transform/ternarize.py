@@ -238,17 +238,16 @@ class Ternarized:
         bound = self._bind("calibrate", args, kwargs)
         _require_values(bound.values, bound.rest)
         plan = self._checked_plan(bound)
-        probes, paths = {}, {}
-        for i, one in enumerate(plan.candidates):
-            if one is not None and one.path in wanted:
-                paths[i], probes[i] = one.path, wanted[one.path].probe()
+        pairs = enumerate(plan.candidates)
+        paths = {i: one.path for i, one in pairs if one is not None and one.path in wanted}
         for path, use in _kernels(plan).uses.items():
             axes = wanted[path].axes if path in wanted else None
             if axes is not None and (axes.contracting, axes.batch) != (*use.axes.values(),):
                 _checks.raise_used_two_ways(
-                    "calibrate", "/".join(path), "over other axes in a call"
+                    "calibrate", "/".join(path), "over other axes in another call"
                 )
-        found = bound.program.moments(probes, bound.values, bound.rest)
+        asked = tuple((i, wanted[path]) for i, path in paths.items())
+        found = bound.program.moments(asked, bound.values, bound.rest)
         return {paths[i]: probe for i, probe in found.items()}
 
     def check(self, *args: PyTree, **kwargs: PyTree) -> None:

@@ -35,10 +35,17 @@ Operand = ArrayLike | Tracked
 
 @runtime_checkable
 class Interpreter(Protocol):
-    """What the rule of a higher-order primitive needs of the interpreter."""
+    """What the rule of a higher-order primitive needs of the interpreter.
+
+    Attributes:
+      jitted: the bodies that were traced before.
+      tolls: what probed kernels owe; see ``probe``.
+      manual: the mesh axes of the ``shard_map`` around what runs.
+    """
 
     jitted: dict[Any, Any]
     tolls: list[jax.Array]
+    manual: tuple[str, ...]
 
     def body(self, jaxpr: Jaxpr, operands: Sequence[Operand]) -> list[Any]:
         """Runs a jaxpr; results may be kernels still."""

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax import core
 from jaxtyping import PyTree
 
 from bitnet_jax import _checks
@@ -105,6 +106,7 @@ def calibrate(
     """
     net = front_end(WHO, ternary, params, call)
     _require_callback(progress)
+    _require_concrete(net.params)
     require_methods(method)
     rest = _examples(batches)
     first = next(rest, None)
@@ -216,6 +218,15 @@ def _require_callback(progress: object) -> None:
         raise TypeError(
             f"{WHO}: `progress` must be a function of the part that is done, got "
             f"{describe(progress)}."
+        )
+
+
+def _require_concrete(params: PyTree) -> None:
+    """Raises inside ``jax.jit``, where there are no values to choose codes from."""
+    if any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(params)):
+        raise TypeError(
+            f"{WHO}: `params` hold traced arrays, and calibration reads values. Call it outside of "
+            "jax.jit, jax.grad and jax.vmap."
         )
 
 
