@@ -19,8 +19,9 @@ from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
+from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._quantize.config import B158
-from bitnet_jax._tree.leaves import Leaf, rebox
+from bitnet_jax._tree.leaves import Leaf, flatten, rebox
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import Kernels, Path, axes_for
 from bitnet_jax.convert._calibration import Calibration
@@ -106,7 +107,7 @@ def calibrate(
     """
     net = front_end(WHO, ternary, params, call)
     _require_callback(progress)
-    _require_concrete(net.params)
+    _require_values(net.params)
     require_methods(method)
     rest = _examples(batches)
     first = next(rest, None)
@@ -221,13 +222,18 @@ def _require_callback(progress: object) -> None:
         )
 
 
-def _require_concrete(params: PyTree) -> None:
-    """Raises inside ``jax.jit``, where there are no values to choose codes from."""
-    if any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(params)):
-        raise TypeError(
-            f"{WHO}: `params` hold traced arrays, and calibration reads values. Call it outside of "
-            "jax.jit, jax.grad and jax.vmap."
-        )
+def _require_values(params: PyTree) -> None:
+    """Raises for params whose float values cannot be read: traced, or packed with an adapter."""
+    for leaf in flatten(WHO, "params", params, is_leaf=is_adapted)[0]:
+        if isinstance(leaf.value, core.Tracer):
+            raise TypeError(
+                f"{WHO}: `params` hold traced arrays ({leaf.where}), and calibration reads values. "
+                "Call it outside of jax.jit, jax.grad and jax.vmap."
+            )
+        if is_adapted(leaf.value):
+            raise TypeError(
+                f"{WHO}: {leaf.where} is packed already, and has an adapter. Pass float params."
+            )
 
 
 def _require_finite(path: Path, moments: np.ndarray, number: int) -> None:

@@ -608,6 +608,11 @@ def test_params_that_cannot_be_converted():
     ternary, params = two()
     packed, _ = ternary.pack(params, X)
     refused(TypeError, "a is packed already", ternary, packed, [X], method="survivors")
+    adapted = bj.lora.attach(packed, bj.lora.init(packed, 2, key=jax.random.key(0)))
+    refused(TypeError, "a is packed already, and has", ternary, adapted, [X], method="survivors")
+    refused(TypeError, "a is packed already", ternary, bj.prepare(packed), [X], method="survivors")
+    with pytest.raises(TypeError, match=r"`params` hold traced arrays \(a\)"):
+        jax.jit(lambda p: calibrate(ternary, p, [X], method="survivors")[0])(params)
     bad = {**params, "b": params["b"].at[0, 0].set(jnp.nan)}
     refused(ValueError, "b has 1 NaN or Inf weights", ternary, bad, [X], method="survivors")
     nothing = bj.ternarize(lambda p, x: x @ p["a"], select=bj.only("nope"))
