@@ -81,25 +81,106 @@ def test_several_contracting_axes_whatever_comes_behind(needs):
     assert packed["out"].shape == (4, 8, 6)
 
 
-def plain(step):
-    return step
+def nchw(w, x):
+    return jax.lax.conv(x, w, (1, 2), "SAME")
 
 
-@pytest.mark.parametrize("wrap", [plain, jax.jit, jax.checkpoint])
-def test_stacked_layers_of_a_scan(wrap):
-    params = {"layers": normal(1, 3, 16, 16, scale=0.2)}
+SQUARE, STACK = normal(1, 16, 16), normal(1, 3, 16, 16, scale=0.2)
+FLAT = X.reshape(-1, 16)
+IMAGES = normal(3, 2, 4, 6, 7)
+WINDOW = normal(4, 5, 4, 3, 2)
+LAYOUTS = {
+    "transposed": (lambda w, x: x @ w.T, SQUARE, FLAT),
+    "on the left": (lambda w, x: w @ x.T, SQUARE, FLAT),
+    "split": (lambda w, x: jnp.einsum("td,dhk->thk", x, w.reshape(16, 4, 4)), SQUARE, FLAT),
+    "merged, other order": (
+        lambda w, x: jnp.einsum(
+            "tkh,khd->td", x.reshape(-1, 4, 4), jnp.swapaxes(w.reshape(4, 4, 16), 0, 1)
+        ),
+        SQUARE,
+        FLAT,
+    ),
+    "unused axis": (lambda w, x: x @ w[None, :, None, :].squeeze((0, 2)), SQUARE, FLAT),
+    "broadcast": (
+        lambda w, x: jnp.einsum("tk,tkn->tn", x, jnp.broadcast_to(w, (35, 16, 16))),
+        SQUARE,
+        FLAT,
+    ),
+    "several axes": (
+        lambda w, x: jnp.einsum("tab,dabc->tdc", x, w),
+        normal(1, 3, 4, 4, 5),
+        FLAT.reshape(-1, 4, 4),
+    ),
+    "vmap of both": (jax.vmap(lambda w, x: x @ w), STACK, normal(2, 3, 7, 16)),
+    "vmap of vmap": (
+        lambda w, x: jax.vmap(lambda w: jax.vmap(lambda x: jax.vmap(lambda w: x @ w)(w))(x))(w),
+        normal(1, 2, 3, 16, 8),
+        FLAT,
+    ),
+    "experts, last in x": (
+        lambda w, x: jnp.einsum("tke,ekn->tne", x, w),
+        STACK,
+        normal(2, 7, 16, 3),
+    ),
+    "convolution": (nchw, WINDOW, IMAGES),
+    "vmap of kernels of a convolution": (
+        jax.vmap(nchw, in_axes=(0, None)),
+        jnp.stack([WINDOW, -2 * WINDOW]),
+        IMAGES,
+    ),
+    "vmap of images of a convolution": (
+        jax.vmap(nchw, in_axes=(None, 0)),
+        WINDOW,
+        jnp.stack([IMAGES, 2 * IMAGES]),
+    ),
+}
 
-    def fn(params, x):
-        step = wrap(lambda h, w: (jnp.tanh(h @ w), None))
-        return jax.lax.scan(step, x, params["layers"])[0]
 
-    kept, packed, _ = collected(bj.ternarize(jax.jit(fn)), params, [X])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name):
+    """``tr(W^T H W)`` is the sum of the squares of all outputs, if H is W's own."""
+    fn, w, x = LAYOUTS[name]
+    kept, _, _ = collected(bj.ternarize(fn), w, [(x,)])
+    ((w, statistics),) = kept.seen
+    np.testing.assert_allclose(statistics.moments, statistics.moments.swapaxes(1, 2), rtol=1e-5)
+    w = np.asarray(w, np.float64)
+    found = np.einsum("bin,bij,bjn->", w, statistics.moments, w)
+    wanted = np.square(np.asarray(fn(LAYOUTS[name][1], x), np.float64)).sum()
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def step(x, w):
+    return jnp.tanh(x @ w), None
+
+
+STACKED = {
+    "indexed": lambda s, x: functools.reduce(lambda x, i: jnp.tanh(x @ s[i]), range(3), x),
+    "split": lambda s, x: functools.reduce(
+        lambda x, w: jnp.tanh(x @ w.squeeze(0)), jnp.split(s, 3), x
+    ),
+    "scan": lambda s, x: jax.lax.scan(step, x, s)[0],
+    "scan in jit": jax.jit(lambda s, x: jax.lax.scan(step, x, s)[0]),
+    "scan by index": lambda s, x: jax.lax.scan(lambda x, i: step(x, s[i]), x, jnp.arange(3))[0],
+    "fori_loop": lambda s, x: jax.lax.fori_loop(0, 3, lambda i, x: step(x, s[i])[0], x),
+    "two scans": lambda s, x: jax.lax.scan(step, jax.lax.scan(step, x, s[:2])[0], s[2:])[0],
+    "carried": lambda s, x: jax.lax.scan(
+        lambda c, i: ((step(c[0], c[1][i])[0], c[1]), None), (x, s), jnp.arange(3)
+    )[0][0],
+    "remat": lambda s, x: jax.lax.scan(jax.checkpoint(step), x, s, unroll=3)[0],
+    "remat of scan": jax.checkpoint(lambda s, x: jax.lax.scan(jax.jit(step), x, s)[0]),
+    "jit": lambda s, x: functools.reduce(jax.jit(lambda x, w: step(x, w)[0]), s, x),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_stacked_layers(name):
+    kept, packed, _ = collected(bj.ternarize(STACKED[name]), STACK, [(FLAT,)])
     inputs, h = [], ROWS
-    for w in wide(*params["layers"]):
+    for w in wide(*STACK):
         inputs.append(h)
         h = np.tanh(h @ w)
-    check(kept.of(params["layers"]), *inputs)
-    assert packed["layers"].scale.shape == (3, 1, 1)
+    check(kept.of(STACK), *inputs)
+    assert packed.scale.shape == (3, 1, 1)
 
 
 def test_layers_taken_one_by_one_from_a_stack():
