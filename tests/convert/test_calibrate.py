@@ -472,6 +472,86 @@ def test_an_nnx_model():
     jax.tree.map(np.testing.assert_array_equal, before, after)  # the model is not changed
 
 
+class Stack(nnx.Module):
+    """Layers stacked by vmap and run by scan, one of them used on both sides."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def layers(rngs):
+            return nnx.Linear(16, 16, use_bias=False, rngs=rngs)
+
+        self.layers = layers(rngs)
+        self.outer = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
+        self.again = self.outer
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def run(layer, x):
+            return jnp.tanh(layer(x))
+
+        return self.again(run(self.layers, self.outer(x)))
+
+    def encode(self, x):
+        return self.outer(x)
+
+
+def test_a_stacked_nnx_model_with_a_shared_layer():
+    model = Stack(nnx.Rngs(0))
+    stack, outer = wide(model.layers.kernel[...], model.outer.kernel[...])
+    bj.nnx.ternarize(model)
+    kept, packed, report = collected(model, None, [X])
+    inputs, h = [], ROWS @ outer
+    for w in stack:
+        inputs.append(h)
+        h = np.tanh(h @ w)
+    check(kept.of(stack), *inputs)
+    check(kept.of(outer[None]), np.concatenate([ROWS, h]))
+    assert len(report.rows) == 2
+    assert packed(X).shape == X.shape
+    kept, packed, report = collected(model, None, [X], call={"method": "encode"})
+    check(kept.of(outer[None]), ROWS)
+    assert [row.path for row in report.rows] == ["again/kernel"]
+
+
+class Normed(nn.Module):
+    def setup(self):
+        self.embed, self.norm, self.out = nn.Embed(9, 16), nn.BatchNorm(), nn.Dense(4)
+
+    def __call__(self, i, train=False):
+        return self.out(self.hidden(i, train))
+
+    def hidden(self, i, train=False):
+        return self.norm(self.embed(i), use_running_average=not train)
+
+    def scored(self, i):
+        return self.out(self.hidden(i)) @ jnp.ones((4, 1))
+
+
+def test_variables_methods_and_int8_tables_of_a_linen_model():
+    model, index = Normed(), jnp.array([[1, 3, 3], [0, 8, 2]])
+    variables = model.init(jax.random.key(0), index)
+    params, stats = variables["params"], {"batch_stats": variables["batch_stats"]}
+    ternary = bj.linen.ternarize(
+        model, lambda path, _: bj.Int8Config() if path[0] == "embed" else True
+    )
+    for call in ({}, {"train": True}, {"method": "scored"}):
+        kept, packed, report = collected(
+            ternary, params, [index], call={"variables": stats, **call}
+        )
+        train = "train" in call
+        how = {"method": "hidden", "mutable": ["batch_stats"]}
+        h = model.apply(variables, index, train, **how)[0]
+        (statistics,) = (one for _, one in kept.seen)
+        rows = np.asarray(h, np.float64).reshape(-1, 16)
+        np.testing.assert_allclose(statistics.moments[0], rows.T @ rows, rtol=1e-5, atol=1e-5)
+        assert [row.method for row in report.rows] == ["int8", "custom"]
+        assert isinstance(packed["embed"]["embedding"], bj.PackedInt8)
+    call = {"variables": stats, "method": "hidden"}
+    match = r"no call reaches the kernels out/kernel. Pass call=\{'method'"
+    refused(ValueError, match, ternary, params, [index], method="survivors", call=call)
+
+
 def two(granularity="tensor"):
     params = {"a": normal(1, 16, 8), "b": normal(2, 8, 4), "bias": jnp.ones(4)}
     config = bj.TernaryConfig(granularity=granularity)
