@@ -179,11 +179,11 @@ def run_while(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[A
     start = interpreter.arrays(_left(carry, kept), eqn)
 
     def condition(carry: list[Any]) -> Any:
-        outs = interpreter.body(params["cond_jaxpr"], [*of_cond, *_filled(kept, carry)])
+        outs, _ = interpreter.closed(params["cond_jaxpr"], [*of_cond, *_filled(kept, carry)])
         return interpreter.arrays(outs, eqn)[0]
 
     def body(carry: list[Any]) -> list[Any]:
-        outs = interpreter.body(params["body_jaxpr"], [*of_body, *_filled(kept, carry)])
+        outs, _ = interpreter.closed(params["body_jaxpr"], [*of_body, *_filled(kept, carry)])
         return interpreter.arrays(_left(outs, kept), eqn)
 
     return _filled(kept, lax.while_loop(condition, body, start))

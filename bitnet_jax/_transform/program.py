@@ -158,15 +158,10 @@ class Program:
     def _toll(self, probes: dict[int, Probe], values: list[Any], rest: list[Any]) -> jax.Array:
         """What the products of the probed kernels owe; see ``probe``."""
         plan = self.plan(values, rest)
-        chosen: dict[int, Chosen] = {}
-        operands = list(values)
+        chosen, operands = self._tracked(plan, values)
         for i, probe in probes.items():
-            one, decision = plan.candidates[i], plan.decisions[i]
-            assert one is not None  # it was selected
-            if decision is not None and decision.config is not None:  # it is met in this call
-                layer = self._spec.layer._replace(weights=decision.config)
-                chosen[i] = Chosen(one.where, layer)
-                operands[i] = Tracked(of_leaf(i, one.leaf.shape), Probed(values[i], probe))
+            if i in chosen:  # it is met in this call
+                operands[i] = operands[i]._replace(value=Probed(values[i], probe))
         _, tolls = Interpreter(chosen, probing=True).closed(plan.jaxpr, [*operands, *rest])
         return tolls[0]
 
@@ -177,6 +172,13 @@ class Program:
         )
         if self._spec.watch is not None:
             self._spec.watch(plan)
+        chosen, operands = self._tracked(plan, values)
+        outs = Interpreter(chosen).body(plan.jaxpr, [*operands, *rest])
+        outs = [_returned(out, chosen) for out in outs]
+        return jax.tree.unflatten(jax.tree.structure(plan.result), outs)
+
+    def _tracked(self, plan: Plan, values: list[Any]) -> tuple[dict[int, Chosen], list[Any]]:
+        """The quantised leaves by their number, and all leaves, those among them as kernels."""
         boxes = [box for i, box in enumerate(self._boxes) if i not in self.static]
         chosen: dict[int, Chosen] = {}
         operands: list[Any] = []
@@ -194,9 +196,7 @@ class Program:
                 chosen[i] = Chosen(one.where, self._spec.layer, boxes[i])
                 value = Tracked(of_leaf(i, one.leaf.shape), value)
             operands.append(value)
-        outs = Interpreter(chosen).body(plan.jaxpr, [*operands, *rest])
-        outs = [_returned(out, chosen) for out in outs]
-        return jax.tree.unflatten(jax.tree.structure(plan.result), outs)
+        return chosen, operands
 
 
 def _candidate(path: tuple[str, ...], value: Like) -> decide.Candidate:

@@ -445,6 +445,53 @@ def test_linen_layers_of_this_package_meet_float_inputs():
     assert model.apply({"params": packed}, X).shape == (5, 7, 4)
 
 
+class Looped(nn.Module):
+    """Layers of this package inside jitted, scanned and looping code."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Step(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                int8 = bj.linen.BitDense(16, weights=bj.Int8Config(), use_bias=False)
+                return jnp.tanh(
+                    bj.linen.BitDense(16, use_bias=False)(nn.jit(Int8)()(int8(x)))
+                ), None
+
+        x, _ = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()(
+            x, None
+        )
+        head = bj.linen.BitDense(4, weights=bj.Int8Config(), use_bias=False)
+        y = head(x)
+        return nn.while_loop(lambda m, c: c[0] < 2, lambda m, c: (c[0] + 1, m(x)), head, (0, y))[1]
+
+
+class Int8(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return bj.linen.BitDense(16, weights=bj.Int8Config(), use_bias=False)(x)
+
+
+def test_kernels_that_are_not_probed_are_float_too():
+    model = Looped()
+    params = model.init(jax.random.key(1), X)["params"]
+    kept, packed, report = collected(model, params, [X])
+    step = params["ScanStep_0"]
+    names = ("BitDense_0/kernel", "JitInt8_0/BitDense_0/kernel", "BitDense_1/kernel")
+    assert sorted(row.method for row in report.rows) == ["custom", "int8", "int8", "int8"]
+    inputs, h = [], ROWS
+    for i in range(2):
+        first, second, third = (
+            wide(functools.reduce(lambda t, name: t[name], path.split("/"), step)[i])[0]
+            for path in names
+        )
+        inputs.append(h @ first @ second)
+        h = np.tanh(inputs[-1] @ third)
+    check(kept.of(step["BitDense_1"]["kernel"]), *inputs)
+    assert isinstance(packed["BitDense_0"]["kernel"], bj.PackedInt8)
+    assert model.apply({"params": packed}, X).shape == (5, 7, 4)
+
+
 class Pair(nnx.Module):
     def __init__(self, rngs):
         self.first = nnx.Linear(16, 24, rngs=rngs)
