@@ -229,7 +229,8 @@ class Ternarized:
           **kwargs: as for the function.
 
         Returns:
-          Path to sums over the tokens of this call, float32; 0 where it does not meet a kernel.
+          Path to sums over the tokens of this call, float32; 0 where it does not meet a kernel. In
+          the order in which the program meets them.
 
         Raises:
           ValueError: as a call does; a kernel that this call uses over other axes.
@@ -248,7 +249,9 @@ class Ternarized:
                 )
         asked = tuple((i, wanted[path]) for i, path in paths.items())
         found = bound.program.moments(asked, bound.values, bound.rest)
-        return {paths[i]: probe for i, probe in found.items()}
+        met = [use.leaf for use in plan.found.uses]
+        order = sorted(found, key=lambda i: met.index(i) if i in met else len(met))
+        return {paths[i]: found[i] for i in order}
 
     def check(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Raises what a call raises of the selection; nothing is computed."""

@@ -57,8 +57,8 @@ def calibrate(
     Sums are float32 within a batch, on the device and compiled once for each structure of
     batches, and float64 across batches, on the host. For a kernel with a contraction of K a
     ``"matrix"`` method takes 4 K**2 bytes there and 8 K**2 here, for each of its slices, of all
-    kernels at once; a ``"diagonal"`` one takes K numbers. A convolution's tokens are the places of
-    its window.
+    kernels at once; a ``"diagonal"`` one takes K numbers. Rows of x that are all 0 (padding, an
+    expert's empty places) are no tokens; a convolution's tokens are the places of its window.
 
     Args:
       ternary: a function from ``bj.ternarize``, a linen model from ``bj.linen.ternarize`` or with
@@ -184,14 +184,14 @@ def _collected(
     sums: dict[Path, list[np.ndarray]] = {}
     for number, args in enumerate(batches):
         with _fitting(number):
-            found = jax.device_get(net.moments(wanted, args))
-        for path, probe in found.items():
-            _require_finite(path, probe.moments, number)
-            if path not in sums:
-                sums[path] = [np.array(part, np.float64) for part in probe]
-                continue
-            for total, part in zip(sums[path], probe, strict=True):
-                total += part
+            for path, probe in net.moments(wanted, args).items():
+                parts = jax.device_get(probe)
+                _require_finite(path, parts.moments, number)
+                if path in sums:
+                    for total, part in zip(sums[path], parts, strict=True):
+                        total += part
+                else:
+                    sums[path] = [np.array(part, np.float64) for part in parts]
         if length:
             progress(0.5 * (number + 1) / length)
     if not any(tokens.any() for tokens, _ in sums.values()):
@@ -237,7 +237,7 @@ def _require_values(params: PyTree) -> None:
 
 
 def _require_finite(path: Path, moments: np.ndarray, number: int) -> None:
-    """Raises for statistics that are NaN or Inf."""
+    """Raises for statistics that are NaN or Inf; of several kernels, the program's first."""
     if not np.isfinite(moments).all():
         count = int((~np.isfinite(moments)).sum())
         raise ValueError(

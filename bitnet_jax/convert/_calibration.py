@@ -26,7 +26,7 @@ class CalibratedKernel:
       error: the loss of what the products give, ``sum((x @ (w - w_hat))**2)``, over
         ``sum((x @ w)**2)``, from what the method knows of x: all second moments, their
         diagonal, or nothing (x of the identity). The mean over slices.
-      absmean_error: the same of ``bj.quantize``'s codes and scale.
+      absmean_error: the same of ``bj.quantize``'s codes and scale; of an int8 kernel, ``error``.
       notes: what was handled.
     """
 

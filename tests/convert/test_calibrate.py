@@ -808,6 +808,10 @@ def test_batches_that_are_none_or_do_not_fit():
         ValueError, "NaN or Inf", ternary, params, [X, X.at[0].set(jnp.inf)], method=kept
     )
     assert "the inputs of a have" in text
+    later = bj.ternarize(lambda p, x: jnp.exp(999 * (x @ p["c"])) @ p["b"] @ p["a"])
+    params = {"c": SQUARE, "b": SQUARE, "a": SQUARE}
+    refused(ValueError, "the inputs of b have 256 NaN", later, params, [0 * X, X], method=kept)
+    ternary, params = two()
     refused(ValueError, "no kernel met an input", ternary, params, [X[:0]], method=kept)
     refused(ValueError, "no kernel met an input", ternary, params, [0 * X[0]], method=kept)
 
