@@ -148,7 +148,7 @@ def _window(
 
 
 def _cut(position: int, at: int, size: int, starts: Starts) -> Change:
-    def change(value: Value, operands: list[Any]) -> Any:
+    def change(value: Carried, operands: list[Any]) -> Any:
         start = starts(operands)[at]
         return taken(value, position, start) if size == 1 else part(value, position, start, size)
 
@@ -159,7 +159,7 @@ def _composed(changes: list[Change]) -> Change | None:
     if not changes:
         return None
 
-    def change(value: Value, operands: list[Any]) -> Any:
+    def change(value: Carried, operands: list[Any]) -> Any:
         for one in changes:
             value = one(value, operands)
         return value

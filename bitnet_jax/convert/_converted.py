@@ -112,13 +112,13 @@ def _mean(errors: np.ndarray) -> float:
 def _packed(w: jax.Array, made: Quantized, spec: KernelSpec) -> Stored:
     """Codes and scale as a packed kernel, placed as the float one is."""
     batch, contraction, outputs = spec.axes.split(w.shape)
-    codes, scale = (part.reshape(*batch, *part.shape[1:]) for part in (made.codes, made.scale))
-    t = of_canonical(codes, scale, spec, contraction, outputs)  # pyright: ignore[reportArgumentType]
-    placed, whole = w.sharding, w.sharding
-    if isinstance(placed, NamedSharding):
-        whole = NamedSharding(placed.mesh, PartitionSpec())
-    t = Ternary(jnp.asarray(t.codes), jnp.asarray(t.scale))
+    parts = (jnp.asarray(part) for part in (made.codes, made.scale))
+    codes, scale = (part.reshape(*batch, *part.shape[1:]) for part in parts)
+    t = of_canonical(codes, scale, spec, contraction, outputs)
     if w.committed:
+        placed, whole = w.sharding, w.sharding
+        if isinstance(placed, NamedSharding):
+            whole = NamedSharding(placed.mesh, PartitionSpec())
         t = Ternary(jax.device_put(t.codes, placed), jax.device_put(t.scale, whole))
     run = functools.partial(stored, spec=spec, dtype=np.dtype(w.dtype))
     return _mesh.in_auto_like(jax.jit(run), t)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flax import linen, nnx
 from jaxtyping import PyTree
@@ -19,6 +19,7 @@ from bitnet_jax.nnx import _conversion
 Args = tuple[Any, ...]
 
 
+@runtime_checkable
 class FrontEnd(Protocol):
     """What is asked of a network.
 

@@ -756,9 +756,8 @@ def test_where_nothing_can_be_collected(fn, shape, x, what):
 
 
 def refused(error, match, *args, **how):
-    with pytest.raises(error, match=match) as caught:
+    with pytest.raises(error, match=match):
         calibrate(*args, **how)
-    return str(caught.value)
 
 
 def test_networks_that_are_none():
@@ -804,10 +803,10 @@ def test_batches_that_are_none_or_do_not_fit():
     refused(ValueError, "run on batch 0: TypeError", ternary, params, [X[..., :3]], method=kept)
     refused(ValueError, "run on batch 2", ternary, params, [X, X, (X, X)], method=kept)
     refused(ValueError, "batch 1", ternary, params, [X, X.at[0].set(jnp.nan)], method=kept)
-    text = refused(
-        ValueError, "NaN or Inf", ternary, params, [X, X.at[0].set(jnp.inf)], method=kept
+    infinite = [X, X.at[0].set(jnp.inf)]
+    refused(
+        ValueError, "the inputs of a have .* NaN or Inf", ternary, params, infinite, method=kept
     )
-    assert "the inputs of a have" in text
     later = bj.ternarize(lambda p, x: jnp.exp(999 * (x @ p["c"])) @ p["b"] @ p["a"])
     params = {"c": SQUARE, "b": SQUARE, "a": SQUARE}
     refused(ValueError, "the inputs of b have 256 NaN", later, params, [0 * X, X], method=kept)
