@@ -21,6 +21,7 @@ from bitnet_jax import _checks
 from bitnet_jax._checks import describe
 from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._quantize.config import B158
+from bitnet_jax._transform.decide import UNREACHED
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import Kernels, Path, axes_for
@@ -77,8 +78,8 @@ def calibrate(
 
     Returns:
       The packed parameters (of an NNX model, a packed copy), which ``ternary`` runs from, and a
-      :class:`Calibration`, which names what had to be handled, a kernel that saw no token among
-      it.
+      :class:`Calibration`, which names what had to be handled, kernels that saw no token and
+      kernels that the first batch does not reach (they stay float) among it.
 
     Raises:
       TypeError: ``ternary`` is none; ``batches`` is no iterable of examples; a kernel is packed
@@ -115,6 +116,7 @@ def calibrate(
         _raise_no_batch()
     with _fitting(0):
         uses = net.packable(first)
+        unreached = tuple(r.path for r in net.coverage(first).rows if r.why == UNREACHED)
     chosen, treedef = chosen_leaves(WHO, net.params, B158, uses, values=True)
     kernels = _kernels(uses, [leaf for leaf, config in chosen if config is not None], method)
     length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
@@ -125,7 +127,7 @@ def calibrate(
         rows.append(row)
         progress(0.5 + 0.5 * number / len(kernels))
     leaves = [rebox(leaf.boxed, done.get(leaf.path, leaf.value)) for leaf, _ in chosen]
-    return net.result(jax.tree.unflatten(treedef, leaves)), Calibration(tuple(rows))
+    return net.result(jax.tree.unflatten(treedef, leaves)), Calibration(tuple(rows), unreached)
 
 
 @contextlib.contextmanager

@@ -46,9 +46,12 @@ class Calibration:
 
     Attributes:
       rows: one :class:`CalibratedKernel` for each packed kernel.
+      unreached: the paths of float arrays of two axes and more that the first batch does not
+        reach, and that were left as they were.
     """
 
     rows: tuple[CalibratedKernel, ...]
+    unreached: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Every number as plain Python, ready for ``json.dumps``; NaN and Inf are None."""
@@ -58,12 +61,15 @@ class Calibration:
             named = {"config": repr(one.config), "kind": kind(one.config)}
             return _display.plain(dataclasses.asdict(one) | lists | named)
 
-        return {"rows": list(map(row, self.rows))}
+        return {"rows": list(map(row, self.rows)), "unreached": list(self.unreached)}
 
     def __str__(self) -> str:
-        """A table, one row a kernel."""
+        """A table, one row a kernel, then what was not reached."""
         header = ("path", "method", "shape", "tokens", "error", "absmean", "notes")
-        return _display.table(header, [_cells(row) for row in self.rows])
+        text = _display.table(header, [_cells(row) for row in self.rows])
+        if self.unreached:
+            text += f"\nleft in float, the first batch does not reach: {', '.join(self.unreached)}"
+        return text
 
 
 def _cells(row: CalibratedKernel) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from flax import linen, nnx
 from jaxtyping import PyTree
 
 from bitnet_jax._checks import describe
-from bitnet_jax._transform import Ternarized
+from bitnet_jax._transform import ProgramCoverage, Ternarized
 from bitnet_jax._transform.probe import Probe, Wanted
 from bitnet_jax._tree.select import Kernels, Path
 from bitnet_jax.linen._examples import Asked, Example
@@ -31,6 +31,10 @@ class FrontEnd(Protocol):
 
     def packable(self, args: Args) -> Kernels:
         """The kernels that a call quantises, with their axes."""
+        ...
+
+    def coverage(self, args: Args) -> ProgramCoverage:
+        """What a call does with every parameter."""
         ...
 
     def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
@@ -55,6 +59,9 @@ class _Function:
     def packable(self, args: Args) -> Kernels:
         return self._ternary.packable(*self._arguments(args), **self._call)
 
+    def coverage(self, args: Args) -> ProgramCoverage:
+        return self._ternary.explain(*self._arguments(args), **self._call)
+
     def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
         return self._ternary.moments(wanted, *self._arguments(args), **self._call)
 
@@ -78,6 +85,10 @@ class _Linen:
         self._asked = Asked(self._who, self._model, [example], self._rngs)
         return self._asked.packable(self.params, self._variables)
 
+    def coverage(self, args: Args) -> ProgramCoverage:
+        del args  # the example's own
+        return self._asked.coverage(self.params, self._variables)
+
     def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
         return self._asked.moments(wanted, self.params, self._variables, args, self._kwargs)
 
@@ -95,6 +106,9 @@ class _Nnx:
 
     def packable(self, args: Args) -> Kernels:
         return _conversion.packable(self._model, (self._method, args, self._kwargs))
+
+    def coverage(self, args: Args) -> ProgramCoverage:
+        return _conversion.coverage(self._model, (self._method, args, self._kwargs))
 
     def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
         return _conversion.moments(self._model, wanted, (self._method, args, self._kwargs))

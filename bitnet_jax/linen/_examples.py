@@ -239,6 +239,10 @@ class Asked:
         """The packed parameters, and the report."""
         return pack_params(params, select=self.packable(params, variables))
 
+    def coverage(self, params: PyTree, variables: Mapping[str, PyTree] | None) -> ProgramCoverage:
+        """What the examples do with every one of these parameters."""
+        return self._traced(self._ternary.explain, params, variables)
+
     def packable(self, params: PyTree, variables: Mapping[str, PyTree] | None) -> Kernels:
         """The quantised parameters, where each can be packed."""
         self._require_reached(params, variables)
@@ -259,7 +263,7 @@ class Asked:
         _checks.require_instance(
             self._who, "params", params, Mapping, "Pass the tree under 'params'."
         )
-        table = self._traced(self._ternary.explain, params, variables)
+        table = self.coverage(params, variables)
         missed = [
             row.path
             for row in table.rows

@@ -308,8 +308,7 @@ def explain(
         who, "model", model, nnx.Module, "Pass an NNX module; linen models have bj.linen."
     )
     for example in _examples(method, (), args, kwargs):
-        with _split(who, model, example) as split:
-            return split.function.explain(*split.operands)
+        return coverage(model, example)
     rows = (site.row(*_sites.settled(who, site)) for site in _sites.sites(model))
     return _coverage.Coverage(tuple(rows))
 
@@ -395,6 +394,12 @@ def _traced(who: str, model: nnx.Module, examples: Sequence[Example]) -> dict[Pa
 def packable(model: nnx.Module, example: Example) -> Kernels:
     """The kernels that :func:`pack` packs, by one example."""
     return _kernels("pack", model, [example])
+
+
+def coverage(model: nnx.Module, example: Example) -> ProgramCoverage:
+    """What one call does with every parameter of a ternarised model."""
+    with _split("explain", model, example) as split:
+        return split.function.explain(*split.operands)
 
 
 def moments(

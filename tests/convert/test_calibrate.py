@@ -559,6 +559,7 @@ def test_a_stacked_nnx_model_with_a_shared_layer():
     kept, packed, report = collected(model, None, [X], call={"method": "encode"})
     check(kept.of(outer[None]), ROWS)
     assert [row.path for row in report.rows] == ["again/kernel"]
+    assert report.unreached == ("layers/kernel",)
 
 
 class Normed(nn.Module):
@@ -700,6 +701,17 @@ def test_methods_that_need_nothing_read_one_batch():
     done = []
     calibrate(ternary, params, [X] * 4, method=Kept().method, progress=done.append)
     assert done == [0.125, 0.25, 0.375, 0.5, 0.75, 1.0]
+
+
+def test_what_the_first_batch_does_not_reach_is_named():
+    ternary, params = two()
+    more = {**params, "other": SQUARE, "table": SQUARE, "bias": jnp.ones((2, 2))}
+    fn = bj.ternarize(lambda p, x: ternary._spec.fn(p, x) + p["table"].sum())
+    packed, report = calibrate(fn, more, [X], method="survivors")
+    assert report.unreached == ("other",)
+    assert str(report).endswith("left in float, the first batch does not reach: other")
+    assert report.to_dict()["unreached"] == ["other"]
+    assert packed["other"] is SQUARE
 
 
 def test_params_of_another_position():
