@@ -155,7 +155,8 @@ def _examples(batches: Iterable[Any]) -> Iterator[Args]:
             f"{WHO}: `batches` must be an iterable of batches, got {describe(batches)}. Pass "
             "[batch] for a single one."
         )
-    return (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
+    # A named tuple is one argument with fields.
+    return (batch if type(batch) is tuple else (batch,) for batch in batches)
 
 
 def _kernels(uses: Kernels, leaves: Sequence[Leaf], method: Any) -> list[FloatKernel]:

@@ -1,6 +1,7 @@
 """``bj.convert.calibrate``: second moments against NumPy, what comes out, and what is refused."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -719,6 +720,17 @@ def test_params_of_another_position():
     swapped = bj.ternarize(lambda x, params: ternary._spec.fn(params, x), argnums=1)
     kept, _, _ = collected(swapped, params, [(X,)])
     check(kept.of(np.asarray(params["a"])[None]), ROWS)
+
+
+class Batch(NamedTuple):
+    x: jax.Array
+    label: jax.Array
+
+
+def test_a_named_tuple_is_one_argument():
+    ternary = bj.ternarize(lambda params, batch: batch.x @ params["w"])
+    kept, _, _ = collected(ternary, {"w": SQUARE}, [Batch(X, jnp.ones(5))])
+    check(kept.of(SQUARE[None]), ROWS)
 
 
 def test_one_program_for_batches_of_one_shape():
