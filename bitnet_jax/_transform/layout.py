@@ -226,7 +226,7 @@ def leading(value: Carried, position: int) -> Any:
     return jax.tree.map(lambda a: jnp.moveaxis(a, position, 0), value)
 
 
-def is_stack(value: Value) -> TypeGuard[Packed | Adapted]:
+def is_stack(value: object) -> TypeGuard[Packed | Adapted]:
     """Whether a kernel is packed and has batch axes, which lead."""
     base = value.base if isinstance(value, Adapted) else value
     return is_packed(base) and len(base.axes.batch) > 0

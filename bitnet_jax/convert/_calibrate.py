@@ -67,8 +67,8 @@ def calibrate(
       params: its float parameters; None for an NNX model, which holds its own.
       batches: examples of calls, read once. A tuple holds all positional arguments but the
         params; anything else is the one argument.
-      method: ``"absmean"`` (as ``bj.quantize``), ``"survivors"``, ``"weighted"``, ``"gptq"``, a
-        :class:`Method`, a dict of patterns (as ``bj.only`` takes them; the last that matches
+      method: ``"absmean"`` (as ``bj.quantize``), ``"survivors"``, ``"weighted"``, ``"gptq"``,
+        ``"gptq-act-order"``, a :class:`Method`, a dict of patterns (as ``bj.only`` takes them; the last that matches
         holds) to these, or a function of path and shape that returns one. Kernels with an
         ``Int8Config`` keep their own quantiser. If no method needs statistics, the first batch
         alone is read, for the kernels' axes.
