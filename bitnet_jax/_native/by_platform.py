@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
@@ -51,6 +52,16 @@ class Operation:
 @functools.partial(jax.jit, static_argnums=0)
 def run(operation: Operation, *operands: jax.Array) -> tuple[jax.Array, ...]:
     """The results of an operation; JAX may map it, shard it and lower it for any platform."""
+    return _bound(operation, *operands)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_again(operation: Operation, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """:func:`run`, from inside of it, where JAX takes a second call for one without end."""
+    return _bound(operation, *operands)
+
+
+def _bound(operation: Operation, *operands: jax.Array) -> tuple[jax.Array, ...]:
     # JAX looks into the parameters of a primitive for what only lowers where devices are known.
     native = jax.make_jaxpr(operation.native)(*operands)
     return tuple(_primitive.bind(*operands, operation=operation, native=native))
@@ -59,10 +70,25 @@ def run(operation: Operation, *operands: jax.Array) -> tuple[jax.Array, ...]:
 def _eager(
     *operands: jax.Array, operation: Operation, native: core.ClosedJaxpr
 ) -> tuple[jax.Array, ...]:
+    """Under jax.disable_jit(), and where jax.debug_nans() looks into a program that gave a NaN."""
     del native
-    # Under jax.disable_jit() alone: there is nothing to run but a compiled program.
-    with jax.disable_jit(False):
-        return run(operation, *operands)
+    # There is nothing to run but a compiled program, and no need to look into it again.
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+        results = _run_again(operation, *operands)
+    for result in results:
+        _refuse_invalid(result)
+    return results
+
+
+def _refuse_invalid(result: jax.Array) -> None:
+    """Raises as JAX does after each operation under jax.debug_nans() and jax.debug_infs()."""
+    flags: Any = jax.config  # its flags are made at run time
+    for refused, kind, is_one in (
+        (flags.jax_debug_nans, "nan", np.isnan),
+        (flags.jax_debug_infs, "inf", np.isinf),
+    ):
+        if refused and any(is_one(np.asarray(s.data)).any() for s in result.addressable_shards):
+            raise FloatingPointError(f"invalid value ({kind}) encountered in {_primitive.name}")
 
 
 def _results(first: Any, *rest: Any, operation: Operation, native: core.ClosedJaxpr) -> list[Any]:
@@ -132,7 +158,7 @@ def _batched(
         return split, (1,) * len(split)
     # (size, B, ...) -> (size * B, ...), and back.
     results = run(operation, *(a.reshape(math.prod(a.shape[:2]), *a.shape[2:]) for a in leading))
-    split = [y.reshape(size, y.shape[0] // size, *y.shape[1:]) for y in results]
+    split = [y.reshape(*leading[0].shape[:2], *y.shape[1:]) for y in results]
     return split, (0,) * len(split)
 
 

@@ -167,3 +167,54 @@ def test_a_derivative_of_the_quantiser_itself_is_that_of_plain_jax():
     oracles.assert_same_bits(got[0], want[0])
     np.testing.assert_allclose(got[1], want[1], rtol=1e-6)
     assert np.any(np.asarray(got[1]) != 0)
+
+
+def test_mapping_over_nothing_gives_nothing():
+    x, w = gaussian((0, 4, 32)), gaussian((0, 32, 16))
+    one = gaussian((32, 16))
+    stack = bj.prepare(bj.pack(gaussian((3, 32, 16)), batch_axes=0))
+    none = np.zeros(0, np.int32)
+    for mapped, operands, shape in (
+        (lambda x: bj.ternary_dot(x, one), (x,), (0, 4, 16)),
+        (lambda w: bj.ternary_dot(gaussian((4, 32)), w), (w,), (0, 4, 16)),
+        (bj.ternary_dot, (x, w), (0, 4, 16)),
+        (lambda x: bj.matmul(x, bj.pack(one)), (x,), (0, 4, 16)),
+        (lambda x, at: bj.matmul(x, stack[at]), (x, none), (0, 4, 16)),
+        (lambda w: bj.quantize(w).codes, (w,), (0, 32, 16)),
+        (lambda x: bj.quantize_activations(x)[0], (x,), (0, 4, 32)),
+        (lambda x: bj.ternary_dot(x, one), (x[:, :0],), (0, 0, 16)),
+    ):
+        assert jax.vmap(mapped)(*operands).shape == shape
+        assert jax.jit(jax.vmap(mapped))(*operands).shape == shape
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_debugging_flags_find_what_the_library_gave(kind, capsys):
+    x, w = gaussian((4, 32)), gaussian((32, 16))
+    bad = x.copy()
+    bad[1, 3] = kind
+    kernel = bj.prepare(bj.pack(w))
+    raises = getattr(jax, f"debug_{kind}s")
+    found = pytest.raises(FloatingPointError, match=rf"\({kind}\) encountered in bitnet_native")
+    with raises(True):
+        for run in (
+            lambda x: bj.ternary_dot(x, w),  # its gamma is Inf, its output NaN
+            lambda x: jax.grad(lambda w: jnp.sum(bj.ternary_dot(x, w)))(w),
+        ):
+            run(x)
+            with found:
+                run(bad)
+        bj.matmul(x, kernel)
+        if kind == "nan":  # its gamma stays inside
+            with found:
+                bj.matmul(bad, kernel)
+    capsys.readouterr()  # JAX prints that it looks for the operation
+
+
+def test_a_nan_without_jit_is_what_it_is():
+    x, w = gaussian((4, 32)), gaussian((32, 16))
+    x[1, 3] = np.nan
+    with jax.disable_jit():
+        oracles.assert_same_bits(np.isnan(bj.ternary_dot(x, w)).any(1), np.isnan(x).any(1))
+        with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+            bj.ternary_dot(x, w)
