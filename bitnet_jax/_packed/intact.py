@@ -20,7 +20,7 @@ from jax import core
 
 from bitnet_jax import _checks
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.slice_of import stack_of
+from bitnet_jax._packed.slice_of import SliceOf, stack_of
 
 REMEDY = (
     "Make packed kernels with bj.pack, and change no array in them: a cast, an average or an "
@@ -62,6 +62,12 @@ def codes_fault(codes: Any, dtype: str, shape: Sequence[int], whole: Sequence[in
     """What is wrong with the dtype or the shape of codes, for a kernel of a shape."""
     if not (hasattr(codes, "dtype") and hasattr(codes, "shape")):
         return f"has codes that are {_checks.describe(codes)}, not an array"
+    if isinstance(codes, SliceOf) and codes.at.shape:
+        return (
+            f"has indices of shape {tuple(codes.at.shape)} for the layer that it is: kernels of "
+            "stack[i] were stacked, by a scan, a vmap or a tree.map. Where a layer leaves its "
+            "function, index the arrays: jax.tree.map(lambda a: a[i], stack)"
+        )
     if (codes.dtype.name, tuple(codes.shape)) != (dtype, tuple(shape)):
         return (
             f"has codes that are {codes.dtype} of shape {tuple(codes.shape)}; shape "

@@ -199,6 +199,26 @@ def test_a_layer_that_leaves_its_function_still_serves(square):
             bj.matmul(x, damaged)
 
 
+def test_layers_that_were_stacked_by_a_transformation_are_refused(square):
+    """Their stack and their indices are arrays, and they are no kernel."""
+    x = jax.random.normal(jax.random.key(1), (3, 2, 48))
+    one = jax.jit(lambda s: s[1])(square)
+    number = jnp.array([2, 0, 1])
+    for several in (
+        jax.lax.scan(lambda carry, i: (carry, square[i]), 0, number)[1],
+        jax.vmap(lambda i: square[i])(number),
+        jax.vmap(lambda i: square[i])(number[:2]),
+        jax.tree.map(lambda *a: jnp.stack(a), one, one, one),
+    ):
+        rule = r"has indices of shape \(\d,\).*jax.tree.map\(lambda a: a\[i\], stack\)"
+        with pytest.raises(ValueError, match="^matmul: `packed` " + rule):
+            bj.matmul(x, several)
+        with pytest.raises(ValueError, match="the stack " + rule):
+            several[0]
+    in_place = jax.vmap(lambda i: jax.tree.map(lambda a: a[i], square))(number)
+    np.testing.assert_array_equal(bj.matmul(x, in_place)[0], bj.matmul(x[0], square[2]))
+
+
 def test_an_embedding_and_weight_only_by_index():
     tables = bj.pack(
         jax.random.normal(jax.random.key(0), (DEPTH, 70, 9)),
