@@ -68,10 +68,10 @@ def calibrate(
       batches: examples of calls, read once. A tuple holds all positional arguments but the
         params; anything else is the one argument.
       method: ``"absmean"`` (as ``bj.quantize``), ``"survivors"``, ``"weighted"``, ``"gptq"``,
-        ``"gptq-act-order"``, a :class:`Method`, a dict of patterns (as ``bj.only`` takes them; the last that matches
-        holds) to these, or a function of path and shape that returns one. Kernels with an
-        ``Int8Config`` keep their own quantiser. If no method needs statistics, the first batch
-        alone is read, for the kernels' axes.
+        ``"gptq-act-order"``, a :class:`Method`, a dict of patterns (as ``bj.only`` takes them; the
+        last that matches holds) to these, or a function of path and shape that returns one.
+        Kernels with an ``Int8Config`` keep their own quantiser. If no method needs statistics,
+        the first batch alone is read, for the kernels' axes.
       call: keyword arguments of every call. For a linen model also ``method``, ``rngs`` and
         ``variables``, as ``bj.linen.pack`` takes them; for an NNX model ``method``.
       progress: called with the part that is done, 0 to 1.
