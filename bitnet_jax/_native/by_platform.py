@@ -50,26 +50,24 @@ class Operation:
 
 # Traced once for all layers of a shape.
 @functools.partial(jax.jit, static_argnums=0)
-def run(operation: Operation, *operands: jax.Array) -> tuple[jax.Array, ...]:
+def run(operation: Operation, *operands: Any) -> tuple[jax.Array, ...]:
     """The results of an operation; JAX may map it, shard it and lower it for any platform."""
     return _bound(operation, *operands)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_again(operation: Operation, *operands: jax.Array) -> tuple[jax.Array, ...]:
+def _run_again(operation: Operation, *operands: Any) -> tuple[jax.Array, ...]:
     """:func:`run`, from inside of it, where JAX takes a second call for one without end."""
     return _bound(operation, *operands)
 
 
-def _bound(operation: Operation, *operands: jax.Array) -> tuple[jax.Array, ...]:
+def _bound(operation: Operation, *operands: Any) -> tuple[jax.Array, ...]:
     # JAX looks into the parameters of a primitive for what only lowers where devices are known.
     native = jax.make_jaxpr(operation.native)(*operands)
     return tuple(_primitive.bind(*operands, operation=operation, native=native))
 
 
-def _eager(
-    *operands: jax.Array, operation: Operation, native: core.ClosedJaxpr
-) -> tuple[jax.Array, ...]:
+def _eager(*operands: Any, operation: Operation, native: core.ClosedJaxpr) -> tuple[jax.Array, ...]:
     """Under jax.disable_jit(), and where jax.debug_nans() looks into a program that gave a NaN."""
     del native
     # There is nothing to run but a compiled program, and no need to look into it again.
@@ -126,7 +124,7 @@ def _on_one_device(axes: Any) -> bool:
 
 
 def _as_tuple(function: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]]:
-    def results(*operands: jax.Array) -> tuple[jax.Array, ...]:
+    def results(*operands: Any) -> tuple[jax.Array, ...]:
         found = function(*operands)
         return found if isinstance(found, tuple) else (found,)
 

@@ -67,7 +67,7 @@ def streams() -> int:
     return next((hasher.streams for hasher in hashers()), 1)
 
 
-def sha256(messages: Sequence[UInt8[np.ndarray, " n"]]) -> Hashed:
+def sha256(messages: Sequence[UInt8[np.ndarray, " _"]]) -> Hashed:
     """The SHA-256 of each message, and whether it has a field of 3.
 
     Args:

@@ -46,7 +46,7 @@ def contract_codes(
 
 def multiply_codes(
     operator: Operator,
-    codes: Int8[Array, "*rows k"],
+    codes: Int8[Array, "..."],
     gamma: Gamma,
     w_codes: CanonicalCodes,
     scale: CanonicalScale,

@@ -12,17 +12,17 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NoReturn, Self, TypeGuard, no_type_check
+from typing import Any, ClassVar, NoReturn, TypeGuard, TypeVar, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int8, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int8, Integer, UInt8
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._packed import intact, trits
 from bitnet_jax._packed.not_trainable import ASKERS, refuse_training
-from bitnet_jax._packed.slice_of import one_slice
+from bitnet_jax._packed.slice_of import SliceOf, one_slice
 from bitnet_jax._packed.static_data import register_export, register_state_dict
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import AnyArray, Codes, DTypeLike, PackedCodes, Scale
@@ -33,6 +33,8 @@ from bitnet_jax._quantize.ternary import dequantize
 _FLOAT32 = np.dtype(np.float32)
 
 _INT8_CONFIG = Int8Config()
+
+_Kind = TypeVar("_Kind", bound="_Node")
 
 
 class _Node:
@@ -109,7 +111,9 @@ class _Node:
         """A packed kernel has no transpose; raises with what to do."""
         raise AttributeError(self._no_array())
 
-    def __getitem__(self, index: Int[AnyArray, ""] | int | tuple[Any, ...]) -> Self:
+    def __getitem__(
+        self: _Kind, index: Integer[AnyArray, ""] | np.integer | int | tuple[Any, ...]
+    ) -> _Kind:
         """The kernel of one slice of a stack: ``stack[i]``, or ``stack[i, j]`` of two batch axes.
 
         In a traced function (``jax.jit``, the body of ``jax.lax.scan``) a layer of a stack that
@@ -481,7 +485,7 @@ Stored = PackedTernary | PackedInt8
 Packed = Stored | Prepared
 
 
-def _nbytes(array: Array | jax.ShapeDtypeStruct) -> int:
+def _nbytes(array: Array | SliceOf | jax.ShapeDtypeStruct) -> int:
     """Bytes of an array, or of the one that a ``jax.ShapeDtypeStruct`` stands for."""
     return math.prod(array.shape) * array.dtype.itemsize
 

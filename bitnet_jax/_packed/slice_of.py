@@ -29,7 +29,7 @@ class SliceOf:
       at: an index that is in range.
     """
 
-    def __init__(self, stack: Array, at: Int32[Array, ""]):
+    def __init__(self, stack: Any, at: Any):
         self.stack, self.at = stack, at
 
     @property

@@ -67,18 +67,14 @@ def _kernel_quantizer(config: TernaryConfig, plain: Callable[..., Codes]) -> by_
         )
 
     def native(w: CanonicalKernel) -> Codes:
-        made = results(w)
-        # One slice without its axis: XLA does not share out over threads what undoes a reshape.
-        flat = [one.shape[1:] if len(w) == 1 else one.shape for one in (w, *made)]
-        y = call(
+        return call(
             _native.QUANTIZE_KERNEL,
-            [one.update(shape=shape) for one, shape in zip(made, flat[1:], strict=True)],
-            (w if w.dtype in FLOATS else widened(w)).reshape(flat[0]),
+            results(w),
+            w if w.dtype in FLOATS else widened(w),
             threshold=np.float32(config.threshold),
             eps=np.float32(config.eps),
             survivors=config.scale == "survivors",
         )
-        return tuple(a.reshape(one.shape) for a, one in zip(y, made, strict=True))
 
     return by_platform.Operation(native, functools.partial(plain, config=config), results)
 

@@ -19,7 +19,7 @@ from bitnet_jax._layers.forward import Fields, LayerConfig, run_layer
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig
 from bitnet_jax._quantize.strength import Strength
-from bitnet_jax._quantize.ternary import B158, TernaryConfig
+from bitnet_jax._quantize.ternary import B158, KernelConfig
 
 # What nnx layers take; a ternary one takes None alone.
 OutSharding = NamedSharding | PartitionSpec | None
@@ -30,7 +30,7 @@ class TernaryLayer(nnx.Module):
 
     _float: type[nnx.Module]
     unused: tuple[str, ...]
-    weights: TernaryConfig
+    weights: KernelConfig
     activations: ActivationConfig | None
     norm: bool
     backward_dtype: DTypeLike | None
@@ -48,7 +48,7 @@ class TernaryLayer(nnx.Module):
     def __init__(
         self,
         *args: PyTree,
-        weights: TernaryConfig = B158,
+        weights: KernelConfig = B158,
         activations: ActivationConfig | None = INT8,
         norm: bool = False,
         backward_dtype: DTypeLike | None = None,
