@@ -15,9 +15,8 @@ from jaxtyping import Array, Float, Float32, Int, PyTree
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._matmul.implementations import IMPLEMENTATIONS, Name, choose
-from bitnet_jax._ops.codes_product import contract_codes
+from bitnet_jax._ops.codes_product import Operator, contract_codes
 from bitnet_jax._ops.contraction import (
-    Operator,
     dequantize_canonical,
     input_gradient,
 )

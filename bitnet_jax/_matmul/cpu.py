@@ -28,7 +28,7 @@ from bitnet_jax import _native
 from bitnet_jax._matmul import panels, shards
 from bitnet_jax._matmul.panels import Layout, layout_of
 from bitnet_jax._native import by_platform
-from bitnet_jax._ops.codes_product import contract_codes
+from bitnet_jax._ops.codes_product import FOUR, contract_codes, cuts_no_four
 from bitnet_jax._ops.product import Product, group_epilogue
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import (
@@ -47,9 +47,7 @@ from bitnet_jax._quantize.arrays import Activations, CanonicalScale, DTypeLike
 from bitnet_jax._quantize.config import ActivationConfig
 from bitnet_jax._quantize.int8 import codes_at, gamma_of, plain_activation_codes
 
-# Rows of x are padded to a multiple of one; the other is of what x may be cut into, see
-# _native/layout.h.
-_PADDING, _FOUR = 64, 4
+_PADDING = 64  # rows of x are padded to a multiple of it, see _native/layout.h
 
 # Paths that multiply by stored int8 kernels sooner than XLA does, at 1 to 128 rows of 2560x6912
 # and 4096x11008 (Zen 5, two cores): .05 to .4 of its time with AVX512, also at 512 rows, .2 to
@@ -71,12 +69,11 @@ def unsupported_reason(packed: Packed, activations: ActivationConfig | None = No
         return None
     depth = _spec_of(packed, None, by_library.FLOATS[0]).layout.depth
     part = math.gcd(depth, group)
-    # A layout has its weights in fours: a part of a group of them is whole fours.
-    if part == depth or part % _FOUR == 0:
+    if cuts_no_four(depth, part):
         return None
     kept = " and the stored kernel" if isinstance(packed, Prepared) else ""
     return (
-        f"implementation 'cpu' needs groups of activations of a multiple of {_FOUR}, or those of "
+        f"implementation 'cpu' needs groups of activations of a multiple of {FOUR}, or those of "
         f"the kernel; got groups of {group}, and {depth} weights to a scale of the kernel. Use "
         f"implementation='reference'{kept}."
     )

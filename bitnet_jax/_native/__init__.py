@@ -150,8 +150,13 @@ def preferred() -> bool:
 
     Elsewhere than on a CPU plain JAX would run, and a program need not name what it leaves out.
     """
-    paths = load().paths()
-    return bool(paths) and paths != ["portable"] and jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" and _is_fast(load())
+
+
+@functools.cache  # asked for every quantiser that is traced
+def _is_fast(native: Native) -> bool:
+    paths = native.paths()
+    return bool(paths) and paths != ["portable"]
 
 
 def _without(reason: str) -> Native:

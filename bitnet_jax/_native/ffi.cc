@@ -81,7 +81,8 @@ ffi::Error QuantizeKernelImpl(ffi::ThreadPool threads, ffi::AnyBuffer w, float t
                               float eps, bool survivors, ffi::ResultBuffer<ffi::S8> codes,
                               ffi::ResultBuffer<ffi::F32> scale) {
   const Dimensions wd = w.dimensions(), cd = codes->dimensions(), sd = scale->dimensions();
-  if (wd.size() < 2 || sd.size() != wd.size() || !std::equal(wd.begin(), wd.end(), cd.begin(), cd.end()) ||
+  if (wd.size() < 2 || sd.size() != wd.size() ||
+      !std::equal(wd.begin(), wd.end(), cd.begin(), cd.end()) ||
       !std::equal(wd.begin(), wd.end() - 2, sd.begin())) {
     return Wrong("want w and codes (..., K, N), scale (..., G, 1 or N)");
   }

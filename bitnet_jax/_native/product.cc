@@ -17,7 +17,7 @@ std::atomic<const Path*> chosen{nullptr};
 
 // Of ThreadsFor's units. By count: between the GOP/s of AVX2 and of AVX512, and the GB/s of the
 // third and the second cache.
-constexpr int64_t kMultiplicationsPerUnit = 128, kBytesPerUnit = 32, kFloatsPerUnit = 4;
+constexpr int64_t kMultiplicationsPerUnit = 128, kBytesPerUnit = 32;
 
 void Narrow(const float* from, int64_t count, float* to) {
   std::memcpy(to, from, count * sizeof(float));

@@ -10,7 +10,6 @@ namespace bitnet {
 namespace {
 
 constexpr int64_t kRows = 64;  // of a piece whose codes are written
-constexpr int64_t kFloatsPerUnit = 4;
 
 const KernelQuantizer<float>& Of(const Path& path, const float*) { return path.kernel; }
 const KernelQuantizer<BFloat16>& Of(const Path& path, const BFloat16*) {
@@ -36,7 +35,7 @@ float PairSum(float* values, int64_t count) {
 }
 
 void CountKept(const int8_t* codes, int64_t rows, int64_t stride, int64_t columns,
-                  int32_t* counts) {
+               int32_t* counts) {
   std::fill(counts, counts + columns, 0);
   for (int64_t row = 0; row < rows; ++row) {
     const int8_t* from = codes + row * stride;
@@ -76,7 +75,9 @@ void QuantizeKernel(Pool& pool, const Ternarized& kernel, const Float* w, int8_t
         int32_t* counts = survivors ? kept.data() + slice * n + column : nullptr;
         if (survivors) CountKept(codes + at, kernel.rows, n, count, counts);
         if (kernel.across) continue;
-        for (int64_t c = 0; c < count; ++c) to[c] = statistic(to[c], survivors ? counts + c : nullptr);
+        for (int64_t c = 0; c < count; ++c) {
+          to[c] = statistic(to[c], survivors ? counts + c : nullptr);
+        }
       }
     });
     for (int64_t slice = 0; kernel.across && slice < kernel.slices; ++slice) {

@@ -26,13 +26,11 @@ struct Magnitudes {
 };
 
 template <class Float>
-struct Kept {
-  const Float* rows[kRun];
+struct Kept : Magnitudes<Float> {
   const int8_t* codes[kRun];
   // What is not kept is finite, so that times 0 it is 0.
   BITNET_INLINE float At(int row, int64_t column) const {
-    const float kept = static_cast<float>(codes[row][column] & 1);
-    return std::fabs(AsFloat(rows[row][column])) * kShift * kept;
+    return Magnitudes<Float>::At(row, column) * static_cast<float>(codes[row][column] & 1);
   }
 };
 
@@ -102,7 +100,7 @@ class Tree {
 
 template <class Float>
 void SumColumnsOf(const Float* w, const int8_t* codes, int64_t rows, int64_t columns,
-                int64_t stride, float* sums) {
+                  int64_t stride, float* sums) {
   static const Float no_weights[kColumns] = {};
   static const int8_t no_codes[kColumns] = {};
   Tree tree(columns);
@@ -114,13 +112,8 @@ void SumColumnsOf(const Float* w, const int8_t* codes, int64_t rows, int64_t col
       kept.codes[i] = there && codes != nullptr ? codes + (row + i) * stride : no_codes;
     }
     float* to = tree.Next();
-    if (codes != nullptr) {
-      SumRun(kept, columns, to);
-    } else {
-      Magnitudes<Float> all;
-      std::copy(kept.rows, kept.rows + kRun, all.rows);
-      SumRun(all, columns, to);
-    }
+    const Magnitudes<Float>& all = kept;
+    codes != nullptr ? SumRun(kept, columns, to) : SumRun(all, columns, to);
   }
   tree.Total(sums);
 }

@@ -16,6 +16,7 @@ class Pool {
 
 // How many threads so much work is worth. A unit is about what a thread multiplies, or reads
 // from cache, in a nanosecond.
+constexpr int64_t kFloatsPerUnit = 4;  // that are quantised
 int64_t ThreadsFor(const Pool& pool, int64_t work);
 
 // Calls work(first, last) over all pieces [0, pieces), on up to `threads` threads; returns

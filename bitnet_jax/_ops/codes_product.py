@@ -27,7 +27,12 @@ Operator = Product | Convolution
 
 Gamma = Float32[Array, "..."]
 
-_FOUR = 4  # x may be cut into multiples of it, see _native/layout.h
+FOUR = 4  # weights that a layout has together, see _native/layout.h
+
+
+def cuts_no_four(depth: int, part: int) -> bool:
+    """Whether parts of a group of ``depth`` weights, as groups of x cut it, are whole fours."""
+    return part == depth or part % FOUR == 0
 
 
 def contract_codes(
@@ -77,10 +82,9 @@ def _is_native(
         isinstance(operator, Product) and isinstance(config, TernaryConfig) and _native.preferred()
     ):
         return False
-    # A group of the kernel is cut where one of x ends: into whole fours.
     depth = w_codes.shape[-2] // scale.shape[-2]
     part = w_codes.shape[-2] // joint_groups(gamma, scale)
-    return part == depth or part % _FOUR == 0
+    return cuts_no_four(depth, part)
 
 
 @functools.cache

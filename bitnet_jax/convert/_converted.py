@@ -24,7 +24,7 @@ from bitnet_jax._tree.leaves import Leaf
 from bitnet_jax.convert._calibration import CalibratedKernel
 from bitnet_jax.convert._chosen_methods import WHO
 from bitnet_jax.convert._input_statistics import Statistics
-from bitnet_jax.convert._methods import METHODS, Method, Quantized, error
+from bitnet_jax.convert._methods import METHODS, Method, Quantized, error, errors
 
 
 class FloatKernel(NamedTuple):
@@ -68,8 +68,10 @@ def converted(
         return packed, _row(kernel, tokens, lost, lost, ())
     made = method.quantize(canonical, statistics, spec.config)
     _require_quantized(leaf.where, name, made, canonical.shape, spec.config)
-    plain = METHODS["absmean"].quantize(canonical, statistics, spec.config)
-    lost, plainly = (_mean(error(canonical, one, statistics)) for one in (made, plain))
+    plain = made
+    if name != "absmean":
+        plain = METHODS["absmean"].quantize(canonical, statistics, spec.config)
+    lost, plainly = map(_mean, errors(canonical, [made, plain], statistics))
     return _packed(w, made, spec), _row(kernel, tokens, lost, plainly, made.notes)
 
 

@@ -18,7 +18,7 @@ name                needs       codes and scales
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -242,23 +242,37 @@ def error(w: np.ndarray, quantized: Quantized, statistics: Statistics) -> np.nda
       >>> error(w, survivors(w, none, bj.B158), none).round(4).tolist()
       [0.0857]
     """
+    return errors(w, [quantized], statistics)[0]
+
+
+def errors(w: np.ndarray, several: Sequence[Quantized], statistics: Statistics) -> list[np.ndarray]:
+    """:func:`error` of several conversions of one kernel, whose outputs are squared once."""
     _second_moment.require_kernel("error", w)
     _second_moment.require_statistics("error", w, statistics, "nothing")
+    for quantized in several:
+        _require_quantized_of(w, quantized)
+    lost, whole = np.empty((len(several), len(w))), np.empty(len(w))
+    for b in range(len(w)):
+        h = _second_moment.value(statistics, b, w.shape[1])
+        for i, (codes, scale, _) in enumerate(several):
+            lost[i, b] = output_square(h, w[b], codes[b], scale[b])
+        nothing = np.zeros(w[b].shape, np.int8), np.zeros((1, 1), np.float32)
+        whole[b] = output_square(h, w[b], *nothing)
+    relative = np.where(lost > 0, np.inf, 0.0)
+    np.divide(lost, whole, out=relative, where=whole > 0)
+    return list(relative)
+
+
+def _require_quantized_of(w: np.ndarray, quantized: Quantized) -> None:
+    """Raises unless codes and scales are of a kernel of this shape."""
     codes, scale = quantized.codes, quantized.scale
-    b, k, n = w.shape
-    fits = scale.ndim == 3 and scale.shape[0] == b and scale.shape[2] in (1, n)
-    if codes.shape != w.shape or not fits or k % scale.shape[1]:
+    slices, length, outputs = w.shape
+    fits = scale.ndim == 3 and scale.shape[0] == slices and scale.shape[2] in (1, outputs)
+    if codes.shape != w.shape or not fits or length % scale.shape[1]:
         raise ValueError(
             f"error: `quantized` must be of a kernel of shape {w.shape}, got codes of shape "
             f"{codes.shape} and scales of shape {scale.shape}. Pass what a method made of this w."
         )
-    nothing = np.zeros((1, 1), np.float32)
-    lost, whole = np.empty(len(w)), np.empty(len(w))
-    for b in range(len(w)):
-        h = _second_moment.value(statistics, b, w.shape[1])
-        lost[b] = output_square(h, w[b], codes[b], scale[b])
-        whole[b] = output_square(h, w[b], codes[b], nothing)
-    return np.divide(lost, whole, out=np.where(lost > 0, np.inf, 0.0), where=whole > 0)
 
 
 def _require_options(damping: float, rounds: int) -> None:
