@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-_AT_ONCE = 2**20  # candidates that are looked at together
+AT_ONCE = 2**20  # candidates that are looked at together
 
 
 Granularity = Literal["tensor", "channel"] | int
@@ -46,16 +46,32 @@ def best_scales(
     Returns:
       (G, 1 or N) float32.
     """
-    if granularity == "tensor":
-        found = _best(_keys(w).reshape(-1, 1), _alive(weight), eps)
-        return found[None].astype(np.float32)
     size = group_size(granularity, len(w))
-    scale = np.empty((len(w) // size, w.shape[1]), np.float32)
-    for g, rows in enumerate(scale):
-        part = slice(g * size, (g + 1) * size)
-        for columns in _blocks(w.shape[1], max(1, _AT_ONCE // size)):
-            rows[columns] = _best(_keys(w[part, columns]), _alive(weight[part]), eps)
+    across = 1 if granularity == "tensor" else w.shape[1]
+    scale = np.empty((len(w) // size, across), np.float32)
+    for g, columns, keys, own in groups(w, weight, granularity):
+        scale[g, columns] = _best(keys, own, eps)
     return scale
+
+
+def groups(
+    w: np.ndarray, weight: np.ndarray, granularity: Granularity
+) -> Iterator[tuple[int, slice, np.ndarray, np.ndarray]]:
+    """What shares scales, some outputs at a time: group, columns, :func:`_keys`, weights."""
+    if granularity == "tensor":
+        yield 0, slice(0, 1), _keys(w).reshape(-1, 1), _alive(weight)
+        return
+    size = group_size(granularity, len(w))
+    for g in range(len(w) // size):
+        part = slice(g * size, (g + 1) * size)
+        for columns in blocks(w.shape[1], max(1, AT_ONCE // size)):
+            yield g, columns, _keys(w[part, columns]), _alive(weight[part])
+
+
+def unpacked(keys: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Magnitudes, float32, and their weights, float64, of keys."""
+    magnitude = (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
+    return magnitude, weight[keys.astype(np.uint32)]
 
 
 def nearest(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -68,14 +84,14 @@ def _alive(weight: np.ndarray) -> np.ndarray:
     return weight if weight.any() else np.ones_like(weight)
 
 
-def _blocks(length: int, size: int) -> Iterator[slice]:
+def blocks(length: int, size: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, length, size))
 
 
 def _keys(w: np.ndarray) -> np.ndarray:
     """Magnitude and row in one integer, (K, N) uint64: they sort as the magnitudes do."""
     keys = np.empty(w.shape, np.uint64)
-    for rows in _blocks(len(w), max(1, _AT_ONCE // w.shape[1])):
+    for rows in blocks(len(w), max(1, AT_ONCE // w.shape[1])):
         # Bits of floats >= 0 are in the order of the floats.
         keys[rows] = np.abs(w[rows]).view(np.uint32)
     keys <<= np.uint64(32)
@@ -91,9 +107,8 @@ def _best(keys: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     across = np.arange(len(keys))
     scale, most = np.full(len(keys), eps), np.zeros(len(keys))
     a = m = np.zeros((len(keys), 1))
-    for part in _blocks(keys.shape[1], max(1, _AT_ONCE // len(keys))):
-        magnitude = (keys[:, part] >> np.uint64(32)).astype(np.uint32).view(np.float32)
-        h = weight[keys[:, part].astype(np.uint32)]
+    for part in blocks(keys.shape[1], max(1, AT_ONCE // len(keys))):
+        magnitude, h = unpacked(keys[:, part], weight)
         # Sums over the weights so far, the last of the part before first.
         a = np.cumsum(np.hstack([a[:, -1:], h * magnitude]), axis=1)
         m = np.cumsum(np.hstack([m[:, -1:], h]), axis=1)

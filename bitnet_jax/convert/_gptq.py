@@ -14,7 +14,9 @@ Scales. A group gets its first scale when its first row is reached, from its wei
 have moved: the exact optimum with the diagonal of H as weights. Then codes and scale take turns,
 as in PT2-LLM's two stages [2], here without an offset and by the error that later rows cannot
 mend: with ``R = U_gg^-1`` of the group's rows, ``e = R^T (w - s c)``, and the best scale for
-codes c is ``<R^T c, R^T w> / <R^T c, R^T c>``. The best pair of all turns is kept.
+codes c is ``<R^T c, R^T w> / <R^T c, R^T c>``. The best pair of all turns is kept. Of several
+planes (``_plane_grid``) the scales of a group are first those of ``_plane_scales``, then those of the
+least squares in R^T c_1, R^T c_2, ...: everything else is as for one.
 
 Order. ``act_order`` takes groups, and the inputs inside each, by falling mean square, so that
 the largest are coded while most others can still answer; groups stay whole.
@@ -35,21 +37,23 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg import lapack
 
-from bitnet_jax.convert._best_scale import Granularity, best_scales, group_size, nearest
+from bitnet_jax.convert._best_scale import Granularity, group_size
+from bitnet_jax.convert._plane_grid import Grid, combined, grid_of, lowered, solved
+from bitnet_jax.convert._plane_scales import plane_scales
 
 _AT_ONCE = 2**22  # weights that are coded together: 16 MiB, and a few copies
 
 
 class Choice(NamedTuple):
-    """Codes for some scales, and the parabola of the error over a change of each scale.
+    """Codes for some scales, and the parabola of the error over a change of the scales.
 
-    A change d of a scale turns ``loss`` into ``loss - 2 d along + d**2 square``.
+    A change d of the scales turns ``loss`` into ``loss - 2 d^T along + d^T square d``.
     """
 
-    codes: np.ndarray
-    loss: np.ndarray
-    along: np.ndarray
-    square: np.ndarray
+    codes: np.ndarray  # (P, k, n) int8
+    loss: np.ndarray  # (1, 1 or n) float64
+    along: np.ndarray  # (P, 1 or n)
+    square: np.ndarray  # (P, P, 1 or n)
 
 
 class Plan(NamedTuple):
@@ -69,29 +73,31 @@ def column_blocks(length: int, width: int) -> Iterator[slice]:
 
 
 def gptq_codes(
-    w: np.ndarray, weight: np.ndarray, granularity: Granularity, eps: float, plan: Plan
+    w: np.ndarray, weight: np.ndarray, granularity: Granularity, eps: float, planes: int, plan: Plan
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (K, N) int8 and scales (G, 1 or N) float32 of a kernel.
+    """Codes (P, K, N) int8 and scales (P, G, 1 or N) float32 of a kernel.
 
     Args:
       w: (K, N) float32.
       weight: (K,) float64, the diagonal of H.
       granularity: what shares a scale.
       eps: the smallest scale.
+      planes: P.
       plan: the order of coding, and H factored in it.
     """
     order = plan.order
     if granularity == "tensor":
-        codes, scale = _shared(w, weight, eps, plan)
-        return codes[np.argsort(order)], scale
+        codes, scale = _shared(w, weight, eps, planes, plan)
+        return codes[:, np.argsort(order)], scale[:, None]
     size = group_size(granularity, len(w))
-    codes = np.empty(w.shape, np.int8)
-    scale = np.empty((len(w) // size, w.shape[1]), np.float32)
+    codes = np.empty((planes, *w.shape), np.int8)
+    scale = np.empty((planes, len(w) // size, w.shape[1]), np.float32)
     for columns in column_blocks(*w.shape):
-        slab = _Slab(_rows_in_order(w, weight, order, columns), weight[order], eps, plan)
-        slab.code_groups(0, len(scale))
-        codes[order, columns] = slab.codes
-        scale[order[::size] // size, columns] = slab.scale
+        rows = _rows_in_order(w, weight, order, columns)
+        slab = _Slab(rows, weight[order], eps, planes, plan)
+        slab.code_groups(0, scale.shape[1])
+        codes[:, order, columns] = slab.codes
+        scale[:, order[::size] // size, columns] = slab.scale
     return codes, scale
 
 
@@ -147,11 +153,13 @@ def _rows_in_order(
 class _Slab:
     """Some outputs of a kernel while they are coded; ``w`` holds e where rows are done."""
 
-    def __init__(self, w: np.ndarray, weight: np.ndarray, eps: float, plan: Plan) -> None:
+    def __init__(
+        self, w: np.ndarray, weight: np.ndarray, eps: float, planes: int, plan: Plan
+    ) -> None:
         self.w, self.weight, self.eps, self.plan = w, weight, eps, plan
         self.size = len(plan.roots[0])
-        self.codes = np.empty(w.shape, np.int8)
-        self.scale = np.empty((len(w) // self.size, w.shape[1]), np.float32)
+        self.codes = np.empty((planes, *w.shape), np.int8)
+        self.scale = np.empty((planes, len(w) // self.size, w.shape[1]), np.float32)
 
     def code_groups(self, first: int, last: int) -> None:
         """Codes some groups, whose weights have moved against all errors before them."""
@@ -168,39 +176,40 @@ class _Slab:
     def _code_group(self, g: int) -> None:
         rows = slice(g * self.size, (g + 1) * self.size)
         w, upper, root = self.w[rows], self.plan.upper[rows, rows], self.plan.roots[g]
-        first = best_scales(w, self.weight[rows], self.size, self.eps)
+        first = plane_scales(w, self.weight[rows], self.size, self.eps, len(self.scale))
 
         def choose(scale: np.ndarray) -> Choice:
             return _choice(w, upper, root, scale, 0)
 
-        codes, self.scale[g] = _in_turns(choose, first, self.plan.rounds, self.eps)
-        self.codes[rows] = codes
-        w -= self.scale[g] * codes
+        found = _in_turns(choose, first[:, 0], self.plan.rounds, self.eps)
+        self.codes[:, rows], self.scale[:, g] = found
+        w -= combined(found[0], found[1][:, None])
         w[:] = root.T @ w
 
 
 def _shared(
-    w: np.ndarray, weight: np.ndarray, eps: float, plan: Plan
+    w: np.ndarray, weight: np.ndarray, eps: float, planes: int, plan: Plan
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes, their rows in the order of coding, and the one scale of a whole kernel."""
+    """Codes, their rows in the order of coding, and the one scale a plane of a whole kernel."""
 
     def choose(scale: np.ndarray) -> Choice:
-        codes, sums = np.empty(w.shape, np.int8), []
+        codes, sums = np.empty((planes, *w.shape), np.int8), []
         for columns in column_blocks(*w.shape):
             rows = _rows_in_order(w, weight, plan.order, columns)
             part = _choice(rows, plan.upper, plan.roots[0], scale, None)
-            codes[:, columns] = part.codes
+            codes[:, :, columns] = part.codes
             sums.append(part[1:])
-        loss, along, square = np.sum(sums, axis=0)
+        loss, along, square = (np.sum(of, axis=0) for of in zip(*sums, strict=True))
         return Choice(codes, loss, along, square)
 
-    return _in_turns(choose, best_scales(w, weight, "tensor", eps), plan.rounds, eps)
+    first = plane_scales(w, weight, "tensor", eps, planes)
+    return _in_turns(choose, first[:, 0], plan.rounds, eps)
 
 
 def _in_turns(
     choose: Callable[[np.ndarray], Choice], scale: np.ndarray, rounds: int, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales (1, 1 or n) of the least error of so many rounds of one after the other."""
+    """Codes (P, k, n) and scales (P, 1 or n) of the least error of so many turns of each."""
     best = choose(scale)
     kept, least = scale, best.loss
     for turn in range(rounds):
@@ -214,39 +223,41 @@ def _in_turns(
 
 def _refitted(now: Choice, scale: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """The best scales for some codes, and the loss with them."""
-    step = np.divide(now.along, now.square, out=np.zeros_like(now.along), where=now.square > 0)
-    fitted = (scale + step).astype(np.float32)
-    fitted = np.where(fitted >= eps, fitted, scale)
-    step = fitted.astype(np.float64) - scale
-    return fitted, now.loss - 2 * now.along * step + now.square * step**2
+    fitted = (scale + solved(now.square, now.along)).astype(np.float32)
+    fitted = np.where((fitted >= eps).all(axis=0), fitted, scale)
+    less, more = lowered(now.square, now.along, fitted.astype(np.float64) - scale)
+    return fitted, now.loss - less + more
 
 
 def _choice(
     w: np.ndarray, upper: np.ndarray, root: np.ndarray, scale: np.ndarray, axis: int | None
 ) -> Choice:
     """Codes of the rows of one group (k, n), one after the other."""
-    e, codes = w.copy(), np.empty(w.shape, np.int8)
-    _code_rows(e, codes, upper, scale[0], 0, len(w))
-    z = root.T @ codes.astype(np.float32)
+    e, index, values = w.copy(), np.empty(w.shape, np.int8), grid_of(scale)
+    _code_rows(e, index, upper, values, 0, len(w))
+    codes = values.codes(index)
+    moved = [root.T @ plane.astype(np.float32) for plane in codes]
 
     def total(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        products = (a * b).sum(axis=0, dtype=np.float64, keepdims=True)
-        return products if axis == 0 else products.sum(axis=1, keepdims=True)
+        products = (a * b).sum(axis=0, dtype=np.float64)
+        return products if axis == 0 else products.sum(keepdims=True)
 
-    return Choice(codes, total(e, e), total(z, e), total(z, z))
+    along = np.stack([total(z, e) for z in moved])
+    square = np.stack([np.stack([total(z, other) for other in moved]) for z in moved])
+    return Choice(codes, total(e, e)[None], along, square)
 
 
 def _code_rows(
-    e: np.ndarray, codes: np.ndarray, upper: np.ndarray, scale: np.ndarray, first: int, last: int
+    e: np.ndarray, index: np.ndarray, upper: np.ndarray, values: Grid, first: int, last: int
 ) -> None:
     """Codes rows that have moved against all errors before them, and leaves their e."""
     if last - first == 1:
-        codes[first] = nearest(e[first], scale)
-        e[first] -= scale * codes[first]
+        index[first] = values.indices(e[first])
+        e[first] -= values.row(index[first])
         e[first] /= upper[first, first]
         return
     middle = (first + last) // 2
-    _code_rows(e, codes, upper, scale, first, middle)
+    _code_rows(e, index, upper, values, first, middle)
     done, rest = slice(first, middle), slice(middle, last)
     e[rest] -= upper[done, rest].T @ e[done]
-    _code_rows(e, codes, upper, scale, middle, last)
+    _code_rows(e, index, upper, values, middle, last)

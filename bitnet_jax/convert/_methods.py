@@ -12,11 +12,17 @@ name                needs       codes and scales
 ``weighted``        diagonal    least squared error weighted by the inputs' mean square
 ``gptq``            matrix      codes that answer for the errors of those before them
 ``gptq-act-order``  matrix      the same, inputs with the largest mean square first
+``planes``          diagonal    several planes together, their error weighted as above
 =================== ==========  =======================================================
+
+With a config of several planes, ``TernaryConfig(planes=n)``, a kernel is ``sum_p s_p T_p``. The
+first three take one plane after another, each for the rest that those before it leave; ``gptq``
+and ``planes`` fit all planes together.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -28,19 +34,25 @@ from bitnet_jax import _checks
 from bitnet_jax._quantize.config import TernaryConfig
 from bitnet_jax._quantize.ternary import quantize_canonical
 from bitnet_jax.convert import _second_moment
-from bitnet_jax.convert._best_scale import best_scales, group_size, nearest
-from bitnet_jax.convert._gptq import gptq_codes, planned
+from bitnet_jax.convert._best_scale import group_size
+from bitnet_jax.convert._gptq import column_blocks, gptq_codes, planned
 from bitnet_jax.convert._input_statistics import Statistics
 from bitnet_jax.convert._output_square import output_square
+from bitnet_jax.convert._plane_grid import grid_of, largest_first
+from bitnet_jax.convert._plane_scales import plane_scales
 from bitnet_jax.convert._refit import refitted
 
 
 class Quantized(NamedTuple):
     """What a method made of a kernel.
 
+    Of a config with several planes P, codes and scales are of a kernel with a contraction of
+    P K, plane by plane, whose inputs are those of the kernel, P times. The planes of a group
+    come by falling scale.
+
     Attributes:
-      codes: (B, K, N) int8 in {-1, 0, +1}.
-      scale: (B, G, 1 or N) float32, with G = 1 or K / granularity.
+      codes: (B, P K, N) int8 in {-1, 0, +1}.
+      scale: (B, P G, 1 or N) float32, with G = 1 or K / granularity.
       notes: what was unusual and how it was handled, a sentence each.
     """
 
@@ -86,8 +98,16 @@ def absmean(w: np.ndarray, statistics: Statistics, config: TernaryConfig) -> Qua
       ([[[1], [0]]], [[[0.5]]])
     """
     _second_moment.require_operands("absmean", w, statistics, config, "nothing")
-    codes, scale = quantize_canonical(jnp.asarray(w), config)
-    return Quantized(np.asarray(codes), np.asarray(scale), ())
+    count, single = planes_of(config), one_plane(config)
+    codes, scale = [], []
+    rest = jnp.asarray(w)
+    for _ in range(count):
+        more = quantize_canonical(rest, single)
+        codes.append(np.asarray(more[0]))
+        scale.append(np.asarray(more[1]))
+        if len(codes) < count:
+            rest = rest - codes[-1] * np.repeat(scale[-1], w.shape[1] // scale[-1].shape[1], axis=1)
+    return Quantized(np.concatenate(codes, axis=1), np.concatenate(scale, axis=1), ())
 
 
 def survivors(w: np.ndarray, statistics: Statistics, config: TernaryConfig) -> Quantized:
@@ -206,13 +226,56 @@ def gptq(
     return _by_slice(run, w, statistics, config)
 
 
+def planes(w: np.ndarray, statistics: Statistics, config: TernaryConfig) -> Quantized:
+    """Codes and scales of several planes, of very small squared error weighted by the inputs.
+
+    ``sum h (w - sum_p s_p c_p)**2`` with h the diagonal of the inputs' second moment where it is
+    known, and 1 where not. For the scales the codes are exactly the best, and for the codes the
+    scales, each in turn until neither lowers the error; from several beginnings, among them
+    the best plane with the best for the rest: see ``_plane_scales``.
+
+    Args:
+      w: (B, K, N) float32.
+      statistics: with ``moments`` (B, K), (B, K, K) of which the diagonal is taken, or None.
+      config: of at least two planes; its granularity and eps.
+
+    Returns:
+      A ``Quantized``, with notes as ``"weighted"`` has them.
+
+    Raises:
+      ValueError: a kernel, statistics or a config that do not fit; a config of one plane; moments
+        that are NaN or negative.
+
+    References:
+      PTQTP, arXiv:2509.16989.
+    """
+    _second_moment.require_operands("planes", w, statistics, config, "nothing")
+    if planes_of(config) == 1:
+        raise ValueError(
+            f"planes: `config` must have at least two planes, got {config}. Write "
+            "TernaryConfig(planes=2), or choose a method for one ('survivors', 'gptq')."
+        )
+    return _by_slice(_planes_slice, w, statistics, config)
+
+
 METHODS: dict[str, Method] = {
     "absmean": Method("nothing", absmean),
     "survivors": Method("nothing", survivors),
     "weighted": Method("diagonal", weighted),
     "gptq": Method("matrix", gptq),
     "gptq-act-order": Method("matrix", functools.partial(gptq, act_order=True)),
+    "planes": Method("diagonal", planes),
 }
+
+
+def planes_of(config: TernaryConfig) -> int:
+    """How many ternary planes a kernel is made of."""
+    return getattr(config, "planes", 1)
+
+
+def one_plane(config: TernaryConfig) -> TernaryConfig:
+    """A config as it is, with one plane."""
+    return config if planes_of(config) == 1 else dataclasses.replace(config, planes=1)
 
 
 def error(w: np.ndarray, quantized: Quantized, statistics: Statistics) -> np.ndarray:
@@ -268,11 +331,19 @@ def _require_quantized_of(w: np.ndarray, quantized: Quantized) -> None:
     codes, scale = quantized.codes, quantized.scale
     slices, length, outputs = w.shape
     fits = scale.ndim == 3 and scale.shape[0] == slices and scale.shape[2] in (1, outputs)
-    if codes.shape != w.shape or not fits or length % scale.shape[1]:
+    fits = fits and codes.ndim == 3 and codes.shape[::2] == w.shape[::2]
+    planes = codes.shape[1] // length if fits else 0
+    if not planes or codes.shape[1] != planes * length or not _whole_groups(scale, planes, length):
         raise ValueError(
             f"error: `quantized` must be of a kernel of shape {w.shape}, got codes of shape "
             f"{codes.shape} and scales of shape {scale.shape}. Pass what a method made of this w."
         )
+
+
+def _whole_groups(scale: np.ndarray, planes: int, length: int) -> bool:
+    """Whether there are as many scales for each plane, which cut its contraction evenly."""
+    groups = scale.shape[1] // planes
+    return groups > 0 and groups * planes == scale.shape[1] and length % groups == 0
 
 
 def _require_options(damping: float, rounds: int) -> None:
@@ -283,6 +354,7 @@ def _require_options(damping: float, rounds: int) -> None:
         raise ValueError(f"gptq: `rounds` must be an integer >= 0, got {rounds!r}.")
 
 
+# Codes (P, K, N) and scales (P, G, 1 or N) of a slice, and notes.
 _Found = tuple[np.ndarray, np.ndarray, list[str]]
 
 
@@ -293,43 +365,67 @@ def _by_slice(
     config: TernaryConfig,
 ) -> Quantized:
     """Runs a method on each slice of a kernel."""
-    size = group_size(config.granularity, w.shape[1])
+    size, count = group_size(config.granularity, w.shape[1]), planes_of(config)
     across = 1 if config.granularity == "tensor" else w.shape[2]
-    codes = np.empty(w.shape, np.int8)
-    scale = np.empty((len(w), w.shape[1] // size, across), np.float32)
+    codes = np.empty((len(w), count, *w.shape[1:]), np.int8)
+    scale = np.empty((len(w), count, w.shape[1] // size, across), np.float32)
     notes: list[str] = []
     for b in range(len(w)):
-        codes[b], scale[b], more = run(w[b], statistics, b, config)
+        *found, more = run(w[b], statistics, b, config)
+        codes[b], scale[b] = largest_first(*found)
         notes += _second_moment.notes(statistics, b, w.shape[1]) + more
-    return Quantized(codes, scale, tuple(notes))
+    joined = codes.reshape(len(w), -1, w.shape[2]), scale.reshape(len(w), -1, across)
+    return Quantized(*joined, tuple(notes))
 
 
 def _weighted_slice(w: np.ndarray, statistics: Statistics, b: int, config: TernaryConfig) -> _Found:
-    """The least weighted squared error of one slice."""
+    """The least weighted squared error of one slice, one plane after another."""
     h = _second_moment.diagonal(statistics, b, len(w))
-    scale = best_scales(w, h, config.granularity, config.eps)
-    codes = np.empty(w.shape, np.int8)
+    codes, scale, rest = [], [], w
+    for _ in range(planes_of(config)):
+        own = plane_scales(rest, h, config.granularity, config.eps, 1)
+        codes.append(_nearest_codes(rest, own))
+        scale.append(own)
+        if len(scale) < planes_of(config):
+            rest = rest - codes[-1][0] * np.repeat(own[0], len(w) // own.shape[1], axis=0)
+    return np.concatenate(codes), np.concatenate(scale), []
+
+
+def _planes_slice(w: np.ndarray, statistics: Statistics, b: int, config: TernaryConfig) -> _Found:
+    """Very small weighted squared error of one slice, all planes together."""
+    h, unit = _second_moment.diagonal(statistics, b, len(w)), _unit(w)
+    if unit != 1:
+        w = w * np.float32(1 / unit)
+    eps = float(config.eps) / unit
+    scale = plane_scales(w, h, config.granularity, eps, planes_of(config))
+    return _nearest_codes(w, scale), (scale * unit).astype(np.float32), []
+
+
+def _nearest_codes(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The best codes (P, K, N) of weights (K, N) for scales (P, G, 1 or N)."""
+    codes = np.empty((len(scale), *w.shape), np.int8)
     _code_nearest(w, np.ones(len(w), bool), codes, scale)
-    return codes, scale, []
+    return codes
 
 
 def _code_nearest(w: np.ndarray, rows: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> None:
     """Writes the nearest codes of the rows that are marked."""
-    size = len(w) // len(scale)
-    for g, own in enumerate(scale):
-        part = slice(g * size, (g + 1) * size)
-        if rows[part].any():
-            np.copyto(codes[part], nearest(w[part], own), where=rows[part, None])
+    size = len(w) // scale.shape[1]
+    for g in range(scale.shape[1]):
+        part = np.flatnonzero(rows[g * size : (g + 1) * size]) + g * size
+        for columns in column_blocks(size, w.shape[1]) if len(part) else ():
+            values = grid_of(scale[:, g, columns] if scale.shape[2] > 1 else scale[:, g])
+            codes[:, part, columns] = values.codes(values.indices(w[part, columns]))
 
 
 def _code_dead(
     w: np.ndarray, h: np.ndarray, codes: np.ndarray, scale: np.ndarray, eps: float
 ) -> None:
     """Codes the weights of inputs that were always 0; groups of them alone get scales too."""
-    size = len(w) // len(scale)
+    size = len(w) // scale.shape[1]
     for g in np.flatnonzero(~h.reshape(-1, size).any(axis=1)):
         part = slice(g * size, (g + 1) * size)
-        scale[g] = best_scales(w[part], h[part], size, eps)
+        scale[:, g : g + 1] = plane_scales(w[part], h[part], size, eps, len(scale))
     _code_nearest(w, h == 0, codes, scale)
 
 
@@ -352,7 +448,7 @@ def _gptq_slice(
 ) -> _Found:
     """GPTQ of one slice."""
     if _second_moment.stands_in(statistics, b):
-        return _weighted_slice(w, statistics, b, config)
+        return _planes_slice(w, statistics, b, config)
     assert statistics.moments is not None  # require_operands has looked
     moment = statistics.moments[b]
     size = group_size(config.granularity, len(w))
@@ -361,7 +457,8 @@ def _gptq_slice(
     if unit != 1:
         w = w * np.float32(1 / unit)
     eps = float(config.eps) / unit
-    codes, scale = gptq_codes(w, moment.diagonal(), config.granularity, eps, plan)
+    many = planes_of(config)
+    codes, scale = gptq_codes(w, moment.diagonal(), config.granularity, eps, many, plan)
     used = plan.damping
     del plan  # as large as the moment
     if refit:

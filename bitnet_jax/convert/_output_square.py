@@ -17,8 +17,8 @@ def output_square(h: np.ndarray, w: np.ndarray, codes: np.ndarray, scale: np.nda
     Args:
       h: the second moment of the inputs, (K, K), or its diagonal, (K,).
       w: (K, N) float32.
-      codes: (K, N) int8.
-      scale: (G, 1 or N) float32.
+      codes: (P K, N) int8, plane by plane.
+      scale: (P G, 1 or N) float32.
     """
     length, width = w.shape
     if h.ndim == 1:
@@ -42,9 +42,13 @@ def _rests(
     w: np.ndarray, codes: np.ndarray, scale: np.ndarray, dtype: type
 ) -> Iterator[np.ndarray]:
     """A kernel less its codes times scales, some outputs at a time."""
-    size = max(1, _AT_ONCE // len(w))
-    for first in range(0, w.shape[1], size):
-        part = slice(first, first + size)
+    width = max(1, _AT_ONCE // len(w))
+    size = len(codes) // len(scale)
+    for first in range(0, w.shape[1], width):
+        part = slice(first, first + width)
         own = (scale if scale.shape[1] == 1 else scale[:, part]).astype(dtype)
-        rest = codes[:, part] * np.repeat(own, len(w) // len(scale), axis=0)
-        yield np.subtract(w[:, part], rest, dtype=dtype)
+        made = codes[:, part] * np.repeat(own, size, axis=0)
+        rest = w[:, part].astype(dtype)
+        for plane in made.reshape(-1, *rest.shape):
+            rest -= plane
+        yield rest
