@@ -32,6 +32,7 @@ from bitnet_jax.convert._chosen_methods import (
     MethodOf,
     methods_of,
     require_methods,
+    require_planes,
 )
 from bitnet_jax.convert._converted import FloatKernel, converted
 from bitnet_jax.convert._front_ends import Args, FrontEnd, front_end
@@ -68,8 +69,9 @@ def calibrate(
       batches: examples of calls, read once. A tuple holds all positional arguments but the
         params; anything else is the one argument.
       method: ``"absmean"`` (as ``bj.quantize``), ``"survivors"``, ``"weighted"``, ``"gptq"``,
-        ``"gptq-act-order"``, a :class:`Method`, a dict of patterns (as ``bj.only`` takes them; the
-        last that matches holds) to these, or a function of path and shape that returns one.
+        ``"gptq-act-order"``, ``"planes"`` (of a config with several), a :class:`Method`, a dict of
+        patterns (as ``bj.only`` takes them; the last that matches holds) to these, or a function
+        of path and shape that returns one.
         Kernels with an ``Int8Config`` keep their own quantiser. If no method needs statistics,
         the first batch alone is read, for the kernels' axes.
       call: keyword arguments of every call. For a linen model also ``method``, ``rngs`` and
@@ -169,7 +171,9 @@ def _kernels(uses: Kernels, leaves: Sequence[Leaf], method: Any) -> list[FloatKe
         if not np.isfinite(w).all():
             _checks.raise_not_finite(WHO, leaf.where, int((~np.isfinite(w)).sum()))
         spec = spec_of_leaf(WHO, leaf, uses.uses[leaf.path].config, axes)
-        kernels.append(FloatKernel(leaf, spec, *methods.get(leaf.path, ("int8", None))))
+        name, chosen = methods.get(leaf.path, ("int8", None))
+        require_planes(leaf.where, chosen, spec.config)
+        kernels.append(FloatKernel(leaf, spec, name, chosen))
     return kernels
 
 

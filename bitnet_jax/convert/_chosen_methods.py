@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
 from bitnet_jax._tree.select import Kernels, Path, match
-from bitnet_jax.convert._methods import METHODS, Method
+from bitnet_jax.convert._methods import METHODS, Method, planes_of
 
 WHO = "calibrate"
 
@@ -71,6 +71,16 @@ def require_methods(method: Any) -> None:
             _resolved(one)
     elif isinstance(method, (str, Method)) or not callable(method):
         _resolved(method)
+
+
+def require_planes(path: str, method: Method | None, config: object) -> None:
+    """Raises where several planes are to be fitted to a kernel of one."""
+    if method == METHODS["planes"] and planes_of(config) == 1:
+        raise ValueError(
+            f"{WHO}: the method 'planes' is for kernels of several ternary planes, and {path} has "
+            f"{config}. Ternarize with weights=TernaryConfig(planes=2), or choose a method for "
+            "one plane ('gptq', 'survivors')."
+        )
 
 
 def _raise_no_method(path: str, patterns: Sequence[str]) -> NoReturn:

@@ -24,7 +24,7 @@ from bitnet_jax._tree.leaves import Leaf
 from bitnet_jax.convert._calibration import CalibratedKernel
 from bitnet_jax.convert._chosen_methods import WHO
 from bitnet_jax.convert._input_statistics import Statistics
-from bitnet_jax.convert._methods import METHODS, Method, Quantized, error, errors
+from bitnet_jax.convert._methods import METHODS, Method, Quantized, error, errors, planes_of
 
 
 class FloatKernel(NamedTuple):
@@ -115,7 +115,8 @@ def _packed(w: jax.Array, made: Quantized, spec: KernelSpec) -> Stored:
     """Codes and scale as a packed kernel, placed as the float one is."""
     batch, contraction, outputs = spec.axes.split(w.shape)
     parts = (jnp.asarray(part) for part in (made.codes, made.scale))
-    codes, scale = (part.reshape(*batch, *part.shape[1:]) for part in parts)
+    planes = () if planes_of(spec.config) == 1 else (planes_of(spec.config),)
+    codes, scale = (part.reshape(*batch, *planes, -1, part.shape[-1]) for part in parts)
     t = of_canonical(codes, scale, spec, contraction, outputs)
     if w.committed:
         placed, whole = w.sharding, w.sharding
@@ -131,15 +132,16 @@ def _require_quantized(
 ) -> None:
     """Raises unless a method returned codes and scales of its kernel."""
     slices, length, outputs = shape
+    planes = planes_of(config)
     groups = length // config.granularity if isinstance(config.granularity, int) else 1
-    scales = (slices, groups, 1 if config.granularity == "tensor" else outputs)
+    scales = (slices, planes * groups, 1 if config.granularity == "tensor" else outputs)
     if not isinstance(made, Quantized):
         raise TypeError(
             f"{WHO}: the method {name!r} returned {describe(made)} for {path}. Return a "
             "bj.convert.Quantized."
         )
     for part, value, wanted, dtype in (
-        ("codes", made.codes, shape, np.int8),
+        ("codes", made.codes, (slices, planes * length, outputs), np.int8),
         ("scale", made.scale, scales, np.float32),
     ):
         array = np.asarray(value)

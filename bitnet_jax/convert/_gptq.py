@@ -15,8 +15,8 @@ have moved: the exact optimum with the diagonal of H as weights. Then codes and 
 as in PT2-LLM's two stages [2], here without an offset and by the error that later rows cannot
 mend: with ``R = U_gg^-1`` of the group's rows, ``e = R^T (w - s c)``, and the best scale for
 codes c is ``<R^T c, R^T w> / <R^T c, R^T c>``. The best pair of all turns is kept. Of several
-planes (``_plane_grid``) the scales of a group are first those of ``_plane_scales``, then those of the
-least squares in R^T c_1, R^T c_2, ...: everything else is as for one.
+planes (``_plane_grid``) the scales of a group are first those of ``_plane_scales``, then those of
+the least squares in R^T c_1, R^T c_2, ...: everything else is as for one.
 
 Order. ``act_order`` takes groups, and the inputs inside each, by falling mean square, so that
 the largest are coded while most others can still answer; groups stay whole.

@@ -268,7 +268,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def planes_of(config: TernaryConfig) -> int:
+def planes_of(config: object) -> int:
     """How many ternary planes a kernel is made of."""
     return getattr(config, "planes", 1)
 

@@ -1,9 +1,9 @@
 """Scales of several ternary planes, by turns with their codes, from one sort of each group.
 
 The error of a group of weights w with codes c_p, scales s_p and weights h >= 0 of the inputs is
-``sum h (w - sum_p s_p c_p)**2`` [1]. For given scales the best codes are the nearest values of a
-grid (``_plane_grid``), which cut the sorted \\|w\\| into one run for each value. For given codes the best
-scales solve ``C^T h C s = C^T h w``, and both sides are sums over these runs of h and of h \\|w\\|.
+``sum h (w - sum_p s_p c_p)**2`` [1]. For given scales the best codes are the nearest values of
+``_plane_grid``, which cut the sorted \\|w\\| into one run for each value. For given codes the
+best scales solve ``C^T h C s = C^T h w``, both sides sums over these runs of h and of h \\|w\\|.
 So a turn costs a search for each value in prefix sums, however long the group is, and many turns
 from several starts are cheap. No turn raises the error: the best is kept, and a group is done when
 a turn lowers its error no more.

@@ -452,6 +452,22 @@ def test_planes_of_a_config_with_one_are_refused():
         planes(w, statistics, config(3, planes=2))
 
 
+def test_calibrate_refuses_planes_for_a_kernel_of_one_before_it_runs():
+    params = {"a": {"kernel": kernel(8, 4)[0]}}
+    ternary = bj.ternarize(lambda params, x: x @ params["a"]["kernel"], activations=None)
+
+    def batches():
+        yield np.ones((3, 8), np.float32)
+        pytest.fail("the batches were read")
+
+    message = (
+        r"calibrate: the method 'planes' is for .*, and a/kernel has .*TernaryConfig\(planes=2"
+    )
+    for method in ("planes", {"*": "gptq", "a/*": "planes"}):
+        with pytest.raises(ValueError, match=message):
+            bj.convert.calibrate(ternary, params, batches(), method=method)
+
+
 def test_planes_refuse_moments_that_are_none():
     w, h = kernel(8, 3), np.ones((1, 8))
     h[0, 2] = np.nan
