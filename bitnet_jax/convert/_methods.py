@@ -201,7 +201,7 @@ def gptq(
     Returns:
       A ``Quantized``, with notes on inputs that were always 0, on fewer tokens than inputs, on
       damping that was raised, and on slices without tokens, which are quantised as by
-      ``"survivors"``.
+      ``"survivors"``, and if they have several planes as by ``"planes"``.
 
     Raises:
       ValueError: a kernel, statistics, a config or options that do not fit; moments that are
