@@ -28,7 +28,7 @@ from bitnet_jax._quantize.config import (
 from bitnet_jax._quantize.int8 import quantize_activations
 from bitnet_jax._quantize.straight_through import fake_quantize, fake_quantize_activations
 from bitnet_jax._quantize.strength import phase_in
-from bitnet_jax._quantize.ternary import Ternary, quantize
+from bitnet_jax._quantize.ternary import Ternary, TernaryPlanes, quantize
 from bitnet_jax._transform import ternarize
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import (
@@ -56,6 +56,7 @@ __all__ = [
     "PackedTernary",
     "Ternary",
     "TernaryConfig",
+    "TernaryPlanes",
     "analysis",
     "combine",
     "convert",

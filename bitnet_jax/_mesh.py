@@ -122,18 +122,23 @@ def in_auto(
         return run(*operands)
 
 
-def in_auto_like(run: Callable[..., Any], *operands: PyTree) -> Any:
+def in_auto_like(run: Callable[..., Any], *operands: PyTree, more: int | None = None) -> Any:
     """:func:`in_auto` for results that are sharded as the first operand is.
 
     A result of its rank has its axes, shorter or not (a scale, a gamma, bytes of four
-    codes); any other (a count) is whole everywhere.
+    codes); one with an axis ``more`` (from the end: that of planes) is whole along it; any
+    other (a count) is whole everywhere.
     """
     first = jax.tree.leaves(operands)[0]
 
     def out(mesh: AbstractMesh) -> PyTree:
         spec = spec_of(first)
+        known: dict[int, Spec] = {len(spec): spec}
+        if more is not None:
+            at = len(spec) + 1 + more
+            known[len(spec) + 1] = (*spec[:at], None, *spec[at:])
         return jax.tree.map(
-            lambda a: fit(spec if a.ndim == first.ndim else (None,) * a.ndim, a.shape, mesh),
+            lambda a: fit(known.get(a.ndim) or (None,) * a.ndim, a.shape, mesh),
             _results(run, operands, mesh),
         )
 

@@ -105,6 +105,10 @@ def _groups(size, scale="absmean"):
     return bj.TernaryConfig(scale=scale, granularity=size)
 
 
+def _planes(count=2, granularity="tensor", scale="absmean"):
+    return bj.TernaryConfig(scale=scale, granularity=granularity, planes=count)
+
+
 def _x_groups(size):
     return bj.ActivationConfig(group=size)
 
@@ -147,6 +151,33 @@ CASES = {
     "int8-head": Case((6, 130), bj.Int8Config(), x_dtype=ml_dtypes.bfloat16),
     "int8-table": Case((70, 9), bj.Int8Config(), 1),
     "int8-experts": Case((3, 8, 5), bj.Int8Config(), None, (0,)),
+    "planes": Case((24, 10), _planes()),
+    "planes-odd": Case((37, 11), _planes(granularity="channel")),
+    "planes-one-by-one": Case((1, 1), _planes(4)),
+    "planes-of-three": Case((24, 10), _planes(3, scale="survivors")),
+    "planes-median": Case((24, 10), _planes(4, "channel", "absmedian")),
+    "planes-many-blocks": Case((259, 70), _planes()),
+    "planes-513-columns": Case((8, 513), _planes(granularity="channel")),
+    "planes-transposed": Case((6, 8), _planes(granularity="channel"), 1),
+    "planes-attention-out": Case((3, 4, 5), _planes(), (0, 1)),
+    "planes-attention-in": Case((8, 3, 5), _planes(granularity="channel"), 0),
+    "planes-outer": Case((4, 5, 7), _planes(), (0, 2)),
+    "planes-conv": Case((3, 3, 5, 6), _planes(granularity="channel"), (0, 1, 2)),
+    "planes-everything": Case((3, 4), _planes(), (0, 1)),
+    "planes-groups": Case((24, 10), _planes(granularity=4)),
+    "planes-groups-of-7": Case((21, 10), _planes(granularity=7)),
+    "planes-groups-whole": Case((7, 10), _planes(granularity=7)),
+    "planes-groups-conv": Case((2, 3, 4, 6), _planes(granularity=12), (0, 1, 2)),
+    "planes-experts": Case((3, 8, 5), _planes(), None, (0,)),
+    "planes-experts-heads": Case((2, 3, 4, 5), _planes(granularity="channel"), (1, 2), (0,)),
+    "planes-two-batch": Case((2, 3, 8, 5), _planes(granularity=4), None, (0, 1)),
+    "planes-bfloat16": Case((24, 10), _planes(), x_dtype=ml_dtypes.bfloat16),
+    "planes-float16": Case((24, 10), _planes(granularity="channel"), x_dtype=np.float16),
+    "planes-4-bit": Case((24, 10), _planes(), activations=bj.ActivationConfig(bits=4)),
+    "planes-x-groups": Case((96, 10), _planes(), activations=_x_groups(12)),
+    "planes-x-groups-larger": Case((96, 10), _planes(granularity=8), activations=_x_groups(48)),
+    "planes-x-groups-unlike": Case((96, 10), _planes(granularity=32), activations=_x_groups(24)),
+    "planes-x-groups-odd": Case((21, 10), _planes(granularity=7), activations=_x_groups(7)),
     "4-bit": Case((24, 10), activations=bj.ActivationConfig(bits=4)),
     "2-bit": Case((24, 10), activations=bj.ActivationConfig(bits=2)),
     "x-groups": Case((96, 70), bj.PHASE4, activations=_x_groups(12)),

@@ -9,9 +9,13 @@ Functions with ``64`` in the name work in float64 and are compared within float3
 rounding. Functions with ``32`` follow the pinned float32 order and are compared bit by bit:
 the sum is a tree over adjacent pairs, and the epilogue multiplies from the left.
 
+Planes [3]: ``w = s1 T1 + s2 T2``, each of what those before it left over; a product adds the
+terms of plane 1, then those of plane 2.
+
 References:
   [1] Ma et al., arXiv:2402.17764.
   [2] Li et al., arXiv:1605.04711.
+  [3] PTQTP, arXiv:2509.16989.
 """
 
 from __future__ import annotations
@@ -82,6 +86,22 @@ def quantize64(w, config, contracting=None, batch=()):
             s = max(np.abs(v)[kept].mean() if kept.any() else 0.0, config.eps)
         scale[at] = s
     return Kernel(codes, scale, ratio)
+
+
+def planes_of(config):
+    """How many planes a config has, and the config of each."""
+    planes = getattr(config, "planes", 1)
+    return planes, config if planes == 1 else dataclasses.replace(config, planes=1)
+
+
+def planes(quantize, w, config, contracting=None, batch=()):
+    """The kernel of each plane, by a quantiser of this file, in the precision of w."""
+    count, one = planes_of(config)
+    made = []
+    for _ in range(count):
+        made.append(quantize(w, one, contracting, batch))
+        w = w - made[-1].codes.astype(w.dtype) * made[-1].scale.astype(w.dtype)
+    return made
 
 
 def tree_sum32(v, axis):
@@ -161,11 +181,14 @@ class Canonical(NamedTuple):
 
 
 def canonical(x, w, config, activations, contracting=None, batch=()):
-    """Quantises both operands and flattens them to matrices, batch axes first."""
+    """Quantises both operands and flattens them to matrices, batch axes first.
+
+    Planes lie behind each other along K, and x beside itself.
+    """
     x, w = np.asarray(x), np.asarray(w)
     contracting, batch = _default_axes(w.ndim, contracting, batch)
     outputs = [a for a in range(w.ndim) if a not in contracting + batch]
-    kernel = quantize32(w, config, contracting, batch)
+    kernels = planes(quantize32, w.astype(F32), config, contracting, batch)
     k = int(np.prod([w.shape[a] for a in contracting]))
     lead = [w.shape[a] for a in batch]
 
@@ -173,7 +196,12 @@ def canonical(x, w, config, activations, contracting=None, batch=()):
         return a.transpose(*batch, *contracting, *outputs).reshape(*lead, k, -1)
 
     codes, gamma = activations32(x.reshape(*lead, -1, k), activations)
-    return Canonical(codes, gamma, flat(kernel.codes), flat(kernel.scale))
+    x_parts = [np.concatenate([a] * len(kernels), -1) for a in (codes, gamma)]
+    w_parts = [
+        np.concatenate([flat(getattr(kernel, part)) for kernel in kernels], -2)
+        for part in ("codes", "scale")
+    ]
+    return Canonical(*x_parts, *w_parts)
 
 
 def _shape(y, x, w, contracting, batch):
@@ -186,8 +214,9 @@ def dot32(x, w, config, activations, contracting=None, batch=()):
     """The product with every rounding in its place: exact sums, then the pinned epilogue."""
     c = canonical(x, w, config, activations, contracting, batch)
     k = c.w.shape[-2]
-    group = config.granularity if isinstance(config.granularity, int) else k
-    group = math.gcd(group, activations.group or k)
+    plane = k // planes_of(config)[0]
+    group = config.granularity if isinstance(config.granularity, int) else plane
+    group = math.gcd(group, activations.group or plane)
     gamma = np.repeat(c.gamma, k // c.gamma.shape[-1], -1)
     total = None
     for start in range(0, k, group):
@@ -204,7 +233,9 @@ def operands64(x, w, config, activations, contracting=None, batch=()):
     c = canonical(x, w, config, activations, contracting, batch)
     gamma = np.repeat(c.gamma.astype(np.float64), c.x.shape[-1] // c.gamma.shape[-1], -1)
     x_q = c.x.astype(np.float64) * gamma / activations.qmax
-    return x_q, c.w.astype(np.float64) * c.scale.astype(np.float64)
+    w_q = c.w.astype(np.float64) * c.scale.astype(np.float64)
+    count, _ = planes_of(config)
+    return np.split(x_q, count, -1)[0], sum(np.split(w_q, count, -2))
 
 
 def dot64(x, w, config, activations, contracting=None, batch=()):

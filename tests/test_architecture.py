@@ -56,6 +56,7 @@ EXPORTS = [
     "PackedTernary",
     "Ternary",
     "TernaryConfig",
+    "TernaryPlanes",
     "analysis",
     "combine",
     "convert",

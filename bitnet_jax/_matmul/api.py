@@ -11,15 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath
-from jaxtyping import Array, Float, Float32, Int, PyTree
+from jaxtyping import Array, Float, Float32, Int, PyTree, Shaped
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._matmul.implementations import IMPLEMENTATIONS, Name, choose
 from bitnet_jax._ops.codes_product import Operator, contract_codes
-from bitnet_jax._ops.contraction import (
-    dequantize_canonical,
-    input_gradient,
-)
+from bitnet_jax._ops.contraction import input_gradient
 from bitnet_jax._ops.convolution import Convolution
 from bitnet_jax._ops.product import Product
 from bitnet_jax._packed import intact
@@ -36,7 +33,6 @@ from bitnet_jax._packed.kernel import (
     look_up,
     split,
 )
-from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import (
     Activations,
     CanonicalCodes,
@@ -51,6 +47,7 @@ from bitnet_jax._quantize.int8 import (
     require_activation_groups,
     require_no_activation_groups,
 )
+from bitnet_jax._quantize.ternary import dequantize_canonical
 
 
 def matmul(
@@ -291,7 +288,7 @@ def _convolve(
     # codes would gain 1 % (3x3, 64 to 64, 32x32: .273 ms to .269, the least of 150; at a batch of
     # 32 nothing), at four times the memory.
     w, scale = _canonical_codes(packed), _canonical_scale(packed)
-    return contract_codes(convolution, codes, gamma, w, scale, activations.qmax)
+    return contract_codes(convolution, codes, gamma, w, scale, activations.qmax, packed.planes)
 
 
 def _convolve_forward(
@@ -321,25 +318,36 @@ def _like(x: Activations) -> jax.Array:
 
 def _input_gradient(operator: Operator, residuals: _Residuals, g: Gradient) -> Float[Array, "..."]:
     packed, like = residuals
-    codes, scale = _canonical_codes(packed), _canonical_scale(packed)
-    return input_gradient(operator, g, codes, scale, like.shape[1:]).astype(like.dtype)
+    w, planes = (_canonical_codes(packed), _canonical_scale(packed)), packed.planes
+    dx = input_gradient(operator, g, *w, like.shape[1:], planes=planes)
+    return dx.astype(like.dtype)
 
 
 def _canonical_codes(packed: Packed) -> CanonicalCodes:
     if not isinstance(packed, Prepared):
-        return kernel_axes.to_canonical(packed.int8_codes(), packed.axes)
+        return packed.canonical_codes()
     codes_of = IMPLEMENTATIONS[choose(packed)].codes_of
     assert codes_of is not None  # a row that prepares has both directions
-    return codes_of(packed)
+    return _apart(codes_of(packed), packed)
 
 
 def _canonical_scale(packed: Packed) -> CanonicalScale:
-    return packed.scale if isinstance(packed, Prepared) else packed.canonical_scale()
+    return (
+        _apart(packed.scale, packed) if isinstance(packed, Prepared) else packed.canonical_scale()
+    )
+
+
+def _apart(part: Shaped[Array, "*b pk n"], packed: Prepared) -> Shaped[Array, "..."]:
+    """Codes or scale of a prepared kernel with an axis of planes, if it has any."""
+    if packed.planes == 1:
+        return part
+    *batch, k, n = part.shape
+    return part.reshape(*batch, packed.planes, k // packed.planes, n)
 
 
 def _float_kernel(packed: Packed) -> Float32[Array, "*b k n"]:
     scale = jax.lax.stop_gradient(_canonical_scale(packed))
-    return dequantize_canonical(_canonical_codes(packed), scale)
+    return dequantize_canonical(_canonical_codes(packed), scale, packed.planes)
 
 
 def _require_operands(who: str, x: object, packed: object, activations: object) -> None:

@@ -28,7 +28,13 @@ from bitnet_jax import _native
 from bitnet_jax._matmul import panels, shards
 from bitnet_jax._matmul.panels import Layout, layout_of
 from bitnet_jax._native import by_platform
-from bitnet_jax._ops.codes_product import FOUR, contract_codes, cuts_no_four
+from bitnet_jax._ops.codes_product import (
+    FOUR,
+    contract_codes,
+    cuts_no_four,
+    merged_planes,
+    over_planes,
+)
 from bitnet_jax._ops.product import Product, group_epilogue
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import (
@@ -40,6 +46,7 @@ from bitnet_jax._packed.kernel import (
     canonical_bytes,
     lay_out,
     split,
+    without_planes,
 )
 from bitnet_jax._packed.slice_of import SliceOf, cut
 from bitnet_jax._quantize import by_library, kernel_axes
@@ -123,10 +130,15 @@ def layout(prepared: Prepared) -> tuple[int, ...]:
 def _stored_codes(packed: Stored) -> UInt8[Array, "*b r n"] | Int8[Array, "*b k n"]:
     """Canonical bytes or int8 codes; a table stays (outputs, contraction)."""
     if not isinstance(packed, PackedInt8):
-        return canonical_bytes(packed)
+        return canonical_bytes(packed.joined())
     if _is_table(packed):
         return packed.codes
     return kernel_axes.to_canonical(packed.codes, packed.axes)
+
+
+def _stored_scale(packed: Stored) -> CanonicalScale:
+    """The canonical scale, planes as more groups."""
+    return merged_planes(packed.canonical_scale(), packed.planes)
 
 
 @functools.cache
@@ -192,12 +204,13 @@ def contract(
     rows, k = x.shape[len(batch) : -1], x.shape[-1]
     # The custom calls know (slices, rows, K): batch axes and row axes are flattened.
     x = x.reshape(math.prod(batch), math.prod(rows), k)
+    x = over_planes(x, packed.planes)  # which lie behind each other along the contraction
     # The calls write float32 or bfloat16; another dtype is cast from float32.
     wide = jnp.dtype(dtype) if jnp.dtype(dtype) in by_library.FLOATS else by_library.FLOATS[0]
     if isinstance(packed, Prepared):
         codes, scale = packed.codes, packed.scale
     else:
-        codes, scale = _stored_codes(packed), packed.canonical_scale()
+        codes, scale = _stored_codes(packed), _stored_scale(packed)
     spec = _spec_of(packed, activations, wide)
     if isinstance(codes, SliceOf):
         (y,) = by_platform.run(_product_at(spec), x, codes.stack, scale[None], codes.at)
@@ -239,8 +252,9 @@ def _spec_of(packed: Packed, activations: ActivationConfig | None, dtype: np.dty
         layout = layout_of(packed)
     else:
         # The scale's lengths along the contraction say how many groups there are.
-        groups = math.prod(packed.axes.split(packed.scale.shape)[1])
-        depth = math.prod(contraction) // groups
+        scale = without_planes(packed.scale.shape, packed.plane_axis)
+        each = math.prod(packed.axes.split(scale)[1])
+        depth, groups = math.prod(contraction) // each, each * packed.planes
         layout = Layout(math.prod(outputs), depth, groups, isinstance(packed, PackedInt8))
     return _Spec(
         layout=layout,

@@ -56,7 +56,7 @@ class Layout(NamedTuple):
 def layout_of(prepared: Prepared) -> Layout:
     """The layout of a prepared kernel, from its static data and its scale's shape."""
     groups = prepared.scale.shape[-2]
-    depth = math.prod(prepared.contraction) // groups
+    depth = prepared.planes * math.prod(prepared.contraction) // groups
     return Layout(math.prod(prepared.outputs), depth, groups, isinstance(prepared, PreparedInt8))
 
 

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from bitnet_jax._ops.codes_product import contract_codes
 from bitnet_jax._ops.product import Product
 from bitnet_jax._packed.kernel import Packed, Prepared, Stored
-from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Activations, DTypeLike
 from bitnet_jax._quantize.config import ActivationConfig
 from bitnet_jax._quantize.int8 import plain_activation_codes
@@ -24,9 +23,9 @@ def contract(
     """Int8 codes of x times the unpacked codes, then the epilogue."""
     x_codes, gamma = plain_activation_codes(x, activations, (-1,))
     # Four times the packed size: the whole kernel as int8, (*b, K, N).
-    codes = kernel_axes.to_canonical(packed.int8_codes(), packed.axes)
-    scale = packed.canonical_scale()
-    return contract_codes(Product(), x_codes, gamma, codes, scale, activations.qmax).astype(dtype)
+    codes, scale = packed.canonical_codes(), packed.canonical_scale()
+    y = contract_codes(Product(), x_codes, gamma, codes, scale, activations.qmax, packed.planes)
+    return y.astype(dtype)
 
 
 def unsupported_reason(packed: Packed, activations: ActivationConfig | None = None) -> str | None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
+from bitnet_jax._ops.codes_product import gamma_over_planes, over_planes
 from bitnet_jax._ops.product import (
     group_epilogue,
     int32_dot,
@@ -48,7 +49,7 @@ _COLUMNS = 512
 
 def prepare(packed: PackedTernary) -> Prepared:
     """Cuts the kernel into blocks of output columns."""
-    rows = canonical_bytes(packed)
+    rows = canonical_bytes(packed.joined())
     n = rows.shape[-1]
     # The last block is filled up with columns of code 0, which are cut off after the product.
     columns = min(_COLUMNS, n)
@@ -65,7 +66,7 @@ def layout(prepared: Prepared) -> tuple[int, ...]:
     *outer, last = prepared.contraction
     n = math.prod(prepared.outputs)
     columns = min(_COLUMNS, n)
-    rows = math.prod(outer) * trits.packed_length(last)
+    rows = prepared.planes * math.prod(outer) * trits.packed_length(last)
     return (*prepared.batch, -(-n // columns), rows, columns)
 
 
@@ -77,12 +78,16 @@ def contract(
 ) -> Float[Array, "..."]:
     """Int8 codes of x times the packed codes, block by block, then the epilogue."""
     if isinstance(packed, PackedTernary):
-        codes = canonical_bytes(packed)[..., None, :, :]  # one block of all columns
-        scale = packed.canonical_scale()
+        joined = packed.joined()
+        codes = canonical_bytes(joined)[..., None, :, :]  # one block of all columns
+        scale = joined.canonical_scale()
     else:
         codes, scale = packed.codes, packed.scale
     _, contraction, outputs = split(packed)
     x_codes, gamma = plain_activation_codes(x, activations, (-1,))
+    # Planes lie behind each other along the contraction.
+    x_codes, gamma = over_planes(x_codes, packed.planes), gamma_over_planes(gamma, packed.planes)
+    contraction = (packed.planes, *contraction)
     rows = _byte_rows(x_codes, contraction, joint_groups(gamma, scale))
     sums = _sums(rows, codes)[..., : math.prod(outputs)]  # without the padding columns
     return group_epilogue(sums, gamma, scale, activations.qmax).astype(dtype)

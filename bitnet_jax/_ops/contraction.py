@@ -30,10 +30,10 @@ from bitnet_jax._quantize.arrays import (
     DTypeLike,
     Gradient,
 )
-from bitnet_jax._quantize.config import ActivationConfig, KernelConfig
+from bitnet_jax._quantize.config import ActivationConfig, KernelConfig, planes_of
 from bitnet_jax._quantize.int8 import activation_codes, dequantize_activations
 from bitnet_jax._quantize.straight_through import blend, straight_through
-from bitnet_jax._quantize.ternary import quantize_canonical
+from bitnet_jax._quantize.ternary import dequantize_canonical, quantize_canonical
 
 
 class Contraction(NamedTuple):
@@ -57,6 +57,11 @@ class Contraction(NamedTuple):
     def qmax(self) -> int:
         """The largest code of x."""
         return self._int8().qmax
+
+    @property
+    def planes(self) -> int:
+        """How many planes add up to the kernel."""
+        return planes_of(self.config)
 
     def quantized(self, x: Activations) -> tuple[Int8[Array, "..."], Gamma]:
         """The codes of x and their gammas."""
@@ -109,20 +114,13 @@ def contract(
         # Weight-only: a float product with the kernel on its grid, and XLA's own gradient.
         with spec.on_mesh():
             quantized = quantize_canonical(lax.stop_gradient(w), spec.config)
-            w_hat = straight_through(w, dequantize_canonical(*spec.whole(*quantized)), phase)
+            w_hat = dequantize_canonical(*spec.whole(*quantized), spec.planes)
+            w_hat = straight_through(w, w_hat, phase)
         return spec.operator.apply(x.astype(dtype), w_hat.astype(dtype), precision)
     x, w, phase = _mesh.varying_alike(x, w, phase)
     # A traced strength has a path of its own: it saves float operands, not codes.
     y = _int8_dot(spec, x, w) if phase is None else _phased_dot(spec, x, w, phase)
     return cast(jax.Array, y).astype(dtype)  # custom_vjp loses the type
-
-
-def dequantize_canonical(codes: CanonicalCodes, scale: CanonicalScale) -> Float32[Array, "*b k n"]:
-    """Codes (*b, K, N) times scale (*b, G, 1 or N), in float32."""
-    groups = scale.shape[-2]
-    if groups > 1:  # each group's scale beside every code of it
-        scale = jnp.repeat(scale, codes.shape[-2] // groups, axis=-2)
-    return codes.astype(jnp.float32) * scale
 
 
 # Codes and gamma of x, codes and scale of w, and an empty array of each one's dtype.
@@ -157,8 +155,11 @@ def _int8_dot_backward(
     codes, gamma, w_codes, scale, (x_like, w_like) = residuals
     dtype = spec.backward_dtype
     with spec.on_mesh():
-        dw = spec.kernel_gradient(codes, gamma, g, w_codes.shape)
-        dx = input_gradient(spec.operator, g, *spec.whole(w_codes, scale), codes.shape, dtype)
+        # Straight through to the kernel, whatever planes its codes have.
+        w_shape = (*w_codes.shape[: -3 if spec.planes > 1 else -2], *w_codes.shape[-2:])
+        dw = spec.kernel_gradient(codes, gamma, g, w_shape)
+        whole = spec.whole(w_codes, scale)
+        dx = input_gradient(spec.operator, g, *whole, codes.shape, dtype, spec.planes)
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
 
 
@@ -172,12 +173,13 @@ def input_gradient(
     scale: CanonicalScale,
     x_shape: tuple[int, ...],
     dtype: DTypeLike = jnp.float32,
+    planes: int = 1,
 ) -> Float32[Array, "..."]:
     """``g w_q^T``; a scale without groups is applied to g, which is smaller than w."""
-    if scale.shape[-2] == 1:
+    if planes == 1 and scale.shape[-2] == 1:
         # (g * s) w_codes^T: a scale for each output, or one, leaves the sum over outputs.
         return operator.to_input(g * align_scale(scale, g.ndim), codes, x_shape, dtype)
-    return operator.to_input(g, dequantize_canonical(codes, scale), x_shape, dtype)
+    return operator.to_input(g, dequantize_canonical(codes, scale, planes), x_shape, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -203,7 +205,7 @@ def _blends(
 ) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
     """x and w on their way from float to codes."""
     # No gather here: below strength 1 the float kernel itself is needed.
-    w_hat = dequantize_canonical(*quantize_canonical(w, spec.config))
+    w_hat = dequantize_canonical(*quantize_canonical(w, spec.config), planes=spec.planes)
     return blend(x, spec.dequantized(x), strength), blend(w, w_hat, strength)
 
 

@@ -74,7 +74,7 @@ class Gather(NamedTuple):
 
     Attributes:
       mesh: with Auto axes, at least those of the specs.
-      shards: the sharding of the codes (*batch, K, N).
+      shards: the sharding of the codes (*batch, K, N); planes before K are whole.
       whole: the sharding that the product needs.
       packs: whether each shard is a whole number of bytes of four codes.
     """
@@ -89,19 +89,27 @@ class Gather(NamedTuple):
     ) -> tuple[CanonicalCodes, CanonicalScale]:
         """Both, the codes at two bits a weight or at eight; to be called on the mesh."""
         # Twice each: without the first, the second would reach back, to the float kernel.
-        for spec in (tuple(self.shards), (*self.whole[:-2], None, self.whole[-1])):
+        shards, whole = (_spread(spec, scale.ndim) for spec in (self.shards, self.whole))
+        for spec in (tuple(shards), (*whole[:-2], None, whole[-1])):
             scale = lax.with_sharding_constraint(scale, fit(spec, scale.shape, self.mesh))
-        return self._codes(codes), scale
+        return self._codes(codes, shards, whole), scale
 
-    def _codes(self, codes: CanonicalCodes) -> CanonicalCodes:
-        codes = lax.with_sharding_constraint(codes, self.shards)
+    def _codes(
+        self, codes: CanonicalCodes, shards: PartitionSpec, whole: PartitionSpec
+    ) -> CanonicalCodes:
+        codes = lax.with_sharding_constraint(codes, shards)
         if not self.packs:
-            return lax.with_sharding_constraint(codes, self.whole)
+            return lax.with_sharding_constraint(codes, whole)
         # Bytes, and not codes, are what has one sharding before and another after.
         packed = trits.pack_trits(codes, axis=-2)
-        packed = lax.with_sharding_constraint(packed, self.shards)
-        packed = lax.with_sharding_constraint(packed, self.whole)
+        packed = lax.with_sharding_constraint(packed, shards)
+        packed = lax.with_sharding_constraint(packed, whole)
         return trits.unpack_trits(packed, -2, codes.shape[-2])
+
+
+def _spread(spec: PartitionSpec, ndim: int) -> PartitionSpec:
+    """A spec of (*batch, K, N) for codes that may have planes before K."""
+    return PartitionSpec(*spec[:-2], *(None,) * (ndim - len(spec)), *spec[-2:])
 
 
 def gather_of(

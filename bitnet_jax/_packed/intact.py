@@ -85,6 +85,11 @@ def scale_fault(dtype: str, scale: Sequence[int], whole: Sequence[int], batch: i
     return None if dtype == "float32" else f"has a {dtype} scale; it must be float32"
 
 
+def planes_fault(scale: Sequence[int], planes: int) -> str:
+    """What is wrong with a scale that is not one of each plane."""
+    return f"has a scale of shape {tuple(scale)}; each of its {planes} planes needs its own"
+
+
 def scale_array_fault(scale: Any, whole: Sequence[int], batch: int) -> str | None:
     """:func:`scale_fault` of what stands in the place of a scale."""
     if not (hasattr(scale, "dtype") and hasattr(scale, "shape")):

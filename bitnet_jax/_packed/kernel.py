@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NoReturn, TypeGuard, TypeVar, no_type_check
 
 import jax
@@ -26,13 +26,15 @@ from bitnet_jax._packed.slice_of import SliceOf, one_slice
 from bitnet_jax._packed.static_data import register_export, register_state_dict
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import AnyArray, Codes, DTypeLike, PackedCodes, Scale
-from bitnet_jax._quantize.config import B158, Int8Config, TernaryConfig
+from bitnet_jax._quantize.config import B158, Int8Config, TernaryConfig, planes_of
 from bitnet_jax._quantize.pinned import pinned
-from bitnet_jax._quantize.ternary import dequantize
+from bitnet_jax._quantize.ternary import dequantize, sum_in_order
 
 _FLOAT32 = np.dtype(np.float32)
 
 _INT8_CONFIG = Int8Config()
+
+T = TypeVar("T")
 
 _Kind = TypeVar("_Kind", bound="_Node")
 
@@ -43,7 +45,13 @@ class _Node:
     codes: Array
     scale: Array
     contracting_axes: tuple[int, ...]
+    config: Any  # a KernelConfig; each kind says which
     dtype: np.dtype
+
+    @property
+    def planes(self) -> int:
+        """How many ternary planes add up to the kernel."""
+        return planes_of(self.config)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -169,10 +177,20 @@ class _Stored(_Node):
     @property
     def ndim(self) -> int:
         """The kernel's rank, batch axes included."""
-        return self.codes.ndim
+        return self.codes.ndim - (self.planes > 1)
 
     def _batch_ndim(self) -> int:
         return self.ndim - self.kernel_ndim
+
+    @property
+    def plane_axis(self) -> int | None:
+        """The axis of planes in codes and scale, counted from the end; None: there is none."""
+        return self.contracting_axes[0] - 1 if self.planes > 1 else None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the int8 codes: the kernel's, with its axis of planes."""
+        return with_planes(self.shape, self.plane_axis, self.planes)
 
     def _codes_shape(self) -> tuple[int, ...]:
         """The shape that codes of this shape and length have."""
@@ -180,12 +198,15 @@ class _Stored(_Node):
 
     def fault(self) -> str | None:
         """What is wrong with the dtypes or the shapes of codes and scale; None if nothing."""
-        rank = len(getattr(self.codes, "shape", ()))
+        rank = len(getattr(self.codes, "shape", ())) - (self.planes > 1)
         if rank < max(self.kernel_ndim, -self.contracting_axes[0]):
             return f"has codes that are {_checks.describe(self.codes)}, without the kernel's axes"
-        shape = self.shape
+        shape, batch, at = self.shape, rank - self.kernel_ndim, self.plane_axis
         fault = intact.codes_fault(self.codes, self._codes_dtype, self._codes_shape(), shape)
-        return fault or intact.scale_array_fault(self.scale, shape, rank - self.kernel_ndim)
+        fault = fault or intact.scale_array_fault(self.scale, self.stored_shape, batch)
+        if fault or at is None or self.scale.shape[at] == self.planes:
+            return fault
+        return intact.planes_fault(self.scale.shape, self.planes)
 
     def value_fault(self) -> str | None:
         """What is wrong with the codes, where their values can be read; None if nothing."""
@@ -195,11 +216,20 @@ class _Stored(_Node):
         """Codes times scale as a float kernel; by default in the kernel's own dtype."""
         intact.require_arrays(f"{type(self).__name__}.dequantize", "the kernel", self)
         run = functools.partial(_dequantize, dtype=dtype or self.dtype)
-        return _mesh.in_auto_like(run, self)
+        spec = without_planes(_mesh.spec_of(self.codes), self.plane_axis)
+        return _mesh.in_auto(run, self, out=lambda mesh: _mesh.fit(spec, self.shape, mesh))
+
+    def canonical_codes(self) -> Int8[Array, "*b k n"]:
+        """The int8 codes in canonical order; with planes, (*b, planes, k, n)."""
+        return kernel_axes.to_canonical(self.int8_codes(), self._stored_axes())
 
     def canonical_scale(self) -> Float32[Array, "*b g m"]:
-        """The scale with its contraction on axis -2 and its outputs on axis -1."""
-        return kernel_axes.to_canonical(self.scale, self.axes)
+        """The scale in canonical order; with planes, (*b, planes, g, m)."""
+        return kernel_axes.to_canonical(self.scale, self._stored_axes())
+
+    def _stored_axes(self) -> kernel_axes.KernelAxes:
+        """The axes of codes and scale, planes as the last batch axis."""
+        return self.axes if self.planes == 1 else kernel_axes.with_planes(self.axes)
 
     def __repr__(self) -> str:
         try:
@@ -220,6 +250,8 @@ class PackedTernary(_Stored):
         contracting one, holds ``ceil(length / 4)`` bytes (``trits``).
       - ``scale`` is float32 and has the kernel's rank; each axis is 1, the
         kernel's length, or the number of groups along it.
+      - With ``config.planes``, both have one axis more, of the planes, right
+        before the first contracting one: ``w = s[0] T[0] + s[1] T[1]``.
       - Axes before the last ``kernel_ndim`` are batch axes; they come and go
         with scan, vmap and stacking, and every slice is a valid leaf.
       - ``contracting_axes`` are negative and ascending.
@@ -259,14 +291,30 @@ class PackedTernary(_Stored):
         """The shape of the float kernel this leaf stands for."""
         shape = list(self.codes.shape)
         shape[self.contracting_axes[-1]] = self.length
-        return tuple(shape)
+        return without_planes(shape, self.plane_axis)
 
     def int8_codes(self) -> Int8[Array, "..."]:
-        """The int8 codes in {-1, 0, +1}, in the kernel's shape."""
+        """The int8 codes in {-1, 0, +1}, in the kernel's shape; with planes, in one axis more."""
         return trits.unpack_trits(self.codes, self.contracting_axes[-1], self.length)
 
+    def joined(self) -> PackedTernary:
+        """The same arrays as a kernel of one plane, which contracts over the planes as well.
+
+        It multiplies x beside itself, ``[x, x] @ [s1 T1; s2 T2]``, in groups: those of the
+        first plane, then those of the second.
+        """
+        if self.plane_axis is None:
+            return self
+        assert isinstance(self.config, TernaryConfig)
+        return dataclasses.replace(
+            self,
+            contracting_axes=(self.plane_axis, *self.contracting_axes),
+            kernel_ndim=self.kernel_ndim + 1,
+            config=self.config.one_plane,
+        )
+
     def _codes_shape(self) -> tuple[int, ...]:
-        return trits.packed_shape(self.shape, self.contracting_axes[-1])
+        return trits.packed_shape(self.stored_shape, self.contracting_axes[-1])
 
     def value_fault(self) -> str | None:
         """How many bytes are no codes, where their values can be read; None if none."""
@@ -394,11 +442,14 @@ class Prepared(_Node):
         rank = len(getattr(self.scale, "shape", ()))
         if rank < 2:
             return f"has a scale that is {_checks.describe(self.scale)}, not (*batch, groups, n)"
-        whole = (*self.batch, math.prod(self.contraction), math.prod(self.outputs))
+        k, n = self.planes * math.prod(self.contraction), math.prod(self.outputs)
         codes = getattr(self.codes, "shape", None)
         lead = self.batch if codes is None else (*self.batch, *codes[rank - 2 :])
         fault = intact.codes_fault(self.codes, "uint8", lead, self.shape)
-        return fault or intact.scale_array_fault(self.scale, whole, rank - 2)
+        fault = fault or intact.scale_array_fault(self.scale, (*self.batch, k, n), rank - 2)
+        if fault or self.scale.shape[-2] % self.planes == 0:
+            return fault
+        return intact.planes_fault(self.scale.shape, self.planes)
 
     def value_fault(self) -> str | None:
         """What is wrong with the codes, where their values can be read; None if nothing."""
@@ -413,7 +464,8 @@ class PreparedTernary(Prepared):
 
     Invariants:
       - ``codes`` is uint8 in a layout that only ``implementation`` reads.
-      - ``scale`` is float32, canonical: (*batch, groups, 1 or outputs).
+      - ``scale`` is float32, canonical: (*batch, groups, 1 or outputs); of each plane
+        so many groups.
       - Static data describes one kernel, without its batch axes.
 
     Attributes:
@@ -477,7 +529,24 @@ def _look_up(index: Int[Array, "..."], table: PackedInt8) -> Float[Array, "... f
 
 
 def _dequantize(packed: Stored, dtype: DTypeLike) -> Float[Array, "..."]:
-    return dequantize(packed.int8_codes(), packed.scale, dtype)
+    w = dequantize(packed.int8_codes(), packed.scale)
+    at = packed.plane_axis
+    if at is not None:
+        w = sum_in_order([jnp.take(w, i, axis=at) for i in range(packed.planes)])
+    return w.astype(dtype)
+
+
+def without_planes(entries: Sequence[T], at: int | None) -> tuple[T, ...]:
+    """One entry for each axis of a float kernel, of those of its codes."""
+    return tuple(entries) if at is None else (*entries[:at], *entries[len(entries) + at + 1 :])
+
+
+def with_planes(entries: Sequence[T], at: int | None, planes: T) -> tuple[T, ...]:
+    """One entry for each axis of a float kernel, with one for its planes at their axis."""
+    if at is None:
+        return tuple(entries)
+    before = len(entries) + 1 + at
+    return (*entries[:before], planes, *entries[before:])
 
 
 Stored = PackedTernary | PackedInt8
@@ -582,13 +651,15 @@ for _kind in (PackedTernary, PackedInt8, PreparedTernary, PreparedInt8):
 def lay_out(packed: Stored, codes: UInt8[Array, "..."], implementation: str) -> Prepared:
     """The prepared kernel of a stored one, from its codes in an implementation's layout.
 
-    The scale becomes canonical, (*batch, groups, 1 or outputs), and the lengths static.
+    The scale becomes canonical, (*batch, groups, 1 or outputs), and the lengths static. Planes
+    are more groups, those of the first plane first.
     """
     _, contraction, outputs = packed.axes.split(packed.shape)
     kind = PreparedInt8 if isinstance(packed, PackedInt8) else PreparedTernary
+    joined = packed.joined() if isinstance(packed, PackedTernary) else packed
     return kind(
         codes=codes,
-        scale=packed.canonical_scale(),
+        scale=joined.canonical_scale(),
         contraction=contraction,
         outputs=outputs,
         implementation=implementation,
@@ -599,5 +670,5 @@ def lay_out(packed: Stored, codes: UInt8[Array, "..."], implementation: str) -> 
 
 
 def canonical_bytes(packed: PackedTernary) -> UInt8[Array, "*b r n"]:
-    """The bytes of a stored kernel as (*batch, byte rows, outputs)."""
+    """The bytes of a stored kernel of one plane as (*batch, byte rows, outputs)."""
     return kernel_axes.to_canonical(packed.codes, packed.axes)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -18,7 +19,7 @@ from bitnet_jax._quantize.config import B158, Int8Config, KernelConfig
 from bitnet_jax._quantize.kernel_axes import AxesLike
 from bitnet_jax._quantize.kernel_spec import KernelSpec, contraction_spec
 from bitnet_jax._quantize.latent import latent_kernel
-from bitnet_jax._quantize.ternary import Ternary, quantize_kernel
+from bitnet_jax._quantize.ternary import Ternary, TernaryPlanes, quantize_kernel
 
 
 def pack(
@@ -57,7 +58,8 @@ def pack(
 
 def pack_kernel(w: Kernel, spec: KernelSpec) -> Stored:
     """:func:`pack` of a checked kernel."""
-    return _mesh.in_auto_like(functools.partial(pack_quantized, spec=spec), w)[1]
+    run = functools.partial(pack_quantized, spec=spec)
+    return _mesh.in_auto_like(run, w, more=spec.plane_axis)[1]
 
 
 def packing_spec(
@@ -74,15 +76,16 @@ def packing_spec(
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def pack_quantized(w: Kernel, spec: KernelSpec) -> tuple[Ternary, Stored]:
+def pack_quantized(w: Kernel, spec: KernelSpec) -> tuple[Ternary | TernaryPlanes, Stored]:
     """A kernel's codes and scale, and the same packed."""
     t = quantize_kernel(w, spec)
     return t, stored(t, spec, np.dtype(w.dtype))
 
 
-def stored(t: Ternary, spec: KernelSpec, dtype: np.dtype) -> Stored:
+def stored(t: Ternary | TernaryPlanes, spec: KernelSpec, dtype: np.dtype) -> Stored:
     """Codes and scale of a kernel of this dtype, packed."""
-    contracting, ndim = spec.axes.contracting, t.codes.ndim
+    contracting = spec.axes.contracting
+    ndim = len(spec.axes.order)
     # Axes from the end, and no batch axis: scan and vmap take those away and bring them back.
     static: dict[str, Any] = {
         "contracting_axes": tuple(a - ndim for a in contracting),
@@ -92,8 +95,12 @@ def stored(t: Ternary, spec: KernelSpec, dtype: np.dtype) -> Stored:
     }
     if isinstance(spec.config, Int8Config):
         return PackedInt8(t.codes, t.scale, **static)
-    codes = trits.pack_trits(t.codes, contracting[-1])
-    return PackedTernary(codes, t.scale, length=t.codes.shape[contracting[-1]], **static)
+    codes, scale = t.codes, t.scale
+    if isinstance(t, TernaryPlanes):  # planes, which come first, before the contraction
+        codes, scale = (jnp.moveaxis(part, 0, contracting[0]) for part in (codes, scale))
+    last = static["contracting_axes"][-1]
+    length = codes.shape[last]
+    return PackedTernary(trits.pack_trits(codes, last), scale, length=length, **static)
 
 
 def unpack(packed: Stored, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
@@ -117,6 +124,7 @@ def unpack(packed: Stored, dtype: DTypeLike | None = None) -> Float[Array, "..."
     Raises:
       TypeError: ``packed`` is not packed, or is prepared.
       ValueError: codes or scale are not as they were made.
+      NotImplementedError: the kernel has planes.
 
     Example:
       >>> import jax.numpy as jnp, bitnet_jax as bj
@@ -131,6 +139,7 @@ def unpack(packed: Stored, dtype: DTypeLike | None = None) -> Float[Array, "..."
     kinds = (PackedTernary, PackedInt8)
     _checks.require_instance("unpack", "packed", packed, kinds, "Make one with bj.pack(w).")
     intact.require_arrays("unpack", "`packed`", packed)
+    require_one_plane("unpack", "`packed`", packed)
     return unpack_kernel(packed, dtype)
 
 
@@ -142,6 +151,16 @@ def unpack_kernel(packed: Stored, dtype: DTypeLike | None) -> Float[Array, "..."
 
 def _latent(packed: Stored, dtype: DTypeLike) -> Float[Array, "..."]:
     return latent_kernel(packed.int8_codes(), packed.scale, packed.config, packed.axes, dtype)
+
+
+def require_one_plane(who: str, name: str, packed: Stored) -> None:
+    """Raises on a kernel of planes, which no float kernel is known to pack to."""
+    if packed.planes > 1:
+        raise NotImplementedError(
+            f"{who}: {name} is a sum of {packed.planes} ternary planes, and no float kernel is "
+            "known that packs to their codes and scales. Take dequantize() of it (of a tree: "
+            "dequantize=True), or keep the float params."
+        )
 
 
 def _require_leading_batch_axes(who: str, batch: Sequence[int]) -> None:

@@ -8,6 +8,8 @@
     g      groups along the contraction, 1 without groups
     m      scales across the outputs: 1, or n
 
+Where a config has planes, they are one more axis of codes and scale, right before k and g.
+
 Activations are ``"*rows k"``: their rows start with the kernel's batch axes.
 """
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from bitnet_jax import _checks
 
 LARGEST_INT8 = 127  # the largest code of an int8 kernel
+
+MOST_PLANES = 4  # eight bits a weight: a PackedInt8 holds more in as many
+
+# Fields younger than the first files and their defaults, which neither a file nor a repr states.
+_YOUNGER = {"planes": 1}
 
 
 def _require_granularity(value: object) -> None:
@@ -42,7 +47,16 @@ def _require_group(value: object) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+def _require_planes(value: object) -> None:
+    """Raises unless it is a number of planes."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_PLANES:
+        raise ValueError(
+            f"TernaryConfig: `planes` must be an integer from 1 to {MOST_PLANES}, got {value!r}. "
+            "Two planes take four bits a weight; for eight use bj.Int8Config()."
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class TernaryConfig:
     """How a kernel is quantised to {-1, 0, +1} times a scale.
 
@@ -56,9 +70,12 @@ class TernaryConfig:
         ``"channel"``: each output channel. An int: each run of so many weights
         along the contraction, in each output channel.
       eps: the smallest statistic, in units of the weights.
+      planes: how many ternary kernels, each with scales of its own, add up to the
+        kernel, ``w = s1 T1 + s2 T2`` [1]: each quantises what those before it left over.
+        Two take four bits a weight and twice the time.
 
     Raises:
-      ValueError: a name, threshold, group size or eps out of range.
+      ValueError: a name, threshold, group size, eps or number of planes out of range.
 
     Example:
       >>> import bitnet_jax as bj
@@ -69,12 +86,16 @@ class TernaryConfig:
         ...
       ValueError: TernaryConfig: `scale` must be one of 'absmean', 'absmedian', 'survivors', \
 got 'absmaen'. Did you mean 'absmean'?
+
+    References:
+      [1] PTQTP, arXiv:2509.16989.
     """
 
     scale: Literal["absmean", "absmedian", "survivors"] = "absmean"
     threshold: float = 0.5
     granularity: Literal["tensor", "channel"] | int = "tensor"
     eps: float = 1e-5
+    planes: int = 1
 
     def __post_init__(self) -> None:
         scales = ("absmean", "absmedian", "survivors")
@@ -82,6 +103,17 @@ got 'absmaen'. Did you mean 'absmean'?
         _checks.require_positive("TernaryConfig", "threshold", self.threshold)
         _require_granularity(self.granularity)
         _checks.require_epsilon("TernaryConfig", self.eps)
+        _require_planes(self.planes)
+
+    def __repr__(self) -> str:
+        """What a dataclass prints, without younger fields at their defaults."""
+        stated = (f"{name}={value!r}" for name, value in stated_fields(self).items())
+        return f"{type(self).__name__}({', '.join(stated)})"
+
+    @property
+    def one_plane(self) -> TernaryConfig:
+        """The config of each plane."""
+        return self if self.planes == 1 else dataclasses.replace(self, planes=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +185,18 @@ class ActivationConfig:
 
 
 KernelConfig = TernaryConfig | Int8Config
+
+
+def planes_of(config: KernelConfig) -> int:
+    """How many planes add up to a kernel of this config."""
+    return config.planes if isinstance(config, TernaryConfig) else 1
+
+
+def stated_fields(config: Any) -> dict[str, Any]:
+    """A config's fields by name, as files have them: without younger ones at their defaults."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {k: v for k, v in values.items() if k not in _YOUNGER or v != _YOUNGER[k]}
+
 
 # The quantiser of b1.58: one scale for the kernel, a code is 0 up to half of the mean.
 B158 = TernaryConfig()

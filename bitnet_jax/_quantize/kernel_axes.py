@@ -45,6 +45,19 @@ class KernelAxes(NamedTuple):
         return b, c, o
 
 
+def with_planes(axes: KernelAxes) -> KernelAxes:
+    """The axes of codes that have an axis of planes right before the first contracting one.
+
+    Planes are the last of the batch axes: a canonical kernel of planes is (*batch, planes, K, N).
+    """
+    at = axes.contracting[0]
+    contracting, batch, outputs = (
+        tuple(axis + (axis >= at) for axis in part)
+        for part in (axes.contracting, axes.batch, axes.outputs)
+    )
+    return KernelAxes(contracting, (*batch, at), outputs)
+
+
 def resolve(
     who: str,
     w: AnyArray | jax.ShapeDtypeStruct,

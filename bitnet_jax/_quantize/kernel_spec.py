@@ -15,7 +15,7 @@ import jax
 from bitnet_jax import _checks
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import AnyArray
-from bitnet_jax._quantize.config import Int8Config, KernelConfig, TernaryConfig
+from bitnet_jax._quantize.config import Int8Config, KernelConfig, TernaryConfig, planes_of
 from bitnet_jax._quantize.kernel_axes import AxesLike, KernelAxes
 
 
@@ -29,6 +29,13 @@ class KernelSpec(NamedTuple):
 
     config: KernelConfig
     axes: KernelAxes
+
+    @property
+    def plane_axis(self) -> int | None:
+        """The axis of planes in packed codes, counted from the end; None: there is none."""
+        if planes_of(self.config) == 1:
+            return None
+        return self.axes.contracting[0] - len(self.axes.order) - 1
 
     def scale_grid(self, contraction: tuple[int, ...]) -> tuple[int, ...]:
         """The lengths of a scale along the contracting axes."""

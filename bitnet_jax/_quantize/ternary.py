@@ -9,14 +9,20 @@ A kernel ``W`` becomes codes in {-1, 0, +1} and a float32 scale ``s``::
 With threshold 0.5 this is ``clip(round(W / s), -1, 1)``, the b1.58 quantiser
 [1, eq. 1-3]. ``statistics`` pins the bits of the mean.
 
+A kernel of planes [3] is ``W = s1 T1 + s2 T2``: each plane quantises, as above, what the
+planes before it left over, and they are added in that order.
+
 References:
   [1] Ma et al., The Era of 1-bit LLMs, arXiv:2402.17764.
   [2] Li et al., Ternary Weight Networks, arXiv:1605.04711.
+  [3] PTQTP: Post-Training Quantization to Trit-Planes, arXiv:2509.16989.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,7 +41,13 @@ from bitnet_jax._quantize.arrays import (
     Kernel,
     Scale,
 )
-from bitnet_jax._quantize.config import B158, Int8Config, KernelConfig, TernaryConfig
+from bitnet_jax._quantize.config import (
+    B158,
+    Int8Config,
+    KernelConfig,
+    TernaryConfig,
+    planes_of,
+)
 from bitnet_jax._quantize.int8 import quantize_channels
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec
 from bitnet_jax._quantize.pinned import widened
@@ -70,13 +82,46 @@ class Ternary(NamedTuple):
         return _mesh.in_auto_like(run, self.codes, self.scale)
 
 
+class TernaryPlanes(NamedTuple):
+    """A kernel as the sum of several ternary ones, of a config with ``planes``.
+
+    Attributes:
+      planes: a ``Ternary`` each, in the order in which they are added.
+
+    Example:
+      >>> import jax.numpy as jnp, bitnet_jax as bj
+      >>> w = jnp.array([[0.9, -0.1], [-0.8, 0.2]])
+      >>> t = bj.quantize(w, bj.TernaryConfig(planes=2))
+      >>> t.codes.tolist()
+      [[[1, 0], [-1, 0]], [[1, 0], [-1, 1]]]
+      >>> t.dequantize().tolist()
+      [[0.75, 0.0], [-0.75, 0.25]]
+    """
+
+    planes: tuple[Ternary, ...]
+
+    @property
+    def codes(self) -> Codes:
+        """int8 in {-1, 0, +1}: the codes of all planes, (planes, *kernel)."""
+        return jnp.stack([plane.codes for plane in self.planes])
+
+    @property
+    def scale(self) -> Scale:
+        """float32: the scales of all planes, (planes, *scale)."""
+        return jnp.stack([plane.scale for plane in self.planes])
+
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
+        """The sum of all planes, added in order in float32 and cast once to ``dtype``."""
+        return sum_in_order([plane.dequantize() for plane in self.planes]).astype(dtype)
+
+
 def quantize(
     w: Kernel,
     config: TernaryConfig = B158,
     *,
     contracting_axes: kernel_axes.AxesLike | None = None,
     batch_axes: kernel_axes.AxesLike = (),
-) -> Ternary:
+) -> Ternary | TernaryPlanes:
     """Codes in {-1, 0, +1} and the float32 scale of a kernel.
 
     ``r = w * (1 / s)``; a code is 0 where ``|r| <= config.threshold``, else
@@ -91,7 +136,7 @@ def quantize(
         with its own scale.
 
     Returns:
-      A ``Ternary`` of the kernel's rank.
+      A ``Ternary`` of the kernel's rank; a ``TernaryPlanes`` of a config with planes.
 
     Raises:
       TypeError: ``w`` is not floating point.
@@ -117,7 +162,7 @@ def quantize(
     return _mesh.in_auto_like(run, jax.lax.stop_gradient(w))
 
 
-def quantize_kernel(w: Kernel, spec: KernelSpec) -> Ternary:
+def quantize_kernel(w: Kernel, spec: KernelSpec) -> Ternary | TernaryPlanes:
     """Codes and scale of a kernel of any rank, both of its rank."""
     _, contraction, outputs = spec.axes.split(w.shape)
     # Only transposes and reshapes here; the maths sees (*b, K, N) alone.
@@ -131,8 +176,24 @@ def of_canonical(
     spec: KernelSpec,
     contraction: tuple[int, ...],
     outputs: tuple[int, ...],
+) -> Ternary | TernaryPlanes:
+    """Canonical codes and scale, both of the kernel's rank; with planes, of each plane."""
+    planes = planes_of(spec.config)
+    if planes == 1:
+        return _one_of_canonical(codes, scale, spec, contraction, outputs)
+    each = each_plane(codes, scale, planes)
+    return TernaryPlanes(
+        tuple(_one_of_canonical(*plane, spec, contraction, outputs) for plane in each)
+    )
+
+
+def _one_of_canonical(
+    codes: CanonicalCodes,
+    scale: CanonicalScale,
+    spec: KernelSpec,
+    contraction: tuple[int, ...],
+    outputs: tuple[int, ...],
 ) -> Ternary:
-    """Canonical codes and scale, both of the kernel's rank."""
     codes = kernel_axes.from_canonical(codes, spec.axes, contraction, outputs)
     # One scale for all outputs, or for each: a length of 1 on each of their axes, or theirs.
     across = outputs if scale.shape[-1] > 1 else (1,) * len(outputs)
@@ -144,12 +205,31 @@ def of_canonical(
 def quantize_canonical(
     w: CanonicalKernel, config: KernelConfig
 ) -> tuple[CanonicalCodes, CanonicalScale]:
-    """Codes and scale of a canonical kernel; g groups, m = 1 or n scales across."""
+    """Codes and scale of a canonical kernel; g groups, m = 1 or n scales across.
+
+    Planes are an axis of both, right before their last two.
+    """
     if isinstance(config, Int8Config):
         return quantize_channels(w, config)
+    if config.planes > 1:
+        _, codes, scale = zip(*_plane_by_plane(w, config), strict=True)
+        return jnp.stack(codes, axis=-3), jnp.stack(scale, axis=-3)
     if by_library.quantizes(config):
         return by_library.kernel_codes(w, config, _quantize)
     return _quantize(w, config)
+
+
+def _plane_by_plane(
+    w: CanonicalKernel, config: TernaryConfig
+) -> list[tuple[CanonicalKernel, CanonicalCodes, CanonicalScale]]:
+    """For each plane what those before it left over, and its codes and scale of that."""
+    made = []
+    for _ in range(config.planes):
+        if made:
+            _, codes, scale = made[-1]
+            w = widened(w) - dequantize_canonical(codes, scale)
+        made.append((w, *quantize_canonical(w, config.one_plane)))
+    return made
 
 
 def _quantize(w: CanonicalKernel, config: TernaryConfig) -> tuple[CanonicalCodes, CanonicalScale]:
@@ -169,6 +249,9 @@ def _quantize(w: CanonicalKernel, config: TernaryConfig) -> tuple[CanonicalCodes
 
 def ratio_canonical(w: CanonicalKernel, config: TernaryConfig) -> Float32[Array, "*b k n"]:
     """``r``, a canonical kernel over its statistic: what the threshold is compared with."""
+    if config.planes > 1:
+        each = [ratio_canonical(w, config.one_plane) for w, *_ in _plane_by_plane(w, config)]
+        return jnp.stack(each, axis=-3)
     return _ratio(w, config)[1].reshape(w.shape)
 
 
@@ -205,3 +288,27 @@ def dequantize(codes: Codes, scale: Scale, dtype: DTypeLike = jnp.float32) -> Fl
     return (codes.astype(jnp.float32) * kernel_axes.broadcast_scale(scale, codes.shape)).astype(
         dtype
     )
+
+
+def dequantize_canonical(
+    codes: CanonicalCodes, scale: CanonicalScale, planes: int = 1
+) -> Float32[Array, "*b k n"]:
+    """Codes (*b, K, N) times scale (*b, G, 1 or N), in float32; the sum of so many planes."""
+    if planes > 1:
+        return sum_in_order([dequantize_canonical(*p) for p in each_plane(codes, scale, planes)])
+    groups = scale.shape[-2]
+    if groups > 1:  # each group's scale beside every code of it
+        scale = jnp.repeat(scale, codes.shape[-2] // groups, axis=-2)
+    return codes.astype(jnp.float32) * scale
+
+
+def each_plane(
+    codes: CanonicalCodes, scale: CanonicalScale, planes: int
+) -> list[tuple[CanonicalCodes, CanonicalScale]]:
+    """Codes and scale of each plane, of canonical ones."""
+    return [(codes[..., i, :, :], scale[..., i, :, :]) for i in range(planes)]
+
+
+def sum_in_order(parts: Sequence[Float32[Array, "..."]]) -> Float32[Array, "..."]:
+    """The sum of planes; codes times scale is exact, so a contracted add has these bits too."""
+    return functools.reduce(operator.add, parts)

@@ -21,7 +21,7 @@ from bitnet_jax._display import blank_figure, plain, size_text, table
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Stored
 from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax._quantize.ternary import KernelConfig, Ternary, dequantize
+from bitnet_jax._quantize.ternary import KernelConfig, Ternary, TernaryPlanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LayerReport:
       path: names joined by ``/``.
       shape: of the float kernel.
       config: the quantiser.
-      minus: count of codes below 0.
+      minus: count of codes below 0, in all planes.
       zero: count of codes 0.
       plus: count of codes above 0.
       scale_min: the smallest scale, in units of the weights.
@@ -191,7 +191,7 @@ class PackReport:
         figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def measure(w: jax.Array, t: Ternary, packed: Stored) -> dict[str, jax.Array]:
+def measure(w: jax.Array, t: Ternary | TernaryPlanes, packed: Stored) -> dict[str, jax.Array]:
     """The numbers of one layer that need its values; runs inside jit."""
     is_ternary = isinstance(packed, PackedTernary)
     zero, plus = trits.count(packed.codes) if is_ternary else _int8_count(packed)
@@ -199,12 +199,12 @@ def measure(w: jax.Array, t: Ternary, packed: Stored) -> dict[str, jax.Array]:
     wide = w.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide))
     unit = 1.0 / jnp.maximum(largest, jnp.float32(1e-30))
-    lost = jnp.square((wide - dequantize(*t)) * unit).sum()
+    lost = jnp.square((wide - t.dequantize()) * unit).sum()
     return {
         "zero": zero,
         "plus": plus,
-        "scale_min": t.scale.min(),
-        "scale_max": t.scale.max(),
+        "scale_min": packed.scale.min(),
+        "scale_max": packed.scale.max(),
         "lost": lost,
         "whole": jnp.square(wide * unit).sum(),
         "finite": jnp.isfinite(largest),
@@ -231,13 +231,13 @@ def layer_report(
         _checks.raise_not_finite(who, path, int((~jnp.isfinite(w)).sum()))
     plus = int(values["plus"].sum(dtype=int))
     fields = trits.PER_BYTE if isinstance(packed, PackedTernary) else 1
-    padding = fields * packed.codes.size - packed.size
-    zero = int(values["zero"].sum(dtype=int)) - padding
+    codes = packed.planes * packed.size
+    zero = int(values["zero"].sum(dtype=int)) - (fields * packed.codes.size - codes)
     return LayerReport(
         path=path,
         shape=packed.shape,
         config=packed.config,
-        minus=packed.size - zero - plus,
+        minus=codes - zero - plus,
         zero=zero,
         plus=plus,
         scale_min=float(values["scale_min"]),

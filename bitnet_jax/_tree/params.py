@@ -20,7 +20,7 @@ from bitnet_jax._checks import describe
 from bitnet_jax._packed import intact
 from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._packed.kernel import Prepared, Stored, is_packed, is_stored
-from bitnet_jax._packed.pack import pack_quantized, packing_spec, unpack_kernel
+from bitnet_jax._packed.pack import pack_quantized, packing_spec, require_one_plane, unpack_kernel
 from bitnet_jax._quantize.config import B158, KernelConfig
 from bitnet_jax._quantize.kernel_axes import AxesLike
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec, require_kernel_config
@@ -84,7 +84,7 @@ def pack_params(
         packed = leaf.value
         if spec is not None:
             run = functools.partial(_pack_measured, spec=spec)
-            packed, measured = _mesh.in_auto_like(run, leaf.value)
+            packed, measured = _mesh.in_auto_like(run, leaf.value, more=spec.plane_axis)
             if not traced:
                 rows.append(layer_report(who, leaf.where, leaf.value, packed, measured))
         done.append(packed)
@@ -130,6 +130,7 @@ def unpack_params(
     Raises:
       ValueError: no packed kernel in the tree; codes or scale are not as they were made.
       TypeError: a kernel is prepared, or has an adapter.
+      NotImplementedError: a kernel has planes, and is not to be dequantised.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -153,6 +154,8 @@ def unpack_params(
             _checks.raise_prepared("unpack_params", leaf.where, leaf.value.implementation)
         if is_stored(leaf.value):
             intact.require_arrays("unpack_params", leaf.where, leaf.value)
+            if not dequantize:
+                require_one_plane("unpack_params", leaf.where, leaf.value)
     done = [
         rebox(leaf.boxed, _unpacked(leaf.value, dtype, dequantize))
         if is_stored(leaf.value)
