@@ -15,7 +15,7 @@ import numpy as np
 from flax import serialization
 from jax import export
 
-from bitnet_jax._quantize.config import Int8Config, TernaryConfig
+from bitnet_jax._quantize.config import Int8Config, TernaryConfig, stated_fields
 
 _ARRAYS, _STATIC = ("codes", "scale"), "static"
 
@@ -80,7 +80,7 @@ def encoded(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [encoded(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: encoded(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {name: encoded(field) for name, field in stated_fields(value).items()}
         return {type(value).__name__: fields}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

@@ -12,7 +12,7 @@ LARGEST_INT8 = 127  # the largest code of an int8 kernel
 MOST_PLANES = 4  # eight bits a weight: a PackedInt8 holds more in as many
 
 # Fields younger than the first files and their defaults, which neither a file nor a repr states.
-_YOUNGER = {"planes": 1}
+YOUNGER = {"planes": 1}
 
 
 def _require_granularity(value: object) -> None:
@@ -195,7 +195,7 @@ def planes_of(config: KernelConfig) -> int:
 def stated_fields(config: Any) -> dict[str, Any]:
     """A config's fields by name, as files have them: without younger ones at their defaults."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {k: v for k, v in values.items() if k not in _YOUNGER or v != _YOUNGER[k]}
+    return {k: v for k, v in values.items() if k not in YOUNGER or v != YOUNGER[k]}
 
 
 # The quantiser of b1.58: one scale for the kernel, a code is 0 up to half of the mean.

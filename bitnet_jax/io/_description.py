@@ -20,7 +20,7 @@ from bitnet_jax.io import _chunks, _manifest, _safetensors, _tensors
 from bitnet_jax.io._manifest import Leaf
 from bitnet_jax.io._safetensors import FormatError
 
-FORMAT, VERSION = "bitnet_jax.checkpoint", "1"
+FORMAT, VERSIONS = "bitnet_jax.checkpoint", ("1", "2")
 
 ANOTHER = "Restore another step, or save it again."
 
@@ -197,7 +197,8 @@ def _local(array: _tensors.AnyArray) -> _tensors.AnyArray:
 
 def with_digest(mappings: bool, leaves: list[dict[str, Any]]) -> dict[str, Any]:
     """A description with its digest."""
-    about = {"format": FORMAT, "version": VERSION, "mappings": mappings, "leaves": leaves}
+    version = VERSIONS[-1 if _manifest.is_younger(leaves) else 0]
+    about = {"format": FORMAT, "version": version, "mappings": mappings, "leaves": leaves}
     return {**about, _safetensors.DIGEST: digest_of(about)}
 
 
@@ -212,10 +213,10 @@ def parse(who: str, description: object) -> list[Leaf]:
     """The leaves of a description; raises if anything in it is wrong."""
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise_bad_description(who, f"is not one of bj.io.describe: its format must be {FORMAT!r}")
-    if description.get("version") != VERSION:
+    if description.get("version") not in VERSIONS:
         raise FormatError(
             f"{who}: the description is of version {description.get('version')!r:.100}, and this "
-            f"bitnet_jax reads {VERSION!r}. Update bitnet_jax."
+            f"bitnet_jax reads {' and '.join(map(repr, VERSIONS))}. Update bitnet_jax."
         )
     try:
         actual = digest_of(description)

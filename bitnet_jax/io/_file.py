@@ -6,7 +6,8 @@ codes are ``<name>.trits`` (_dense). The names are for people and for other tool
 The metadata describes the tree; every value in it is a string::
 
     format    "bitnet_jax"
-    version   "2"; "1", whose digest is over bytes and not over chunks, is read too
+    version   "2", or "3" where a kernel has planes; "1", whose digest is over bytes and not
+              over chunks, is read too
     leaves    canonical JSON, one object per leaf: its kind (array, packed, int8, empty), its
               path as a list of str and int keys, its dtype and logical shape, and for a packed
               kernel all of its static data, with "stored": "trits" if it is dense
@@ -38,7 +39,7 @@ from bitnet_jax.io._manifest import Leaf
 from bitnet_jax.io._safetensors import FormatError, Header, raise_damaged
 from bitnet_jax.io._tensors import DTYPES, Part, name_of
 
-FORMAT, VERSIONS = "bitnet_jax", ("1", "2")
+FORMAT, VERSIONS = "bitnet_jax", ("1", "2", "3")
 
 
 def save(path: str | os.PathLike[str], tree: PyTree, *, dense: bool = False) -> None:
@@ -107,7 +108,8 @@ def write(
             )
     tensors = _safetensors.lay_out({name: part.stored for name, (part, _) in contents.items()})
     leaves = _safetensors.canonical_json(described)
-    metadata = {**notes, "format": FORMAT, "version": VERSIONS[-1], "leaves": leaves}
+    version = VERSIONS[-1] if _manifest.is_younger(described) else VERSIONS[-2]
+    metadata = {**notes, "format": FORMAT, "version": version, "leaves": leaves}
     _chunks.write(
         os.fspath(path), tensors, metadata, lambda name: _content(*contents[name]), progress
     )

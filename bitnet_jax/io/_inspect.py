@@ -114,7 +114,8 @@ def stored_as(leaf: Leaf) -> str:
     """The form of a leaf's numbers in the file."""
     if any(part.dense for part in leaf.parts):
         return "5 trits/byte"
-    forms = {"packed": "2 bits", "int8": "8 bits"}
+    planes = leaf.described.get("config", {}).get("planes", 1)
+    forms = {"packed": "2 bits" if planes == 1 else f"{planes} x 2 bits", "int8": "8 bits"}
     return forms.get(leaf.described["kind"], str(leaf.described["dtype"]))
 
 
@@ -126,7 +127,8 @@ def _config(config: dict[str, Any] | None) -> str:
         return "per channel"
     granularity = config["granularity"]
     per = f"groups of {granularity}" if isinstance(granularity, int) else f"per {granularity}"
-    return f"{config['scale']} {config['threshold']:g}, {per}"
+    planes = f", {config['planes']} planes" if "planes" in config else ""
+    return f"{config['scale']} {config['threshold']:g}, {per}{planes}"
 
 
 def _size(leaf: Leaf) -> int:

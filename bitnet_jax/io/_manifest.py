@@ -17,8 +17,7 @@ import numpy as np
 from bitnet_jax import _checks
 from bitnet_jax._packed import intact
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Prepared, Stored, is_stored
-from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax._quantize.ternary import TernaryConfig
+from bitnet_jax._quantize.config import YOUNGER, Int8Config, TernaryConfig, stated_fields
 from bitnet_jax.io import _safetensors
 from bitnet_jax.io._safetensors import Entry, raise_damaged
 from bitnet_jax.io._tensors import (
@@ -29,6 +28,7 @@ from bitnet_jax.io._tensors import (
     name_of,
     parts_of,
     require_array,
+    stored_shape,
 )
 
 _STATIC = {"config", "contracting_axes", "kernel_ndim"}
@@ -92,7 +92,7 @@ def static_of(packed: Stored) -> dict[str, Any]:
         "shape": list(packed.shape if sound else packed.codes.shape),
         "contracting_axes": axes,
         "kernel_ndim": packed.kernel_ndim,
-        "config": dataclasses.asdict(packed.config),
+        "config": stated_fields(packed.config),
     }
     return static | ({"length": packed.length} if isinstance(packed, PackedTernary) else {})
 
@@ -224,13 +224,21 @@ def packed_fault(described: dict[str, Any]) -> str | None:
         return f"stands for a kernel of dtype {described['dtype']!r}, not floating point"
     kind = _CONFIGS[described["kind"]]
     config, fields = described["config"], {f.name for f in dataclasses.fields(kind)}
-    if not isinstance(config, dict) or set(config) != fields:
-        return f"has a config {config!r}; its fields are {sorted(fields)}"
+    known = fields - YOUNGER.keys()
+    if not isinstance(config, dict) or not known <= set(config) <= fields:
+        return f"has a config {config!r}; its fields are {sorted(known)}"
     try:
-        kind(**config)
+        made = kind(**config)
     except (TypeError, ValueError, OverflowError) as error:
         return f"has no valid config: {str(error).rstrip('.')}"
+    if stated_fields(made).keys() != config.keys():
+        return f"has a config {config!r}, which states a default"
     return None
+
+
+def is_younger(described: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether some config states a field that earlier versions do not know."""
+    return any(YOUNGER.keys() & one.get("config", {}).keys() for one in described)
 
 
 def form_fault(
@@ -248,4 +256,8 @@ def form_fault(
 def scale_fault(described: dict[str, Any], dtype: str, scale: tuple[int, ...]) -> str | None:
     """What is wrong with the dtype or the shape of a packed kernel's scale; None if nothing."""
     batch = len(described["shape"]) - described["kernel_ndim"]
-    return intact.scale_fault(dtype, scale, described["shape"], batch)
+    planes, at = described["config"].get("planes", 1), described["contracting_axes"][0] - 1
+    fault = intact.scale_fault(dtype, scale, stored_shape(described), batch)
+    if fault or planes == 1 or scale[at] == planes:
+        return fault
+    return intact.planes_fault(scale, planes)

@@ -19,6 +19,7 @@ from jax import core
 
 from bitnet_jax._packed import intact, trits
 from bitnet_jax._packed.adapted import is_adapted
+from bitnet_jax._packed.kernel import with_planes
 from bitnet_jax.io import _safetensors
 
 _RAW = ("complex128", "int4", "uint4", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz")
@@ -133,8 +134,15 @@ def parts_of(described: dict[str, Any], scale: tuple[int, ...]) -> list[Part]:
         return [Part(where, ".codes", "int8", shape, "int8"), scales]
     end, rule = (_DENSE, "trits") if "stored" in described else (".codes", "bits")
     axis = described["contracting_axes"][-1]
-    codes = trits.packed_shape(shape, axis)
+    codes = trits.packed_shape(stored_shape(described), axis)
     return [Part(where, end, "uint8", codes, rule, axis, described["length"]), scales]
+
+
+def stored_shape(described: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of a described kernel's codes: its own, with an axis of planes where it has any."""
+    planes = described["config"].get("planes", 1)
+    at = described["contracting_axes"][0] - 1 if planes > 1 else None
+    return with_planes(described["shape"], at, planes)
 
 
 def raise_not_an_array(who: str, where: str, value: object) -> NoReturn:

@@ -128,10 +128,10 @@ def test_a_leaf_inside_another_is_refused():
 def test_other_formats_and_versions_are_refused():
     tree = small()
     about = bj.io.describe(tree)
-    later = resealed({**about, "version": "2"})
+    later = resealed({**about, "version": "3"})
     for call in (lambda d: bj.io.check(tree, d), bj.io.abstract):
         with pytest.raises(
-            FormatError, match=r"version '2', and this bitnet_jax reads '1'. Update"
+            FormatError, match=r"version '3', and this bitnet_jax reads '1' and '2'. Update"
         ):
             call(later)
         for other in (None, [], "about", {}, {**about, "format": "bitnet_jax"}, {"tree": about}):

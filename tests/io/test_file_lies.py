@@ -54,7 +54,7 @@ def test_overlapping_tensors_are_refused(small):
     [
         ("format", "pt", "was not written by bj.io.save"),
         ("format", None, "was not written by bj.io.save"),
-        ("version", "3", "of version '3', .* Update bitnet_jax"),
+        ("version", "4", "of version '4', .* Update bitnet_jax"),
         ("version", None, "of version None"),
         ("leaves", None, "does not describe its leaves"),
         ("leaves", "{}", "canonical JSON"),
