@@ -262,6 +262,16 @@ def _require_stored(who: str, leaf: Leaf) -> None:
         _checks.raise_prepared(who, leaf.where, leaf.value.implementation)
 
 
+def _require_one_plane(who: str, leaf: Leaf) -> None:
+    """Raises on a kernel of planes: no rounding of the sum to all of their grids is known."""
+    if leaf.value.planes > 1:
+        raise NotImplementedError(
+            f"{who}: {leaf.where} is a sum of {leaf.value.planes} ternary planes, which an update "
+            "cannot be merged into. Keep the adapter and bj.lora.attach it, or pack "
+            "dequantize() plus the update anew."
+        )
+
+
 def _canonical_shape(kernel: Packed) -> tuple[tuple[int, ...], int, int]:
     """(batch, K, N) of a packed kernel."""
     batch, contraction, outputs = split(kernel)
@@ -335,6 +345,7 @@ def merge(packed: PyTree, adapters: Adapters) -> tuple[PyTree, MergeReport]:
     Raises:
       TypeError: a prepared kernel.
       ValueError: as :func:`attach`; adapters with NaN or Inf.
+      NotImplementedError: an adapted kernel of planes.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -352,6 +363,7 @@ def merge(packed: PyTree, adapters: Adapters) -> tuple[PyTree, MergeReport]:
     for leaf, adapted in leaves:
         if adapted is not None:
             _require_stored(who, leaf)
+            _require_one_plane(who, leaf)
             _require_finite_adapter(who, leaf.where, adapted.a, adapted.b)
     done, rows = [], []
     for leaf, adapted in leaves:

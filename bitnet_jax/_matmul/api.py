@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath
-from jaxtyping import Array, Float, Float32, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Float32, Int, PyTree
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._matmul.implementations import IMPLEMENTATIONS, Name, choose
-from bitnet_jax._ops.codes_product import Operator, contract_codes
+from bitnet_jax._ops.codes_product import Operator, contract_codes, planes_apart
 from bitnet_jax._ops.contraction import input_gradient
 from bitnet_jax._ops.convolution import Convolution
 from bitnet_jax._ops.product import Product
@@ -32,6 +32,7 @@ from bitnet_jax._packed.kernel import (
     is_stored,
     look_up,
     split,
+    without_planes,
 )
 from bitnet_jax._quantize.arrays import (
     Activations,
@@ -153,7 +154,8 @@ def _on_mesh(
     outputs = split(packed)[2]
     placed: _mesh.Spec = (None,) * len(outputs)
     if is_stored(packed):  # a prepared kernel is whole wherever it is
-        placed = packed.axes.split(_mesh.spec_of(packed.codes))[2]
+        entries = without_planes(_mesh.spec_of(packed.codes), packed.plane_axis)
+        placed = packed.axes.split(entries)[2]
     return _mesh.in_auto_rows(run, *_mesh.varying_alike(x, packed), outputs=placed)
 
 
@@ -328,21 +330,13 @@ def _canonical_codes(packed: Packed) -> CanonicalCodes:
         return packed.canonical_codes()
     codes_of = IMPLEMENTATIONS[choose(packed)].codes_of
     assert codes_of is not None  # a row that prepares has both directions
-    return _apart(codes_of(packed), packed)
+    return planes_apart(codes_of(packed), packed.planes)
 
 
 def _canonical_scale(packed: Packed) -> CanonicalScale:
-    return (
-        _apart(packed.scale, packed) if isinstance(packed, Prepared) else packed.canonical_scale()
-    )
-
-
-def _apart(part: Shaped[Array, "*b pk n"], packed: Prepared) -> Shaped[Array, "..."]:
-    """Codes or scale of a prepared kernel with an axis of planes, if it has any."""
-    if packed.planes == 1:
-        return part
-    *batch, k, n = part.shape
-    return part.reshape(*batch, packed.planes, k // packed.planes, n)
+    if not isinstance(packed, Prepared):
+        return packed.canonical_scale()
+    return planes_apart(packed.scale, packed.planes)
 
 
 def _float_kernel(packed: Packed) -> Float32[Array, "*b k n"]:

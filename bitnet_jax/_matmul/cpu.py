@@ -34,6 +34,7 @@ from bitnet_jax._ops.codes_product import (
     cuts_no_four,
     merged_planes,
     over_planes,
+    planes_apart,
 )
 from bitnet_jax._ops.product import Product, group_epilogue
 from bitnet_jax._packed import trits
@@ -111,7 +112,8 @@ def _is_table(packed: PackedInt8) -> bool:
 def prepare(packed: Stored) -> Prepared:
     """Lays codes out in panels of outputs."""
     spec = _spec_of(packed, None, by_library.FLOATS[0])
-    return lay_out(packed, _laid_out(spec, _stored_codes(packed)), "cpu")
+    codes = merged_planes(_stored_codes(packed), packed.planes)
+    return lay_out(packed, _laid_out(spec, codes), "cpu")
 
 
 # One program: by itself, a reshape would copy the kernel, out of its large pages.
@@ -128,17 +130,12 @@ def layout(prepared: Prepared) -> tuple[int, ...]:
 
 
 def _stored_codes(packed: Stored) -> UInt8[Array, "*b r n"] | Int8[Array, "*b k n"]:
-    """Canonical bytes or int8 codes; a table stays (outputs, contraction)."""
+    """Canonical bytes, with an axis of planes, or int8 codes; a table stays (outputs, k)."""
     if not isinstance(packed, PackedInt8):
-        return canonical_bytes(packed.joined())
+        return canonical_bytes(packed)
     if _is_table(packed):
         return packed.codes
     return kernel_axes.to_canonical(packed.codes, packed.axes)
-
-
-def _stored_scale(packed: Stored) -> CanonicalScale:
-    """The canonical scale, planes as more groups."""
-    return merged_planes(packed.canonical_scale(), packed.planes)
 
 
 @functools.cache
@@ -178,9 +175,9 @@ def _lay_out(
 def _int8_codes(
     spec: _Spec, codes: UInt8[Array, "b ..."] | Int8[Array, "b k n"]
 ) -> Int8[Array, "b k n"]:
-    """Canonical codes of panels, or of stored codes."""
+    """Canonical codes of panels, or of stored codes; planes are an axis of both."""
     if spec.prepared:
-        return panels.codes_of(codes, spec.layout)
+        return planes_apart(panels.codes_of(codes, spec.layout), spec.planes)
     if not spec.layout.int8:
         return trits.unpack_runs(codes, spec.last)
     return codes.swapaxes(-1, -2) if spec.table else codes
@@ -188,7 +185,7 @@ def _int8_codes(
 
 def _outputs_of(spec: _Spec, codes: tuple[int, ...]) -> int:
     """The outputs of codes of shape (B, ...): of a stored kernel, its shard has them."""
-    return spec.layout.outputs if spec.prepared else codes[1 if spec.table else 2]
+    return spec.layout.outputs if spec.prepared else codes[1 if spec.table else -1]
 
 
 def contract(
@@ -204,13 +201,12 @@ def contract(
     rows, k = x.shape[len(batch) : -1], x.shape[-1]
     # The custom calls know (slices, rows, K): batch axes and row axes are flattened.
     x = x.reshape(math.prod(batch), math.prod(rows), k)
-    x = over_planes(x, packed.planes)  # which lie behind each other along the contraction
     # The calls write float32 or bfloat16; another dtype is cast from float32.
     wide = jnp.dtype(dtype) if jnp.dtype(dtype) in by_library.FLOATS else by_library.FLOATS[0]
     if isinstance(packed, Prepared):
         codes, scale = packed.codes, packed.scale
     else:
-        codes, scale = _stored_codes(packed), _stored_scale(packed)
+        codes, scale = _stored_codes(packed), packed.canonical_scale()
     spec = _spec_of(packed, activations, wide)
     if isinstance(codes, SliceOf):
         (y,) = by_platform.run(_product_at(spec), x, codes.stack, scale[None], codes.at)
@@ -222,6 +218,7 @@ def contract(
 
 def sums(x: Int8[Array, "*rows k"], prepared: Prepared) -> Int32[Array, "g *rows n"]:
     """The exact int32 sums of codes that :func:`contract` scales, one for each group."""
+    x = over_planes(x, prepared.planes)
     lead, n = len(prepared.batch), math.prod(prepared.outputs)
     rows, count = x.shape[lead:-1], math.prod(prepared.batch)
     codes = cut(prepared.codes)
@@ -234,12 +231,13 @@ def sums(x: Int8[Array, "*rows k"], prepared: Prepared) -> Int32[Array, "g *rows
 class _Spec(NamedTuple):
     """What is static about a product; JAX transforms functions of arrays only.
 
-    ``layout`` is the whole kernel's; ``last`` is the length of its last contracting axis,
-    along which bytes lie.
+    ``layout`` is the whole kernel's, with planes as more groups; ``last`` is the length of its
+    last contracting axis, along which bytes lie.
     """
 
     layout: Layout
     last: int
+    planes: int
     prepared: bool
     table: bool
     activations: ActivationConfig | None
@@ -259,6 +257,7 @@ def _spec_of(packed: Packed, activations: ActivationConfig | None, dtype: np.dty
     return _Spec(
         layout=layout,
         last=contraction[-1],
+        planes=packed.planes,
         prepared=isinstance(packed, Prepared),
         table=isinstance(packed, PackedInt8) and _is_table(packed),
         activations=activations,
@@ -307,6 +306,7 @@ def _multiply(
     """By custom calls; with an index, from that slice of a stack of panels."""
     assert spec.activations is not None
     layout, activations = spec.layout, spec.activations
+    x = over_planes(x, spec.planes)  # planes lie behind each other along the contraction
     k = x.shape[-1]
     part = math.gcd(layout.depth, activations.group or k)
     x_codes, gamma = by_library.token_codes(x, activations, _stride(k, part))
@@ -331,11 +331,13 @@ def _plain_product(
     """As ``reference`` multiplies."""
     assert spec.activations is not None
     w = _int8_codes(spec, codes)
+    scale = planes_apart(scale, spec.planes) if spec.prepared else scale
     if len(x) == 1:  # XLA's fastest product has no batch axis
         x, w, scale = x[0], w[0], scale[0]
     x_codes, gamma = plain_activation_codes(x, spec.activations, (-1,))
-    y = contract_codes(Product(), x_codes, gamma, w, scale, spec.activations.qmax)
-    return y.astype(spec.dtype).reshape(w.shape[0] if w.ndim > 2 else 1, *y.shape[-2:])
+    qmax, planes = spec.activations.qmax, spec.planes
+    y = contract_codes(Product(), x_codes, gamma, w, scale, qmax, planes)
+    return y.astype(spec.dtype).reshape(-1, *y.shape[-2:])
 
 
 def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
@@ -345,16 +347,21 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
 
     def panels_of(spec: _Spec, codes: jax.Array) -> jax.Array:
         # The call reads stored int8 codes as they are, and lays out what it needs next.
-        return codes if spec.prepared or spec.layout.int8 else _lay_out(spec, codes)
+        if spec.prepared or spec.layout.int8:
+            return codes
+        return _lay_out(spec, merged_planes(codes, spec.planes))
+
+    def scale_of(scale: CanonicalScale) -> CanonicalScale:
+        return scale if spec.prepared else merged_planes(scale, spec.planes)
 
     def whole(x: Activations, codes: jax.Array, scale: CanonicalScale) -> jax.Array:
         part = spec.layout._replace(outputs=_outputs_of(spec, codes.shape))
-        return _multiply(spec._replace(layout=part), x, panels_of(spec, codes), scale)
+        return _multiply(spec._replace(layout=part), x, panels_of(spec, codes), scale_of(scale))
 
     def summed(
         x: Activations, codes: jax.Array, scale: CanonicalScale, axes: tuple[str, ...]
     ) -> jax.Array:
-        n, k = (codes.shape[a] for a in ((1, 2) if spec.table else (2, 1)))
+        n, k = (codes.shape[a] for a in ((1, 2) if spec.table else (-1, -2)))
         k *= cut  # weights of this shard, not bytes
         gamma = gamma_of(x, activations, (-1,))
         if x.shape[-1] == k:  # x is sharded too: a token's maximum is over all shards
@@ -362,25 +369,36 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
         else:  # x is whole: this shard's part of it
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * k, k, axis=-1)
         part = spec._replace(layout=spec.layout._replace(depth=k), last=k)
-        x_codes = codes_at(x, gamma, activations)
+        x_codes = over_planes(codes_at(x, gamma, activations), spec.planes)
         y = _sums(part.layout, x_codes, panels_of(part, codes), n, spec.table)
         # Integers are summed over the devices, and scaled once, after: as on one device.
-        return group_epilogue(jax.lax.psum(y, axes), gamma, scale, activations.qmax).astype(
-            spec.dtype
-        )
+        y = jax.lax.psum(y, axes)
+        return group_epilogue(y, gamma, scale_of(scale), activations.qmax).astype(spec.dtype)
 
     # The contraction may be cut between bytes, where one axis is contracted, in one group
-    # of the kernel and of x.
+    # of each plane and of x.
     depth, groups, int8 = spec.layout[1:]
     cut = 1 if int8 else trits.PER_BYTE
-    plain = not spec.prepared and groups == 1 and activations.group is None and spec.last == depth
+    plain = (
+        not spec.prepared
+        and groups == spec.planes
+        and activations.group is None
+        and spec.last == depth
+    )
     body = shards.Body(
         whole,
         summed,
-        codes="p" if spec.prepared else "nk" if spec.table else "kn",
+        codes=_letters(spec),
         step=1 if plain and depth % cut == 0 else 0,
     )
     return shards.partitioned(body)
+
+
+def _letters(spec: _Spec) -> str:
+    """What the axes of codes after the batch are, see :class:`shards.Body`."""
+    if spec.prepared:
+        return "p"
+    return "nk" if spec.table else "kn" if spec.planes == 1 else "qkn"
 
 
 def _sums(

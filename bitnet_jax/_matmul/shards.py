@@ -36,8 +36,9 @@ class Body(NamedTuple):
         behind them where codes are ``"sp"``.
       summed: (x, codes, scale, mesh axes) -> y, where codes are cut over these axes, and
         x is or is not; None: the contraction cannot be cut, ``step`` is 0.
-      codes: what the axes of codes after B are: ``"kn"``, ``"nk"`` for a table, or
-        ``"p"`` for a prepared kernel, and ``"sp"``, without B, for a stack of them.
+      codes: what the axes of codes after B are: ``"kn"``, ``"qkn"`` with planes, which
+        the scale has too, ``"nk"`` for a table, or ``"p"`` for a prepared kernel, and
+        ``"sp"``, without B, for a stack of them.
       step: the contraction may be cut at multiples of so many bytes; 0: nowhere.
     """
 
@@ -81,11 +82,12 @@ def partitioned(body: Body) -> Callable[..., jax.Array]:
         return plan(mesh, arguments)[2]
 
     stacked = body.codes == "sp"
+    scale = "b q g s" if "q" in body.codes else "b g s"
     codes = "c p" if stacked else " ".join(("b", *body.codes.replace("k", "r")))
     product.def_partition(
         partition=partition,
         infer_sharding_from_operands=infer,
-        sharding_rule=f"b m k, {codes}, b g s{', ' if stacked else ''} -> b m n",
+        sharding_rule=f"b m k, {codes}, {scale}{', ' if stacked else ''} -> b m n",
     )
     return product
 
@@ -134,10 +136,11 @@ def _specs(
 ) -> tuple[list[PartitionSpec], PartitionSpec]:
     """The shardings of the operands and of the result; an x that is whole stays so."""
     batch, rows, outputs, contraction = (axes or None for axes in cuts)
-    of = {"k": contraction, "n": outputs, "p": None, "s": None}
+    of = {"k": contraction, "n": outputs, "p": None, "q": None, "s": None}
     x = PartitionSpec(batch, rows, contraction if x_sharded else None)
     stacked = body.codes == "sp"
     codes = PartitionSpec(*() if stacked else (batch,), *(of[axis] for axis in body.codes))
-    scale = PartitionSpec(batch, None, outputs if channels else None)
+    planes = (None,) * ("q" in body.codes)
+    scale = PartitionSpec(batch, *planes, None, outputs if channels else None)
     index = [PartitionSpec()] if stacked else []
     return [x, codes, scale, *index], PartitionSpec(batch, rows, outputs)

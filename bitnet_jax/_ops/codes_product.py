@@ -74,6 +74,14 @@ def merged_planes(part: Shaped[Array, "*b p k n"], planes: int) -> Shaped[Array,
     return part.reshape(*batch, planes * k, n)
 
 
+def planes_apart(part: Shaped[Array, "*b pk n"], planes: int) -> Shaped[Array, "*b p k n"]:
+    """Undoes :func:`merged_planes`."""
+    if planes == 1:
+        return part
+    *batch, k, n = part.shape
+    return part.reshape(*batch, planes, k // planes, n)
+
+
 def multiply_codes(
     operator: Operator,
     codes: Int8[Array, "..."],

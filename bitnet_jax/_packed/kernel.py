@@ -221,13 +221,14 @@ class _Stored(_Node):
 
     def canonical_codes(self) -> Int8[Array, "*b k n"]:
         """The int8 codes in canonical order; with planes, (*b, planes, k, n)."""
-        return kernel_axes.to_canonical(self.int8_codes(), self._stored_axes())
+        return kernel_axes.to_canonical(self.int8_codes(), self.stored_axes)
 
     def canonical_scale(self) -> Float32[Array, "*b g m"]:
         """The scale in canonical order; with planes, (*b, planes, g, m)."""
-        return kernel_axes.to_canonical(self.scale, self._stored_axes())
+        return kernel_axes.to_canonical(self.scale, self.stored_axes)
 
-    def _stored_axes(self) -> kernel_axes.KernelAxes:
+    @property
+    def stored_axes(self) -> kernel_axes.KernelAxes:
         """The axes of codes and scale, planes as the last batch axis."""
         return self.axes if self.planes == 1 else kernel_axes.with_planes(self.axes)
 
@@ -670,5 +671,5 @@ def lay_out(packed: Stored, codes: UInt8[Array, "..."], implementation: str) -> 
 
 
 def canonical_bytes(packed: PackedTernary) -> UInt8[Array, "*b r n"]:
-    """The bytes of a stored kernel of one plane as (*batch, byte rows, outputs)."""
-    return kernel_axes.to_canonical(packed.codes, packed.axes)
+    """The bytes of a stored kernel as (*batch, byte rows, outputs); planes before the rows."""
+    return kernel_axes.to_canonical(packed.codes, packed.stored_axes)

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from bitnet_jax import _mesh
 from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._layers.stated import reading
 from bitnet_jax._packed.adapted import Adapted, is_adapted
-from bitnet_jax._packed.kernel import is_packed, is_stored
+from bitnet_jax._packed.kernel import is_packed, is_stored, without_planes
 from bitnet_jax._quantize.arrays import AnyArray
 from bitnet_jax._quantize.strength import phased
 from bitnet_jax._transform import decide, results
@@ -245,7 +245,8 @@ def _placeholder(value: Value | Like) -> Any:
         return jax.ShapeDtypeStruct(shape, packed.dtype)
     kind, sharding = jax.typeof(packed.codes), None
     if is_stored(packed) and _mesh.is_typed(packed.codes):
-        sharding = NamedSharding(kind.sharding.mesh, kind.sharding.spec)
+        spec = without_planes(_mesh.spec_of(packed.codes), packed.plane_axis)
+        sharding = NamedSharding(kind.sharding.mesh, PartitionSpec(*spec))
     how = {"sharding": sharding, "manual_axis_type": kind.manual_axis_type}
     return jax.ShapeDtypeStruct(shape, packed.dtype, **how)
 

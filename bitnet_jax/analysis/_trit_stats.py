@@ -11,7 +11,7 @@ threshold. For each kernel, with ``r`` the weight over its statistic (``_quantiz
 
 and of a layer's input, where it is given: ``clipped``, the share of codes at the
 end of the int8 range, and ``zeroed``, that of values which are not 0 and whose
-code is.
+code is. Of a kernel of planes, over the codes of all, each with the ``r`` it is made from.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from jaxtyping import PyTree
 
 from bitnet_jax import _checks, _display, _mesh
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import PackedTernary
+from bitnet_jax._packed.kernel import PackedTernary, with_planes
 from bitnet_jax._packed.pack import pack_quantized
 from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize.config import planes_of
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, quantize_activations
 from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._quantize.ternary import B158, TernaryConfig, ratio_canonical
@@ -195,8 +196,8 @@ def watched(
 def check_previous(who: str, kernels: Watched, last: Snapshot) -> None:
     """Raises unless a snapshot is of these kernels."""
     shapes = {
-        where: trits.packed_shape(w.shape, found.contracting[-1])
-        for where, (w, _, found) in kernels.items()
+        where: _codes_shape(w.shape, KernelSpec(c, found))
+        for where, (w, c, found) in kernels.items()
     }
     _checks.require_instance(who, "previous", last, Mapping, "Pass what trit_stats returned.")
     for where, entry in last.items():
@@ -205,6 +206,13 @@ def check_previous(who: str, kernels: Watched, last: Snapshot) -> None:
         got = last[where]["codes"].shape if where in last else None
         _require_same_shapes(who, where, shape, got)
     _require_snapshot_paths(who, sorted(set(last) - set(shapes)), list(shapes))
+
+
+def _codes_shape(shape: tuple[int, ...], spec: KernelSpec) -> tuple[int, ...]:
+    """The shape of a kernel's packed codes."""
+    last = spec.axes.contracting[-1] - len(shape)
+    planes = planes_of(spec.config)
+    return trits.packed_shape(with_planes(shape, spec.plane_axis, planes), last)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -216,18 +224,20 @@ def measure(
     near: jax.typing.ArrayLike,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """A kernel's snapshot, and its statistics as float32 scalars."""
-    run = functools.partial(pack_quantized, spec=KernelSpec(config, axes))
-    t, packed = _mesh.in_auto_like(run, w)
+    spec = KernelSpec(config, axes)
+    run = functools.partial(pack_quantized, spec=spec)
+    packed = _mesh.in_auto_like(run, w, more=spec.plane_axis)[1]
     assert isinstance(packed, PackedTernary)
+    size = packed.planes * w.size
     zero = trits.count(packed.codes)[0].astype(jnp.float32).sum()
-    padding = trits.PER_BYTE * packed.codes.size - w.size
+    padding = trits.PER_BYTE * packed.codes.size - size
     r = ratio_canonical(kernel_axes.to_canonical(w, axes), config)
     close = jnp.abs(jnp.abs(r) - np.float32(config.threshold)) <= jnp.asarray(near, jnp.float32)
-    scale = t.scale.mean()
+    scale = packed.scale.mean()
     never = jnp.float32(NEVER)
     stats = {
-        "flip_rate": never if last is None else trits.differ(packed.codes, last["codes"]) / w.size,
-        "zeros": (zero - padding) / w.size,
+        "flip_rate": never if last is None else trits.differ(packed.codes, last["codes"]) / size,
+        "zeros": (zero - padding) / size,
         "scale": scale,
         "scale_drift": never if last is None else scale / last["scale"] - 1.0,
         "near_threshold": close.astype(jnp.float32).mean(),

@@ -165,7 +165,7 @@ class TernaryEmbed(nnx.Module):
             table = fake_quantize(table, self.weights, contracting_axes=-1)
             return jnp.take(table, inputs, axis=0).astype(self.dtype)
         flat = inputs.reshape(-1)
-        scale = jnp.broadcast_to(table.scale, (table.shape[0], table.scale.shape[1]))
+        scale = jnp.broadcast_to(table.scale, (table.shape[0], *table.scale.shape[1:]))
         rows = PackedTernary(
             jnp.take(table.codes, flat, axis=0),
             jnp.take(scale, flat, axis=0),

@@ -236,7 +236,13 @@ def _dtype_of_floats(kernel: Any) -> np.dtype:
 
 
 def _require_published_kind(name: str, kernel: Any, weights: Any) -> None:
-    """Refuses prepared and int8 kernels."""
+    """Refuses prepared and int8 kernels, and those of planes."""
+    planes = max(getattr(part, "planes", 1) for part in (kernel, weights))
+    if planes > 1:
+        raise NotImplementedError(
+            f"{WHO}: {name} is a sum of {planes} ternary planes, which no published layout holds. "
+            "Save the decoder with Decoder.save, or build it with weights of one plane."
+        )
     if not isinstance(kernel, (Prepared, PackedInt8)) and not isinstance(weights, Int8Config):
         return
     what = "is prepared" if isinstance(kernel, Prepared) else "is int8"

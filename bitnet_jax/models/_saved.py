@@ -17,7 +17,7 @@ from flax.traverse_util import unflatten_dict
 
 from bitnet_jax import _checks
 from bitnet_jax._packed.kernel import is_stored
-from bitnet_jax._packed.pack import unpack
+from bitnet_jax._packed.pack import require_one_plane, unpack
 from bitnet_jax._packed.static_data import decoded, encoded
 from bitnet_jax._quantize.int8 import ActivationConfig, Int8Config
 from bitnet_jax._quantize.ternary import TernaryConfig
@@ -230,6 +230,7 @@ def _kernel(place: str, value: Any, config: Any, options: Options, *, tied: bool
         if options.packed:
             return Kernel(dataclasses.replace(value, dtype=options.dtype), config, "as saved")
         # The floats that this config quantises to the same codes and scales.
+        require_one_plane(WHO, place, value)
         return Kernel(unpack(value, options.dtype), config, "as saved")
     whole = place == "embed/embedding"
     outer = place == "head/kernel" or (whole and tied)

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from bitnet_jax._display import size_text, table
-from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax._quantize.ternary import KernelConfig, TernaryConfig
+from bitnet_jax._quantize.config import Int8Config, KernelConfig, TernaryConfig, planes_of
 from bitnet_jax.io import _inspect
 from bitnet_jax.io._chunks import Source
 from bitnet_jax.io._gguf import Gguf
@@ -211,9 +210,11 @@ def _saved_rows(
 def _scales(config: KernelConfig) -> str:
     """How many weights share a scale."""
     per = config.granularity if isinstance(config, TernaryConfig) else "channel"
+    planes = planes_of(config)
+    of = "" if planes == 1 else f", in {planes} planes"
     if isinstance(per, int):
-        return f"one for each {per} inputs"
-    return "one for a tensor" if per == "tensor" else "one for each output"
+        return f"one for each {per} inputs{of}"
+    return f"one for a tensor{of}" if per == "tensor" else f"one for each output{of}"
 
 
 def _shape(config: DecoderConfig) -> dict[str, str]:

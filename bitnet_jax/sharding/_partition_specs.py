@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._checks import describe
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import PackedTernary, Prepared, Stored, is_stored
+from bitnet_jax._packed.kernel import PackedTernary, Prepared, Stored, is_stored, with_planes
 from bitnet_jax._tree.leaves import Leaf, flatten, placement, rebox
 from bitnet_jax._tree.select import Path, match
 
@@ -126,16 +126,17 @@ def _of_leaf(
 
 
 def _of_packed(packed: Stored, entries: _mesh.Spec, cuts: Sequence[int], *, known: bool) -> Stored:
-    """A packed kernel with specs in the place of its codes and scale.
+    """A packed kernel with specs in the place of its codes and scale; planes are whole.
 
     A scale's axis is as long as the kernel's (one scale per output), has one entry per
     group, or is 1. Groups are sharded only where the mesh is known to divide them.
     """
+    at, planes = packed.plane_axis, packed.planes
+    shape, cuts = with_planes(packed.shape, at, planes), with_planes(cuts, at, 1)
+    entries = with_planes(entries, at, None)
     scale = [
         entry if have == length or (known and have > 1 and have % cut == 0) else None
-        for entry, have, length, cut in zip(
-            entries, packed.scale.shape, packed.shape, cuts, strict=True
-        )
+        for entry, have, length, cut in zip(entries, packed.scale.shape, shape, cuts, strict=True)
     ]
     leaves = PartitionSpec(*entries), PartitionSpec(*scale)
     return jax.tree.unflatten(jax.tree.structure(packed), leaves)

@@ -31,7 +31,7 @@ from jaxtyping import PyTree
 from bitnet_jax import _checks, _display, _mesh
 from bitnet_jax._ops.gather import gather_of
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import PackedTernary, Stored, is_stored
+from bitnet_jax._packed.kernel import PackedTernary, Stored, is_stored, with_planes
 from bitnet_jax._packed.pack import pack_quantized
 from bitnet_jax._quantize.int8 import (
     INT8,
@@ -235,7 +235,7 @@ def training_memory(
         gradients=parameters,
         optimizer=sum(map(_nbytes, jax.tree.leaves(state))),
         saved=sum(k.saved for k in kernels),
-        largest_codes=largest,
+        largest_codes=max((k.codes for k in kernels), default=0),
         largest_gradient=largest * _FLOAT32,
         gathered=2 * sum(k.gathered for k in kernels),
         gathered_weights=2 * sum(k.gathered_weights for k in kernels),
@@ -246,11 +246,12 @@ def training_memory(
 
 
 class _Kernel(NamedTuple):
-    """One kernel on one device: saved bytes, and gathered bytes and weights of one pass."""
+    """One kernel on one device: saved bytes; gathered bytes, weights and codes of one pass."""
 
     saved: int
     gathered: int
     gathered_weights: int
+    codes: int
 
 
 def _kernel(
@@ -283,14 +284,17 @@ def _kernel(
     gammas = 1 if activations.group is None else math.prod(k) // activations.group
     (gammas,) = _cut((gammas,), _mesh.fit(whole[-2:-1], (gammas,), mesh), mesh)
     # A scale is sharded along its axes that the mesh divides.
-    scale_entries = _mesh.fit(entries, packed.scale.shape, mesh)
+    scale_entries = with_planes(entries, packed.plane_axis, None)
+    scale_entries = _mesh.fit(scale_entries, packed.scale.shape, mesh)
     scale = math.prod(_cut(packed.scale.shape, scale_entries, mesh)) * _FLOAT32
     saved = rows * math.prod(slices) * (depth + gammas * _FLOAT32)
-    saved += math.prod(_cut(shape, shards, mesh))
+    saved += packed.planes * math.prod(_cut(shape, shards, mesh))
     if gather is None:
-        return _Kernel(saved + scale, 0, 0)
+        return _Kernel(saved + scale, 0, 0, 0)
     weights = math.prod(slices) * depth * outputs
-    return _Kernel(saved + scale, weights // (trits.PER_BYTE if gather.packs else 1), weights)
+    codes = packed.planes * weights
+    gathered = codes // (trits.PER_BYTE if gather.packs else 1)
+    return _Kernel(saved + scale, gathered, weights, codes)
 
 
 def _cut(shape: Sequence[int], entries: Iterable[_mesh.Entry], mesh: AbstractMesh) -> list[int]:

@@ -40,6 +40,7 @@ def step_of(net, boxed, x):
         "eight bits": ("fsdp", bj.Int8Config()),
         "outputs": ("fsdp, outputs", bj.B158),
         "and tensor": ("fsdp and tensor", bj.B158),
+        "planes": ("fsdp", bj.TernaryConfig(planes=2)),
     },
     core=["fsdp", "eight bits"],
 )
@@ -56,7 +57,7 @@ def test_fsdp_gathers_codes(kind, way, config):
         gathers = (
             bj.sharding.collectives(compiled(function, *operands, **how)).of("all-gather").rows
         )
-    bits = {bj.B158: 2}.get(config, 8)
+    bits = {bj.B158: 2, bj.Int8Config(): 8}.get(config, 4)
     kernels = [math.prod(boxed[f"layer_{i}"]["kernel"].value.shape) for i in range(3)]
     twice = kernels + kernels[1:]
     cut = 4 if way == "fsdp and tensor" else 1

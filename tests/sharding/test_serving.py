@@ -31,6 +31,7 @@ PLACES = {
     "the rows' own axis": (P("data"), P("data", None)),
 }
 CONFIGS = {"tensor": bj.B158, "channel": bj.PHASE4, "groups": GROUPS, "int8": bj.Int8Config()}
+CONFIGS["planes"] = bj.TernaryConfig(granularity="channel", planes=2)
 
 
 def placed(mesh, packed, spec):
@@ -43,6 +44,9 @@ SERVED += [("reference", config, "contraction, x too") for config in ("tensor", 
 SERVED += [("cpu", config, "contraction, x too") for config in ("tensor", "groups", "int8")]
 SERVED += [("reference", "channel", "rows and outputs"), ("cpu", "groups", "rows and outputs")]
 
+SERVED += [("cpu", "planes", place) for place in PLACES]
+SERVED += [("reference", "planes", "contraction, x too"), ("xla", "planes", "contraction")]
+
 
 @cases(
     ("name", "config", "place"),
@@ -51,6 +55,7 @@ SERVED += [("reference", "channel", "rows and outputs"), ("cpu", "groups", "rows
         ("cpu", "channel", "contraction"),
         ("cpu", "channel", "rows and outputs"),
         ("reference", "groups", "contraction, x too"),
+        ("cpu", "planes", "contraction, x too"),
     ],
 )
 @both_kinds
@@ -93,7 +98,8 @@ def test_groups_of_activations_have_the_bits_of_one_device(kind, config, place):
 
 @cases(
     ("name", "config"),
-    [("cpu", "tensor"), ("cpu", "int8"), ("reference", "channel")],
+    [("cpu", "tensor"), ("cpu", "int8"), ("cpu", "planes"), ("reference", "channel")]
+    + [("reference", "planes")],
     core=[("cpu", "tensor")],
 )
 @explicit_in_core
@@ -109,12 +115,15 @@ def test_what_travels(kind, config, name):
         found = bj.sharding.collectives(compiled(multiply, *operands)).rows
         return sorted((c.kind, c.dtype, math.prod(c.shape)) for c in found)
 
-    sums, gammas = ("all-reduce", "s32", M * N), ("all-reduce", "f32", M)
+    # The native product sums its planes at once, plain JAX one after another.
+    planes = getattr(CONFIGS[config], "planes", 1)
+    times, many = (planes, 1) if name == "reference" else (1, planes)
+    sums, gammas = [("all-reduce", "s32", many * M * N)] * times, ("all-reduce", "f32", M)
     assert told("outputs") == []
     assert told("rows and outputs") == []
-    assert told("contraction") == [sums]
-    assert told("contraction, x too") == [gammas, sums]
-    assert told("rows and contraction") == [("all-reduce", "s32", M * N // 2)]
+    assert told("contraction") == sums
+    assert told("contraction, x too") == [gammas, *sums]
+    assert told("rows and contraction") == [("all-reduce", "s32", many * M * N // 2)] * times
 
 
 def test_the_epilogue_comes_after_the_sum():
