@@ -8,7 +8,8 @@
 Each candidate is one jit that chains different kernels: at M <= 8 at least twenty, over
 600 MB where they are ours, so that neither dispatch nor a warm cache is what is timed;
 `hot` multiplies by one kernel again and again. Ours quantises x and applies the epilogue
-inside, `groups` with a scale for each 128 inputs of a token; `sums` is the integer product
+inside, `groups` with a scale for each 128 inputs of a token, `planes` with kernels of two
+ternary planes (twice the codes, and the operations); `sums` is the integer product
 alone. With PyTorch installed, its bfloat16 and its
 int8 (oneDNN's prepacked linear, and the same with quantising and epilogue around it) are
 timed in the same rounds.
@@ -51,6 +52,7 @@ BYTES, LAYERS = 600e6, 20
 FEW = 4  # kernels where multiplying is what limits
 GROUPED = (1, 128)  # rows at which activations in groups are timed too
 GROUP = bj.ActivationConfig(group=128)
+PLANES = bj.TernaryConfig(planes=2)
 GOAL = 0.40  # of float32, at every M: without AMX, which this is written for as well
 
 
@@ -125,6 +127,8 @@ class Kernels:
         each = self.stored[0].codes.nbytes
         copies = max(1, -(-int(BYTES) // (each * LAYERS)))
         self.panels = [leaf for p in self.stored for leaf in prepare_copies(p, copies)]
+        twice = (bj.pack(w, PLANES) for w in self.floats)
+        self.planes = [leaf for p in twice for leaf in prepare_copies(p, -(-copies // 2))]
         self.xla = [bj.prepare(p, "xla") for p in self.stored]
         self.bfloat16 = [w.astype(jnp.bfloat16) for w in self.floats]
         self.int8 = [p.int8_codes() for p in self.stored]
@@ -136,11 +140,13 @@ def jax_candidates(x: jax.Array, kernels: Kernels, count: int, hot: bool) -> dic
     codes, _ = bj.quantize_activations(x)
     rows = x.shape[0]
     ours = kernels.panels if rows <= STREAMED and not hot else kernels.panels[:count]
+    planes = kernels.planes if rows <= STREAMED else kernels.planes[:count]
     grouped = functools.partial(bj.matmul, activations=GROUP, implementation="cpu")
     pairs = {
         "float32": (lambda x, w: x @ w, x, kernels.floats[:count]),
         "cpu": (lambda x, w: bj.matmul(x, w, implementation="cpu"), x, ours),
         **({"cpu, groups": (grouped, x, ours)} if rows in GROUPED else {}),
+        **({"cpu, planes": (bj.matmul, x, planes)} if rows in GROUPED else {}),
         "cpu, bfloat16": (lambda x, w: bj.matmul(x, w, dtype=jnp.bfloat16), low, ours),
         "cpu, sums": (lambda x, w: cpu.sums(x, w)[0], codes, ours),
         "xla": (lambda x, w: bj.matmul(x, w, implementation="xla"), x, kernels.xla[:count]),
@@ -243,7 +249,8 @@ def measure_shape(
                 goal = GOAL if name == "cpu" else None
                 line = [name, *versus(t, goal)]
                 if name.startswith("cpu"):
-                    rate, done = codes_bytes / t.median, 2 * m * k * n / t.median
+                    times = PLANES.planes if name == "cpu, planes" else 1
+                    rate, done = (times * a / t.median for a in (codes_bytes, 2 * m * k * n))
                     line += [f"{rate / 1e6:.1f}", f"{rate / most.bytes_per_ms:.0%}"]
                     line += [f"{done / 1e6:.0f}", f"{done / most.operations_per_ms:.0%}"]
                 lines.append(line + [""] * (len(header) - len(line)))
