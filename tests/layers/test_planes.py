@@ -68,7 +68,7 @@ def test_linen_models_give_packed_the_bits_of_each_layer(config):
         bj.linen.BitDenseGeneral(6, axis=(-2, -1)),
         bj.linen.BitConv(6, (3, 3), strides=2),
         bj.linen.BitConv(8, (3, 3), feature_group_count=2),
-        bj.linen.BitEinsum((4, 2, 8), "bhwc,cdh->bwdh"),
+        bj.linen.BitEinsum((8, 4, 2), "bhwc,hcd->bhwd"),
     ],
     ids=lambda layer: type(layer).__name__,
 )
