@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
 
 from bitnet_jax import _native
 from bitnet_jax._matmul import panels, shards
@@ -51,7 +51,7 @@ from bitnet_jax._packed.kernel import (
 )
 from bitnet_jax._packed.slice_of import SliceOf, cut
 from bitnet_jax._quantize import by_library, kernel_axes
-from bitnet_jax._quantize.arrays import Activations, CanonicalScale, DTypeLike
+from bitnet_jax._quantize.arrays import Activations, CanonicalScale, DTypeLike, PlaneScale
 from bitnet_jax._quantize.config import ActivationConfig
 from bitnet_jax._quantize.int8 import codes_at, gamma_of, plain_activation_codes
 
@@ -174,7 +174,7 @@ def _lay_out(
 
 def _int8_codes(
     spec: _Spec, codes: UInt8[Array, "b ..."] | Int8[Array, "b k n"]
-) -> Int8[Array, "b k n"]:
+) -> Int8[Array, "b *p k n"]:
     """Canonical codes of panels, or of stored codes; planes are an axis of both."""
     if spec.prepared:
         return planes_apart(panels.codes_of(codes, spec.layout), spec.planes)
@@ -351,7 +351,7 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
             return codes
         return _lay_out(spec, merged_planes(codes, spec.planes))
 
-    def scale_of(scale: CanonicalScale) -> CanonicalScale:
+    def scale_of(scale: PlaneScale) -> Float32[Array, "b pg m"]:
         return scale if spec.prepared else merged_planes(scale, spec.planes)
 
     def whole(x: Activations, codes: jax.Array, scale: CanonicalScale) -> jax.Array:

@@ -20,7 +20,7 @@ from bitnet_jax._native import by_platform
 from bitnet_jax._ops.convolution import Convolution
 from bitnet_jax._ops.product import Product, group_epilogue, joint_groups
 from bitnet_jax._quantize import by_library
-from bitnet_jax._quantize.arrays import CanonicalCodes, CanonicalScale
+from bitnet_jax._quantize.arrays import PlaneCodes, PlaneScale
 from bitnet_jax._quantize.config import KernelConfig, TernaryConfig, planes_of
 from bitnet_jax._quantize.ternary import each_plane
 
@@ -40,8 +40,8 @@ def contract_codes(
     operator: Operator,
     codes: Int8[Array, "..."],
     gamma: Gamma,
-    w_codes: CanonicalCodes,
-    scale: CanonicalScale,
+    w_codes: PlaneCodes,
+    scale: PlaneScale,
     qmax: int,
     planes: int = 1,
 ) -> Float32[Array, "..."]:
@@ -66,7 +66,7 @@ def gamma_over_planes(gamma: Gamma, planes: int) -> Gamma:
     return gamma if gamma.shape[-1] == 1 else over_planes(gamma, planes)
 
 
-def merged_planes(part: Shaped[Array, "*b p k n"], planes: int) -> Shaped[Array, "*b pk n"]:
+def merged_planes(part: Shaped[Array, "..."], planes: int) -> Shaped[Array, "..."]:
     """Canonical codes or scale with their planes behind each other along the contraction."""
     if planes == 1:
         return part
@@ -74,7 +74,7 @@ def merged_planes(part: Shaped[Array, "*b p k n"], planes: int) -> Shaped[Array,
     return part.reshape(*batch, planes * k, n)
 
 
-def planes_apart(part: Shaped[Array, "*b pk n"], planes: int) -> Shaped[Array, "*b p k n"]:
+def planes_apart(part: Shaped[Array, "..."], planes: int) -> Shaped[Array, "..."]:
     """Undoes :func:`merged_planes`."""
     if planes == 1:
         return part
@@ -86,8 +86,8 @@ def multiply_codes(
     operator: Operator,
     codes: Int8[Array, "..."],
     gamma: Gamma,
-    w_codes: CanonicalCodes,
-    scale: CanonicalScale,
+    w_codes: PlaneCodes,
+    scale: PlaneScale,
     qmax: int,
     config: KernelConfig,
 ) -> Float32[Array, "..."]:
@@ -109,8 +109,8 @@ def multiply_codes(
 def _is_native(
     operator: Operator,
     gamma: Gamma,
-    w_codes: CanonicalCodes,
-    scale: CanonicalScale,
+    w_codes: PlaneCodes,
+    scale: PlaneScale,
     config: KernelConfig,
 ) -> bool:
     if not (

@@ -24,11 +24,11 @@ from bitnet_jax._ops.product import align_scale
 from bitnet_jax._quantize.arrays import (
     Activations,
     AnyArray,
-    CanonicalCodes,
     CanonicalKernel,
-    CanonicalScale,
     DTypeLike,
     Gradient,
+    PlaneCodes,
+    PlaneScale,
 )
 from bitnet_jax._quantize.config import ActivationConfig, KernelConfig, planes_of
 from bitnet_jax._quantize.int8 import activation_codes, dequantize_activations
@@ -90,9 +90,7 @@ class Contraction(NamedTuple):
             return contextlib.nullcontext()
         return jax.sharding.use_abstract_mesh(self.gather.mesh)
 
-    def whole(
-        self, w_codes: CanonicalCodes, scale: CanonicalScale
-    ) -> tuple[CanonicalCodes, CanonicalScale]:
+    def whole(self, w_codes: PlaneCodes, scale: PlaneScale) -> tuple[PlaneCodes, PlaneScale]:
         """Gathers w's codes and scale. Only this device's shard is kept as a residual."""
         return (w_codes, scale) if self.gather is None else self.gather(w_codes, scale)
 
@@ -124,9 +122,7 @@ def contract(
 
 
 # Codes and gamma of x, codes and scale of w, and an empty array of each one's dtype.
-_Residuals = tuple[
-    Int8[Array, "..."], Gamma, CanonicalCodes, CanonicalScale, tuple[jax.Array, jax.Array]
-]
+_Residuals = tuple[Int8[Array, "..."], Gamma, PlaneCodes, PlaneScale, tuple[jax.Array, jax.Array]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,8 +165,8 @@ _int8_dot.defvjp(_int8_dot_forward, _int8_dot_backward)
 def input_gradient(
     operator: Operator,
     g: Gradient,
-    codes: CanonicalCodes,
-    scale: CanonicalScale,
+    codes: PlaneCodes,
+    scale: PlaneScale,
     x_shape: tuple[int, ...],
     dtype: DTypeLike = jnp.float32,
     planes: int = 1,

@@ -7,8 +7,7 @@
     n      the outputs, flattened
     g      groups along the contraction, 1 without groups
     m      scales across the outputs: 1, or n
-
-Where a config has planes, they are one more axis of codes and scale, right before k and g.
+    *bp    *b, and behind them the planes of a config that has any: of codes and scale alone
 
 Activations are ``"*rows k"``: their rows start with the kernel's batch axes.
 """
@@ -42,5 +41,9 @@ PackedCodes = UInt8[Array, "..."]
 CanonicalKernel = Float[AnyArray, "*b k n"]
 CanonicalCodes = Int8[Array, "*b k n"]
 CanonicalScale = Float32[Array, "*b g m"]
+
+# The same of a kernel that may have planes, as they are one more axis of both.
+PlaneCodes = Int8[Array, "*bp k n"]
+PlaneScale = Float32[Array, "*bp g m"]
 
 DTypeLike = jax.typing.DTypeLike

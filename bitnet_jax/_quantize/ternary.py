@@ -39,6 +39,8 @@ from bitnet_jax._quantize.arrays import (
     Codes,
     DTypeLike,
     Kernel,
+    PlaneCodes,
+    PlaneScale,
     Scale,
 )
 from bitnet_jax._quantize.config import (
@@ -171,8 +173,8 @@ def quantize_kernel(w: Kernel, spec: KernelSpec) -> Ternary | TernaryPlanes:
 
 
 def of_canonical(
-    codes: CanonicalCodes,
-    scale: CanonicalScale,
+    codes: PlaneCodes,
+    scale: PlaneScale,
     spec: KernelSpec,
     contraction: tuple[int, ...],
     outputs: tuple[int, ...],
@@ -202,9 +204,7 @@ def _one_of_canonical(
 
 
 @functools.partial(jax.jit, static_argnums=1)  # traced once for all layers of a shape
-def quantize_canonical(
-    w: CanonicalKernel, config: KernelConfig
-) -> tuple[CanonicalCodes, CanonicalScale]:
+def quantize_canonical(w: CanonicalKernel, config: KernelConfig) -> tuple[PlaneCodes, PlaneScale]:
     """Codes and scale of a canonical kernel; g groups, m = 1 or n scales across.
 
     Planes are an axis of both, right before their last two.
@@ -247,7 +247,7 @@ def _quantize(w: CanonicalKernel, config: TernaryConfig) -> tuple[CanonicalCodes
     return codes.reshape(w.shape), floor[..., 0, :]
 
 
-def ratio_canonical(w: CanonicalKernel, config: TernaryConfig) -> Float32[Array, "*b k n"]:
+def ratio_canonical(w: CanonicalKernel, config: TernaryConfig) -> Float32[Array, "*bp k n"]:
     """``r``, a canonical kernel over its statistic: what the threshold is compared with."""
     if config.planes > 1:
         each = [ratio_canonical(w, config.one_plane) for w, *_ in _plane_by_plane(w, config)]
@@ -291,7 +291,7 @@ def dequantize(codes: Codes, scale: Scale, dtype: DTypeLike = jnp.float32) -> Fl
 
 
 def dequantize_canonical(
-    codes: CanonicalCodes, scale: CanonicalScale, planes: int = 1
+    codes: PlaneCodes, scale: PlaneScale, planes: int = 1
 ) -> Float32[Array, "*b k n"]:
     """Codes (*b, K, N) times scale (*b, G, 1 or N), in float32; the sum of so many planes."""
     if planes > 1:
@@ -303,7 +303,7 @@ def dequantize_canonical(
 
 
 def each_plane(
-    codes: CanonicalCodes, scale: CanonicalScale, planes: int
+    codes: PlaneCodes, scale: PlaneScale, planes: int
 ) -> list[tuple[CanonicalCodes, CanonicalScale]]:
     """Codes and scale of each plane, of canonical ones."""
     return [(codes[..., i, :, :], scale[..., i, :, :]) for i in range(planes)]
