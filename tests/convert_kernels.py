@@ -1,7 +1,5 @@
 """Kernels, inputs and their statistics, for tests of the methods of conversion."""
 
-import dataclasses
-
 import numpy as np
 
 import bitnet_jax as bj
@@ -10,16 +8,8 @@ from bitnet_jax.convert._input_statistics import Statistics
 NOTHING = Statistics(np.array([0]), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Planes(bj.TernaryConfig):
-    """A config of several planes."""
-
-    planes: int = 2
-
-
 def config(granularity, eps=1e-5, planes=1):
-    how = {"granularity": granularity, "eps": eps}
-    return bj.TernaryConfig(**how) if planes == 1 else Planes(**how, planes=planes)
+    return bj.TernaryConfig(granularity=granularity, eps=eps, planes=planes)
 
 
 def inputs(k, tokens, seed=0):

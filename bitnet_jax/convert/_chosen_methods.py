@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
+from bitnet_jax._quantize.config import KernelConfig, planes_of
 from bitnet_jax._tree.select import Kernels, Path, match
-from bitnet_jax.convert._methods import METHODS, Method, planes_of
+from bitnet_jax.convert._methods import METHODS, Method
 
 WHO = "calibrate"
 
@@ -73,7 +74,7 @@ def require_methods(method: Any) -> None:
         _resolved(method)
 
 
-def require_planes(path: str, method: Method | None, config: object) -> None:
+def require_planes(path: str, method: Method | None, config: KernelConfig) -> None:
     """Raises where several planes are to be fitted to a kernel of one."""
     if method == METHODS["planes"] and planes_of(config) == 1:
         raise ValueError(

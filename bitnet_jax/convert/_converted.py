@@ -16,15 +16,15 @@ from bitnet_jax._checks import describe
 from bitnet_jax._packed.kernel import Stored
 from bitnet_jax._packed.pack import pack_kernel, stored
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.config import TernaryConfig
+from bitnet_jax._quantize.config import TernaryConfig, planes_of
 from bitnet_jax._quantize.kernel_spec import KernelSpec
-from bitnet_jax._quantize.ternary import Ternary, of_canonical
+from bitnet_jax._quantize.ternary import Ternary, TernaryPlanes, of_canonical
 from bitnet_jax._transform.probe import Wanted
 from bitnet_jax._tree.leaves import Leaf
 from bitnet_jax.convert._calibration import CalibratedKernel
 from bitnet_jax.convert._chosen_methods import WHO
 from bitnet_jax.convert._input_statistics import Statistics
-from bitnet_jax.convert._methods import METHODS, Method, Quantized, error, errors, planes_of
+from bitnet_jax.convert._methods import METHODS, Method, Quantized, error, errors
 
 
 class FloatKernel(NamedTuple):
@@ -122,9 +122,13 @@ def _packed(w: jax.Array, made: Quantized, spec: KernelSpec) -> Stored:
         placed, whole = w.sharding, w.sharding
         if isinstance(placed, NamedSharding):
             whole = NamedSharding(placed.mesh, PartitionSpec())
-        t = Ternary(jax.device_put(t.codes, placed), jax.device_put(t.scale, whole))
+        each = [t] if isinstance(t, Ternary) else t.planes
+        codes, scale = ([one[i] for one in each] for i in (0, 1))
+        codes, scale = jax.device_put(codes, placed), jax.device_put(scale, whole)
+        each = tuple(map(Ternary, codes, scale))
+        t = each[0] if isinstance(t, Ternary) else TernaryPlanes(each)
     run = functools.partial(stored, spec=spec, dtype=np.dtype(w.dtype))
-    return _mesh.in_auto_like(jax.jit(run), t)
+    return _mesh.in_auto_like(jax.jit(run), t, more=spec.plane_axis)
 
 
 def _require_quantized(

@@ -22,7 +22,6 @@ and ``planes`` fit all planes together.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -31,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax import _checks
-from bitnet_jax._quantize.config import TernaryConfig
+from bitnet_jax._quantize.config import TernaryConfig, planes_of
 from bitnet_jax._quantize.ternary import quantize_canonical
 from bitnet_jax.convert import _second_moment
 from bitnet_jax.convert._best_scale import group_size
@@ -98,16 +97,9 @@ def absmean(w: np.ndarray, statistics: Statistics, config: TernaryConfig) -> Qua
       ([[[1], [0]]], [[[0.5]]])
     """
     _second_moment.require_operands("absmean", w, statistics, config, "nothing")
-    count, single = planes_of(config), one_plane(config)
-    codes, scale = [], []
-    rest = jnp.asarray(w)
-    for _ in range(count):
-        more = quantize_canonical(rest, single)
-        codes.append(np.asarray(more[0]))
-        scale.append(np.asarray(more[1]))
-        if len(codes) < count:
-            rest = rest - codes[-1] * np.repeat(scale[-1], w.shape[1] // scale[-1].shape[1], axis=1)
-    return Quantized(np.concatenate(codes, axis=1), np.concatenate(scale, axis=1), ())
+    parts = (np.asarray(part) for part in quantize_canonical(jnp.asarray(w), config))
+    codes, scale = (part.reshape(len(w), -1, part.shape[-1]) for part in parts)  # plane by plane
+    return Quantized(codes, scale, ())
 
 
 def survivors(w: np.ndarray, statistics: Statistics, config: TernaryConfig) -> Quantized:
@@ -266,16 +258,6 @@ METHODS: dict[str, Method] = {
     "gptq-act-order": Method("matrix", functools.partial(gptq, act_order=True)),
     "planes": Method("diagonal", planes),
 }
-
-
-def planes_of(config: object) -> int:
-    """How many ternary planes a kernel is made of."""
-    return getattr(config, "planes", 1)
-
-
-def one_plane(config: TernaryConfig) -> TernaryConfig:
-    """A config as it is, with one plane."""
-    return config if planes_of(config) == 1 else dataclasses.replace(config, planes=1)
 
 
 def error(w: np.ndarray, quantized: Quantized, statistics: Statistics) -> np.ndarray:

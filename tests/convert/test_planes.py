@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from cases import cases
@@ -436,6 +437,29 @@ def test_few_tokens_are_enough_to_be_no_worse(name, tokens):
     before = survivors(w, NOTHING, how)
     assert error(w, found, seen(x))[0] < error(w, before, seen(x))[0]
     assert error(w, found, NOTHING)[0] < 3 * error(w, before, NOTHING)[0]
+
+
+# ---- a whole network
+
+
+@pytest.mark.parametrize("method", METHODS)
+@cases("granularity", ["tensor", "channel", 4], core=["tensor", 4])
+def test_a_calibrated_network_runs_from_its_planes(method, granularity):
+    params = {"a": kernel(8, 12)[0], "b": kernel(12, 5)[0]}
+    x = inputs(8, 30).astype(np.float32)
+    how = bj.TernaryConfig(granularity=granularity, planes=2)
+    ternary = bj.ternarize(lambda p, x: x @ p["a"] @ p["b"], weights=how, activations=None)
+    packed, report = bj.convert.calibrate(ternary, params, [x], method=method)
+    float_again = bj.unpack_params(packed, dequantize=True)
+    np.testing.assert_allclose(ternary(packed, x), x @ float_again["a"] @ float_again["b"],
+                               rtol=1e-3, atol=1e-6)  # fmt: skip
+    found = METHODS[method].quantize(params["a"][None], seen(x.astype(np.float64)), how)
+    np.testing.assert_allclose(float_again["a"], dequantized(found, 2)[0], atol=1e-6)
+    if method == "absmean":
+        plain, _ = ternary.pack(params, x)
+        for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(plain), strict=True):
+            assert (a == b).all()
+    assert all(row.error <= row.absmean_error for row in report.rows)
 
 
 # ---- bad input
