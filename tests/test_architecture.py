@@ -237,11 +237,16 @@ def test_exports_are_frozen():
         "trit_stats",
     ]
     assert bj.convert.__all__ == [
+        "CANDIDATES",
+        "Budget",
+        "BudgetedKernel",
         "CalibratedKernel",
         "Calibration",
         "Method",
+        "Option",
         "Quantized",
         "Statistics",
+        "budget",
         "calibrate",
     ]
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
@@ -308,7 +313,7 @@ def test_what_always_raises_says_so():
 REPORTS = {
     "bitnet_jax": ["PackReport"],
     "bitnet_jax.analysis": ["Comparison", "GradientFlow", "Sensitivity", "TritStats"],
-    "bitnet_jax.convert": ["Calibration"],
+    "bitnet_jax.convert": ["Budget", "Calibration"],
     "bitnet_jax.sharding": ["Collectives", "TrainingMemory"],
     "bitnet_jax.nnx._coverage": ["Coverage"],
     "bitnet_jax._transform.explain": ["ProgramCoverage"],

@@ -21,7 +21,7 @@ from bitnet_jax._layers.stated import reading
 from bitnet_jax._packed.adapted import Adapted, is_adapted
 from bitnet_jax._packed.kernel import is_packed, is_stored, without_planes
 from bitnet_jax._quantize.arrays import AnyArray
-from bitnet_jax._quantize.strength import phased
+from bitnet_jax._quantize.strength import phase_in, phased
 from bitnet_jax._transform import decide, results
 from bitnet_jax._transform.interpret import Interpreter
 from bitnet_jax._transform.jaxprs import Jaxpr
@@ -29,6 +29,7 @@ from bitnet_jax._transform.layout import Value
 from bitnet_jax._transform.marks import KNOWN, LIVE, Found, Mark
 from bitnet_jax._transform.probe import Probe, Probed, Wanted
 from bitnet_jax._transform.site import Chosen
+from bitnet_jax._transform.slopes import Losses, Slopes, slopes
 from bitnet_jax._transform.survey import Survey
 from bitnet_jax._transform.tracked import Operand, Tracked, shown
 from bitnet_jax._transform.view import of_leaf
@@ -104,6 +105,15 @@ class Program:
         self._phased = False
 
     def _float_fn(self, values: list[Any], rest: list[Any]) -> Any:
+        params, args, kwargs = self._arguments(values, rest)
+        at = self._spec.argnums
+        result = self._spec.fn(*args[:at], params, *args[at:], **kwargs)
+        return results.kept(result, self.static.values())
+
+    def _arguments(
+        self, values: list[Any], rest: list[Any]
+    ) -> tuple[PyTree, tuple[Any, ...], dict[str, Any]]:
+        """The params, all other positional arguments and the keywords of a call."""
         count = len(self._boxes)
         arrays, others = iter(values), iter(rest)
         given = [self.static[i] if i in self.static else next(arrays) for i in range(count)]
@@ -112,9 +122,7 @@ class Program:
         places = range(count, count + self._structure.num_leaves)
         flat = [self.static[i] if i in self.static else next(others) for i in places]
         args, kwargs = jax.tree.unflatten(self._structure, flat)
-        at = self._spec.argnums
-        result = self._spec.fn(*args[:at], params, *args[at:], **kwargs)
-        return results.kept(result, self.static.values())
+        return params, args, kwargs
 
     def plan(self, values: list[Any], rest: list[Any]) -> Plan:
         """The traced function, and what becomes of its leaves."""
@@ -164,6 +172,27 @@ class Program:
                 operands[i] = operands[i]._replace(value=Probed(values[i], probe))
         _, tolls = Interpreter(chosen, probing=True).closed(plan.jaxpr, [*operands, *rest])
         return tolls[0]
+
+    @functools.cached_property
+    def slopes(self) -> Callable[..., Slopes]:
+        """(leaves and their batch axes, losses, key, values, rest) -> of one call in float."""
+        return jax.jit(self._slopes, static_argnums=(0, 1))
+
+    def _slopes(
+        self,
+        asked: tuple[tuple[int, int], ...],
+        losses_of: Losses,
+        key: jax.Array,
+        values: list[Any],
+        rest: list[Any],
+    ) -> Slopes:
+        def losses(kernels: dict[int, Any]) -> Any:
+            given = [kernels.get(i, value) for i, value in enumerate(values)]
+            with phase_in(0.0):
+                result = results.given_back(self._run(given, rest))
+            return losses_of(result, *self._arguments(given, rest))
+
+        return slopes(losses, {i: values[i] for i, _ in asked}, dict(asked), key)
 
     def _run(self, values: list[Any], rest: list[Any]) -> Any:
         plan = self.plan(values, rest)

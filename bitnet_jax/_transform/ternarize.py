@@ -30,6 +30,7 @@ from bitnet_jax._transform.explain import ProgramCoverage, coverage
 from bitnet_jax._transform.probe import Probe, Wanted
 from bitnet_jax._transform.program import Bound, Plan, Program, Spec, static_leaves
 from bitnet_jax._transform.results import given_back
+from bitnet_jax._transform.slopes import Losses
 from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
@@ -239,8 +240,7 @@ class Ternarized:
         bound = self._bind("calibrate", args, kwargs)
         _require_values(bound.values, bound.rest)
         plan = self._checked_plan(bound)
-        pairs = enumerate(plan.candidates)
-        paths = {i: one.path for i, one in pairs if one is not None and one.path in wanted}
+        paths = _numbered(plan, wanted)
         for path, use in _kernels(plan).uses.items():
             axes = wanted[path].axes if path in wanted else None
             if axes is not None and (axes.contracting, axes.batch) != (*use.axes.values(),):
@@ -252,6 +252,37 @@ class Ternarized:
         met = [use.leaf for use in plan.found.uses]
         order = sorted(found, key=lambda i: met.index(i) if i in met else len(met))
         return {paths[i]: found[i] for i in order}
+
+    def slopes(
+        self,
+        batch_axes: Mapping[Path, int],
+        losses: Losses,
+        key: jax.Array,
+        *args: PyTree,
+        **kwargs: PyTree,
+    ) -> tuple[dict[Path, jax.Array], jax.Array]:
+        """Squared gradients of losses of one call of the float function; see ``slopes``.
+
+        Args:
+          batch_axes: path of a kernel to how many of its leading axes carry slices.
+          losses: what the losses are.
+          key: of random signs.
+          *args: as for the function.
+          **kwargs: as for the function.
+
+        Returns:
+          Path to the sum over the kernel of each slice, float32; and how many losses there were.
+
+        Raises:
+          TypeError: losses that are none.
+          ValueError: as a call does.
+        """
+        bound = self._bind("calibrate", args, kwargs)
+        _require_values(bound.values, bound.rest)
+        paths = _numbered(self._checked_plan(bound), batch_axes)
+        asked = tuple((i, batch_axes[path]) for i, path in paths.items())
+        found = bound.program.slopes(asked, losses, key, bound.values, bound.rest)
+        return {paths[i]: square for i, square in found.squares.items()}, found.count
 
     def check(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Raises what a call raises of the selection; nothing is computed."""
@@ -303,6 +334,12 @@ def _kernels(plan: Plan) -> Kernels:
             axes = {"contracting_axes": use.contracting, "batch_axes": use.batch}
             found[one.path] = KernelUse(tuple(one.leaf.shape), decision.config, axes)
     return Kernels(found)
+
+
+def _numbered(plan: Plan, asked: Mapping[Path, Any]) -> dict[int, Path]:
+    """The numbers and the paths of those leaves of a plan that are asked for."""
+    pairs = enumerate(plan.candidates)
+    return {i: one.path for i, one in pairs if one is not None and one.path in asked}
 
 
 def _require_params(who: str, argnums: int, count: int) -> None:

@@ -1,15 +1,22 @@
 """Float networks to ternary ones: calibration from batches of inputs."""
 
+from bitnet_jax.convert._budget import Budget, BudgetedKernel, budget
 from bitnet_jax.convert._calibrate import calibrate
 from bitnet_jax.convert._calibration import CalibratedKernel, Calibration
 from bitnet_jax.convert._input_statistics import Statistics
 from bitnet_jax.convert._methods import Method, Quantized
+from bitnet_jax.convert._options import CANDIDATES, Option
 
 __all__ = [
+    "CANDIDATES",
+    "Budget",
+    "BudgetedKernel",
     "CalibratedKernel",
     "Calibration",
     "Method",
+    "Option",
     "Quantized",
     "Statistics",
+    "budget",
     "calibrate",
 ]

@@ -20,8 +20,9 @@ from jaxtyping import PyTree
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
 from bitnet_jax._packed.adapted import is_adapted
-from bitnet_jax._quantize.config import B158
+from bitnet_jax._quantize.config import B158, KernelConfig
 from bitnet_jax._transform.decide import UNREACHED
+from bitnet_jax._transform.slopes import Losses
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import Kernels, Path, axes_for
@@ -37,6 +38,7 @@ from bitnet_jax.convert._chosen_methods import (
 from bitnet_jax.convert._converted import FloatKernel, converted
 from bitnet_jax.convert._front_ends import Args, FrontEnd, front_end
 from bitnet_jax.convert._input_statistics import Statistics
+from bitnet_jax.convert._options import require_candidates, require_fitting
 
 
 def calibrate(
@@ -46,6 +48,8 @@ def calibrate(
     *,
     method: AnyMethod | Mapping[str, AnyMethod] | MethodOf = "gptq",
     call: Mapping[str, Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    candidates: Sequence[KernelConfig] | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> tuple[Any, Calibration]:
     """Packs a float network into a ternary one, its codes chosen by what its inputs are.
@@ -76,6 +80,15 @@ def calibrate(
         the first batch alone is read, for the kernels' axes.
       call: keyword arguments of every call. For a linen model also ``method``, ``rngs`` and
         ``variables``, as ``bj.linen.pack`` takes them; for an NNX model ``method``.
+      loss: a function of what the network returns and of the call's positional arguments, but
+        the params, to losses in an array of any shape: one for each example or token. With it
+        the report predicts what each kernel adds to their mean. It takes a forward and a
+        backward pass more for each batch, and methods that need nothing take the ``"diagonal"``.
+        For a classifier whose batches have no labels, ``lambda logits, *args: logits`` ranks
+        the kernels, in units of logits.
+      candidates: configs that the report is to compare for :func:`budget`, for example
+        ``bj.convert.CANDIDATES``; those whose groups do not fit a kernel are left out for it.
+        Each takes one more conversion of each kernel, by its method.
       progress: called with the part that is done, 0 to 1.
 
     Returns:
@@ -85,10 +98,10 @@ def calibrate(
 
     Raises:
       TypeError: ``ternary`` is none; ``batches`` is no iterable of examples; a kernel is packed
-        already; a method is none.
+        already; a method, a candidate or the losses are none.
       ValueError: no batches; one that does not fit the network or that makes NaN or Inf
-        statistics, by its number; no tokens at all; a pattern that matches nothing, or a kernel
-        that none matches; as ``ternary.pack``.
+        statistics or gradients, by its number; no tokens at all; a candidate that fits no kernel;
+        a pattern that matches nothing, or a kernel that none matches; as ``ternary.pack``.
       NotImplementedError: statistics of a kernel in a ``while`` loop of unknown length, in a
         ``shard_map`` with ``check_vma=False``, or in a convolution with feature groups.
 
@@ -110,8 +123,10 @@ def calibrate(
     """
     net = front_end(WHO, ternary, params, call)
     _require_callback(progress)
+    _require_loss(loss)
     _require_values(net.params)
     require_methods(method)
+    configs = require_candidates(candidates)
     rest = _examples(batches)
     first = next(rest, None)
     if first is None:
@@ -120,16 +135,22 @@ def calibrate(
         uses = net.packable(first)
         unreached = tuple(r.path for r in net.coverage(first).rows if r.why == UNREACHED)
     chosen, treedef = chosen_leaves(WHO, net.params, B158, uses, values=True)
-    kernels = _kernels(uses, [leaf for leaf, config in chosen if config is not None], method)
+    met = [leaf for leaf, config in chosen if config is not None]
+    kernels = _kernels(uses, met, method, probed=loss is not None)
+    require_fitting(configs, [(k.spec, tuple(k.leaf.value.shape)) for k in kernels])
     length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
-    found = _collected(net, kernels, itertools.chain([first], rest), length, progress)
+    losses = None if loss is None else net.losses(loss)
+    every = itertools.chain([first], rest)
+    found, slopes = _collected(net, kernels, every, losses, length, progress)
     done, rows = {}, []
     for number, kernel in enumerate(kernels, start=1):
-        done[kernel.leaf.path], row = converted(kernel, found.pop(kernel.leaf.path, None))
+        path = kernel.leaf.path
+        done[path], row = converted(kernel, found.pop(path, None), slopes.get(path), configs)
         rows.append(row)
         progress(0.5 + 0.5 * number / len(kernels))
     leaves = [rebox(leaf.boxed, done.get(leaf.path, leaf.value)) for leaf, _ in chosen]
-    return net.result(jax.tree.unflatten(treedef, leaves)), Calibration(tuple(rows), unreached)
+    report = Calibration(tuple(rows), unreached, "error" if loss is None else "loss")
+    return net.result(jax.tree.unflatten(treedef, leaves)), report
 
 
 @contextlib.contextmanager
@@ -161,7 +182,9 @@ def _examples(batches: Iterable[Any]) -> Iterator[Args]:
     return (batch if type(batch) is tuple else (batch,) for batch in batches)
 
 
-def _kernels(uses: Kernels, leaves: Sequence[Leaf], method: Any) -> list[FloatKernel]:
+def _kernels(
+    uses: Kernels, leaves: Sequence[Leaf], method: Any, *, probed: bool
+) -> list[FloatKernel]:
     """The kernels to convert, checked, each with its method."""
     axes = axes_for(uses, None)
     methods = methods_of(uses.ternary, method)
@@ -173,7 +196,7 @@ def _kernels(uses: Kernels, leaves: Sequence[Leaf], method: Any) -> list[FloatKe
         spec = spec_of_leaf(WHO, leaf, uses.uses[leaf.path].config, axes)
         name, chosen = methods.get(leaf.path, ("int8", None))
         require_planes(leaf.where, chosen, spec.config)
-        kernels.append(FloatKernel(leaf, spec, name, chosen))
+        kernels.append(FloatKernel(leaf, spec, name, chosen, probed))
     return kernels
 
 
@@ -181,14 +204,16 @@ def _collected(
     net: FrontEnd,
     kernels: Sequence[FloatKernel],
     batches: Iterable[Args],
+    losses: Losses | None,
     length: int | None,
     progress: Callable[[float], None],
-) -> dict[Path, Statistics]:
-    """What each kernel that asks for it met in all batches."""
+) -> tuple[dict[Path, Statistics], dict[Path, np.ndarray]]:
+    """What each kernel that asks for it met in all batches, and its mean squared gradient."""
     wanted = {kernel.leaf.path: kernel.wanted for kernel in kernels if kernel.wanted is not None}
     if not wanted:
-        return {}
+        return {}, {}
     sums: dict[Path, list[np.ndarray]] = {}
+    slopes = None if losses is None else _Slopes(net, kernels, losses)
     for number, args in enumerate(batches):
         with _fitting(number):
             for path, probe in net.moments(wanted, args).items():
@@ -199,11 +224,38 @@ def _collected(
                         total += part
                 else:
                     sums[path] = [np.array(part, np.float64) for part in parts]
+            if slopes is not None:
+                slopes.add(args, number)
         if length:
             progress(0.5 * (number + 1) / length)
     if not any(tokens.any() for tokens, _ in sums.values()):
         _raise_no_tokens()
-    return {path: _canonical(*sums[path]) for path in sums}
+    means = {} if slopes is None else slopes.means()
+    return {path: _canonical(*sums[path]) for path in sums}, means
+
+
+class _Slopes:
+    """The squared gradients of kernels, summed over batches."""
+
+    def __init__(self, net: FrontEnd, kernels: Sequence[FloatKernel], losses: Losses):
+        self._net, self._losses, self._count = net, losses, 0.0
+        self._axes = {kernel.leaf.path: len(kernel.spec.axes.batch) for kernel in kernels}
+        self._sums: dict[Path, np.ndarray] = {}
+
+    def add(self, args: Args, number: int) -> None:
+        """Another batch."""
+        key = jax.random.key(number)
+        squares, count = jax.device_get(self._net.slopes(self._axes, self._losses, key, args))
+        self._count += float(count)
+        for path, square in squares.items():
+            if not np.isfinite(square).all():
+                _raise_steep(path, number)
+            wide = square.astype(np.float64).reshape(-1)
+            self._sums[path] = self._sums.get(path, 0.0) + wide
+
+    def means(self) -> dict[Path, np.ndarray]:
+        """The mean over losses, (B,) of each kernel."""
+        return {path: total / self._count for path, total in self._sums.items()}
 
 
 def _canonical(tokens: np.ndarray, moments: np.ndarray) -> Statistics:
@@ -226,6 +278,16 @@ def _require_callback(progress: object) -> None:
         raise TypeError(
             f"{WHO}: `progress` must be a function of the part that is done, got "
             f"{describe(progress)}."
+        )
+
+
+def _require_loss(loss: object) -> None:
+    """Raises unless ``loss`` is None or can be called."""
+    if loss is not None and not callable(loss):
+        raise TypeError(
+            f"{WHO}: `loss` must be a function of the network's output and of a batch, got "
+            f"{describe(loss)}. Write for example lambda logits, tokens: "
+            "cross_entropy(logits[:, :-1], tokens[:, 1:])."
         )
 
 
@@ -252,6 +314,14 @@ def _require_finite(path: Path, moments: np.ndarray, number: int) -> None:
             f"batch {number}. Look for NaN in that batch, and for what overflows on the way to "
             "this kernel."
         )
+
+
+def _raise_steep(path: Path, number: int) -> NoReturn:
+    """Reports gradients that are NaN or Inf."""
+    raise ValueError(
+        f"{WHO}: the gradient of `loss` for {'/'.join(path)} is NaN or Inf in batch {number}. Look "
+        "for a logarithm or a root of 0 in `loss`, and for what overflows after this kernel."
+    )
 
 
 def _raise_no_tokens() -> NoReturn:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 from bitnet_jax import _display
 from bitnet_jax._quantize.config import KernelConfig
 from bitnet_jax._tree.pack_report import kind
+from bitnet_jax.convert._options import Option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,12 @@ class CalibratedKernel:
         diagonal, or nothing (x of the identity). The mean over slices.
       absmean_error: the same of ``bj.quantize``'s codes and scale; of an int8 kernel, ``error``.
       notes: what was handled.
+      change: what this kernel alone is predicted to add to the mean of ``loss``, to second order
+        in its error; without a ``loss``, ``error``. For the order of kernels more than for
+        their size: where a network is sure of all its answers, gradients hide what large
+        errors do.
+      options: what else it could have been, its own config first and float last; empty without
+        ``candidates``.
     """
 
     path: str
@@ -38,6 +45,8 @@ class CalibratedKernel:
     error: float
     absmean_error: float
     notes: tuple[str, ...]
+    change: float = math.nan
+    options: tuple[Option, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,31 +57,38 @@ class Calibration:
       rows: one :class:`CalibratedKernel` for each packed kernel.
       unreached: the paths of float arrays of two axes and more that the first batch does not
         reach, and that were left as they were.
+      predicts: what ``change`` is: ``"loss"``, or the relative ``"error"`` where no ``loss`` was
+        given, which says little of how much a kernel matters.
     """
 
     rows: tuple[CalibratedKernel, ...]
     unreached: tuple[str, ...] = ()
+    predicts: Literal["loss", "error"] = "error"
 
     def to_dict(self) -> dict[str, Any]:
         """Every number as plain Python, ready for ``json.dumps``; NaN and Inf are None."""
 
         def row(one: CalibratedKernel) -> dict[str, Any]:
-            lists = {"shape": list(one.shape), "notes": list(one.notes)}
+            options = [_display.plain(option.to_dict()) for option in one.options]
+            lists = {"shape": list(one.shape), "notes": list(one.notes), "options": options}
             named = {"config": repr(one.config), "kind": kind(one.config)}
             return _display.plain(dataclasses.asdict(one) | lists | named)
 
-        return {"rows": list(map(row, self.rows)), "unreached": list(self.unreached)}
+        rows, unreached = list(map(row, self.rows)), list(self.unreached)
+        return {"rows": rows, "unreached": unreached, "predicts": self.predicts}
 
     def __str__(self) -> str:
         """A table, one row a kernel, then what was not reached."""
-        header = ("path", "method", "shape", "tokens", "error", "absmean", "notes")
-        text = _display.table(header, [_cells(row) for row in self.rows])
+        losses = self.predicts == "loss"
+        header = ("path", "method", "shape", "tokens", "error", "absmean")
+        header = (*header, "change", "notes") if losses else (*header, "notes")
+        text = _display.table(header, [_cells(row, losses) for row in self.rows])
         if self.unreached:
             text += f"\nleft in float, the first batch does not reach: {', '.join(self.unreached)}"
         return text
 
 
-def _cells(row: CalibratedKernel) -> tuple[str, ...]:
+def _cells(row: CalibratedKernel, losses: bool) -> tuple[str, ...]:
     ternary = row.method != "int8"
     return (
         row.path,
@@ -81,6 +97,7 @@ def _cells(row: CalibratedKernel) -> tuple[str, ...]:
         "" if row.tokens is None else str(row.tokens),
         _error_text(row.error),
         _error_text(row.absmean_error) if ternary else "",
+        *([_error_text(row.change)] if losses else []),
         "; ".join(row.notes),
     )
 

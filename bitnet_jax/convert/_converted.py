@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ from bitnet_jax._checks import describe
 from bitnet_jax._packed.kernel import Stored
 from bitnet_jax._packed.pack import pack_kernel, stored
 from bitnet_jax._quantize import kernel_axes
-from bitnet_jax._quantize.config import TernaryConfig, planes_of
+from bitnet_jax._quantize.config import Int8Config, KernelConfig, TernaryConfig, planes_of
 from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._quantize.ternary import Ternary, TernaryPlanes, of_canonical
 from bitnet_jax._transform.probe import Wanted
@@ -24,7 +26,8 @@ from bitnet_jax._tree.leaves import Leaf
 from bitnet_jax.convert._calibration import CalibratedKernel
 from bitnet_jax.convert._chosen_methods import WHO
 from bitnet_jax.convert._input_statistics import Statistics
-from bitnet_jax.convert._methods import METHODS, Method, Quantized, error, errors
+from bitnet_jax.convert._methods import METHODS, Method, Quantized, errors
+from bitnet_jax.convert._options import Option, change, fits, stakes, stored_bytes
 
 
 class FloatKernel(NamedTuple):
@@ -35,44 +38,98 @@ class FloatKernel(NamedTuple):
       spec: how it is quantised.
       name: of its method.
       method: None: an int8 kernel has none.
+      probed: whether its inputs are looked at though its method needs nothing.
     """
 
     leaf: Leaf
     spec: KernelSpec
     name: str
     method: Method | None
+    probed: bool = False
 
     @property
     def wanted(self) -> Wanted | None:
         """What is to be known of its inputs; None: nothing."""
-        if self.method is None or self.method.needs == "nothing":
+        needs = "nothing" if self.method is None else self.method.needs
+        if needs == "nothing" and not self.probed:
             return None
-        shape = tuple(self.leaf.value.shape)
-        return Wanted(shape, self.spec.axes, self.method.needs == "matrix")
+        return Wanted(tuple(self.leaf.value.shape), self.spec.axes, needs == "matrix")
 
 
 def converted(
-    kernel: FloatKernel, statistics: Statistics | None
+    kernel: FloatKernel,
+    statistics: Statistics | None,
+    squares: np.ndarray | None = None,
+    candidates: Sequence[KernelConfig] = (),
 ) -> tuple[Stored, CalibratedKernel]:
-    """One kernel packed, and its row of the report."""
-    leaf, spec, name, method = kernel
+    """One kernel packed, and its row of the report.
+
+    Args:
+      kernel: the kernel.
+      statistics: of its inputs; None: nothing is known.
+      squares: (B,) the mean of its squared gradient; None: no loss is known.
+      candidates: other configs to measure.
+    """
+    leaf, spec, name, method, _ = kernel
     w = leaf.value if isinstance(leaf.value, jax.Array) else jnp.asarray(leaf.value)
     canonical = _canonical_kernel(leaf, spec)
     tokens = None if statistics is None else int(statistics.tokens.min())
     if statistics is None:
         statistics = Statistics(np.zeros(len(canonical), np.int64), None)
-    if method is None or not isinstance(spec.config, TernaryConfig):
-        packed = pack_kernel(w, spec)
-        own = Quantized(*_canonical_parts(packed), ())
-        lost = _mean(error(canonical, own, statistics))
-        return packed, _row(kernel, tokens, lost, lost, ())
-    made = method.quantize(canonical, statistics, spec.config)
-    _require_quantized(leaf.where, name, made, canonical.shape, spec.config)
-    plain = made
-    if name != "absmean":
-        plain = METHODS["absmean"].quantize(canonical, statistics, spec.config)
-    lost, plainly = map(_mean, errors(canonical, [made, plain], statistics))
-    return _packed(w, made, spec), _row(kernel, tokens, lost, plainly, made.notes)
+    made = plain = _quantized(kernel, w, canonical, statistics, spec.config)
+    if method is not None and name != "absmean":
+        plain = METHODS["absmean"].quantize(canonical, statistics, _ternary(spec.config))
+    others = [c for c in candidates if c != spec.config and _possible(kernel, c)]
+    several = [_quantized(kernel, w, canonical, statistics, c) for c in others]
+    lost, plainly, *rest = errors(canonical, [made, plain, *several], statistics)
+    stake = None if squares is None else stakes(canonical, statistics, squares)
+    packed = pack_kernel(w, spec) if method is None else _packed(w, made, spec)
+    options = _options(kernel, [spec.config, *others], [lost, *rest], stake) if candidates else ()
+    row = _row(kernel, tokens, _mean(lost), _mean(plainly), made.notes)
+    return packed, dataclasses.replace(row, change=change(lost, stake), options=options)
+
+
+def _ternary(config: KernelConfig) -> TernaryConfig:
+    assert isinstance(config, TernaryConfig)  # of a kernel with a method
+    return config
+
+
+def _quantized(
+    kernel: FloatKernel,
+    w: jax.Array,
+    canonical: np.ndarray,
+    statistics: Statistics,
+    config: KernelConfig,
+) -> Quantized:
+    """A kernel by its method and a config, or by the quantiser of an int8 one."""
+    leaf, spec, name, method, _ = kernel
+    if isinstance(config, Int8Config) or method is None:
+        return Quantized(*_canonical_parts(pack_kernel(w, spec._replace(config=config))), ())
+    made = method.quantize(canonical, statistics, config)
+    _require_quantized(leaf.where, name, made, canonical.shape, config)
+    return made
+
+
+def _possible(kernel: FloatKernel, config: KernelConfig) -> bool:
+    """Whether a kernel can have a config; one without a method stays as its selector said."""
+    return kernel.method is not None and fits(config, kernel.spec, kernel.leaf.value.shape)
+
+
+def _options(
+    kernel: FloatKernel,
+    configs: Sequence[KernelConfig],
+    errors: Sequence[np.ndarray],
+    stake: np.ndarray | None,
+) -> tuple[Option, ...]:
+    """The ways to keep a kernel, float last."""
+    w, spec = kernel.leaf.value, kernel.spec
+    found = [
+        Option(
+            c, stored_bytes(spec._replace(config=c), w.shape, w.dtype), _mean(e), change(e, stake)
+        )
+        for c, e in zip(configs, errors, strict=True)
+    ]
+    return (*found, Option(None, w.nbytes, 0.0, 0.0))
 
 
 def _row(

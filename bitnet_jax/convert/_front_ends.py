@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 from flax import linen, nnx
 from jaxtyping import PyTree
 
 from bitnet_jax._checks import describe
 from bitnet_jax._transform import ProgramCoverage, Ternarized
 from bitnet_jax._transform.probe import Probe, Wanted
+from bitnet_jax._transform.slopes import Losses
 from bitnet_jax._tree.select import Kernels, Path
-from bitnet_jax.linen._examples import Asked, Example
+from bitnet_jax.linen._examples import Asked, Example, example_losses
 from bitnet_jax.nnx import _conversion
+from bitnet_jax.nnx._call import call_losses
 
 Args = tuple[Any, ...]
 
@@ -41,6 +44,16 @@ class FrontEnd(Protocol):
         """What they meet in a call."""
         ...
 
+    def losses(self, loss: Callable[..., Any]) -> Losses:
+        """A user's loss of an output and a batch, for :meth:`slopes`; make it once."""
+        ...
+
+    def slopes(
+        self, batch_axes: Mapping[Path, int], losses: Losses, key: jax.Array, args: Args
+    ) -> tuple[dict[Path, jax.Array], jax.Array]:
+        """Their squared gradients in a call, and how many losses it has."""
+        ...
+
     def result(self, packed: PyTree) -> Any:
         """What the caller gets for the packed parameters."""
         ...
@@ -64,6 +77,19 @@ class _Function:
 
     def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
         return self._ternary.moments(wanted, *self._arguments(args), **self._call)
+
+    def losses(self, loss: Callable[..., Any]) -> Losses:
+        def losses(result: Any, params: Any, others: Args, kwargs: dict[str, Any]) -> Any:
+            del params, kwargs
+            return loss(result, *others)
+
+        return losses
+
+    def slopes(
+        self, batch_axes: Mapping[Path, int], losses: Losses, key: jax.Array, args: Args
+    ) -> tuple[dict[Path, jax.Array], jax.Array]:
+        arguments = self._arguments(args)
+        return self._ternary.slopes(batch_axes, losses, key, *arguments, **self._call)
 
     def result(self, packed: PyTree) -> PyTree:
         return packed
@@ -92,6 +118,15 @@ class _Linen:
     def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
         return self._asked.moments(wanted, self.params, self._variables, args, self._kwargs)
 
+    def losses(self, loss: Callable[..., Any]) -> Losses:
+        return example_losses(loss)
+
+    def slopes(
+        self, batch_axes: Mapping[Path, int], losses: Losses, key: jax.Array, args: Args
+    ) -> tuple[dict[Path, jax.Array], jax.Array]:
+        given = self.params, self._variables, args, self._kwargs
+        return self._asked.slopes(batch_axes, losses, key, *given)
+
     def result(self, packed: PyTree) -> PyTree:
         return packed
 
@@ -112,6 +147,15 @@ class _Nnx:
 
     def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
         return _conversion.moments(self._model, wanted, (self._method, args, self._kwargs))
+
+    def losses(self, loss: Callable[..., Any]) -> Losses:
+        return call_losses(loss)
+
+    def slopes(
+        self, batch_axes: Mapping[Path, int], losses: Losses, key: jax.Array, args: Args
+    ) -> tuple[dict[Path, jax.Array], jax.Array]:
+        example = self._method, args, self._kwargs
+        return _conversion.slopes(self._model, batch_axes, losses, key, example)
 
     def result(self, packed: PyTree) -> nnx.Module:
         return _conversion.with_params(self._model, packed)

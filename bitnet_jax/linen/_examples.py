@@ -19,6 +19,7 @@ from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._transform.decide import NOT_SELECTED, UNREACHED
 from bitnet_jax._transform.explain import ProgramCoverage
 from bitnet_jax._transform.probe import Probe, Wanted
+from bitnet_jax._transform.slopes import Losses
 from bitnet_jax._transform.ternarize import Ternarized
 from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.pack_report import PackReport
@@ -182,6 +183,17 @@ class Example(NamedTuple):
     kwargs: Kwargs
 
 
+def example_losses(loss: Callable[..., Any]) -> Losses:
+    """Losses of the one example's output, and of its positional arguments."""
+
+    def losses(result: PyTree, params: PyTree, others: Args, kwargs: Kwargs) -> Any:
+        del params, kwargs
+        ((output, _),), (_, [(args, _)]) = result, others
+        return loss(output, *args)
+
+    return losses
+
+
 def _nothing(path: Path, leaf: object) -> bool:
     """A selector for models in which only the layers of this package are quantised."""
     del path, leaf
@@ -258,6 +270,20 @@ class Asked:
     ) -> dict[Path, Probe]:
         """What kernels meet in a call as the one example, of other arguments."""
         return self._ternary.moments(wanted, params, variables or {}, [(args, kwargs)])
+
+    def slopes(
+        self,
+        batch_axes: Mapping[Path, int],
+        losses: Losses,
+        key: jax.Array,
+        params: PyTree,
+        variables: Mapping[str, PyTree] | None,
+        args: Args,
+        kwargs: Kwargs,
+    ) -> tuple[dict[Path, jax.Array], jax.Array]:
+        """Squared gradients in a call as the one example, of other arguments."""
+        given = params, variables or {}, [(args, kwargs)]
+        return self._ternary.slopes(batch_axes, losses, key, *given)
 
     def _require_reached(self, params: PyTree, variables: Mapping[str, PyTree] | None) -> None:
         _checks.require_instance(

@@ -27,6 +27,7 @@ from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._packed.adapted import Adapted
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._transform import EMBEDDING, ProgramPlan, Spec, Ternarized
+from bitnet_jax._transform.slopes import Losses
 from bitnet_jax._tree.select import Path, Select
 
 _TAG = "bitnet_jax.nnx.ternarize"
@@ -208,13 +209,38 @@ def _function(plan: Plan, extent: Literal["call", "part"], *method: Any) -> Tern
     return Ternarized(Spec(_run, plan.layer, plan.select, 0, extent, plan.tables, plan.watch))
 
 
-def _run(params: dict[str, Any], rest: list[Any], form: _Form) -> tuple[list[Any], _Shape]:
-    """A call as a function of parameters."""
+def call_losses(loss: Callable[..., Any]) -> Losses:
+    """Losses of what a split call returns, and of its positional arguments."""
+
+    def losses(
+        result: tuple[list[Any], _Shape],
+        params: dict[str, Any],
+        others: tuple[list[Any], _Form],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        del kwargs
+        (outcome, shape), (rest, form) = result, others
+        given, made = _inputs(params, rest, form), iter(outcome)
+        leaves = [_filled(slot, given, made) for slot in shape.slots]
+        _, output = jax.tree.unflatten(shape.treedef, leaves)
+        _, args, _ = jax.tree.unflatten(form.treedef, given)
+        return loss(output, *args)
+
+    return losses
+
+
+def _inputs(params: dict[str, Any], rest: list[Any], form: _Form) -> list[Any]:
+    """The leaves of a call's inputs, in order."""
     flat, others = (
         traverse_util.flatten_dict(params, is_leaf=lambda _, v: _is_variable(v)),
         iter(rest),
     )
-    given = [next(others) if path is None else flat[path] for path in form.paths]
+    return [next(others) if path is None else flat[path] for path in form.paths]
+
+
+def _run(params: dict[str, Any], rest: list[Any], form: _Form) -> tuple[list[Any], _Shape]:
+    """A call as a function of parameters."""
+    given = _inputs(params, rest, form)
     with _current(form.plan):
         pure = jax.tree.unflatten(form.treedef, given)
         inputs = extract.from_tree(pure, ctxtag=_TAG, is_inner=True)

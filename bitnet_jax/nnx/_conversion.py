@@ -15,6 +15,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, TypeVar
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
@@ -27,6 +28,7 @@ from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._transform import ProgramCoverage
 from bitnet_jax._transform.decide import NOT_SELECTED
 from bitnet_jax._transform.probe import Probe, Wanted
+from bitnet_jax._transform.slopes import Losses
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
 from bitnet_jax._tree.select import Kernels, KernelUse, Path, Patterns, Select, decide, matched
@@ -406,16 +408,36 @@ def moments(
     model: nnx.Module, wanted: Mapping[Path, Wanted], example: Example
 ) -> dict[Path, Probe]:
     """What kernels meet in one call of the float model, by their paths in the model."""
-    paths = {id(v): path for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     with _split("calibrate", model, example) as split:
-        own = {
-            path: tuple(map(str, paths[id(variable)]))
-            for path, variable in split.params.items()
-            if id(variable) in paths
-        }
+        own = _paths_in_model(model, split)
         inside = {path: wanted[where] for path, where in own.items() if where in wanted}
         found = split.function.moments(inside, *split.operands)
     return {own[path]: probe for path, probe in found.items()}
+
+
+def slopes(
+    model: nnx.Module,
+    batch_axes: Mapping[Path, int],
+    losses: Losses,
+    key: jax.Array,
+    example: Example,
+) -> tuple[dict[Path, jax.Array], jax.Array]:
+    """Squared gradients of losses of one call of the float model, by paths in the model."""
+    with _split("calibrate", model, example) as split:
+        own = _paths_in_model(model, split)
+        inside = {path: batch_axes[where] for path, where in own.items() if where in batch_axes}
+        found, count = split.function.slopes(inside, losses, key, *split.operands)
+    return {own[path]: square for path, square in found.items()}, count
+
+
+def _paths_in_model(model: nnx.Module, split: Split) -> dict[Path, Path]:
+    """The parameters of a split call: their paths there, and in the model."""
+    paths = {id(v): path for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {
+        path: tuple(map(str, paths[id(variable)]))
+        for path, variable in split.params.items()
+        if id(variable) in paths
+    }
 
 
 def _raise_needs_example(who: str, path: str, owner: str) -> NoReturn:
