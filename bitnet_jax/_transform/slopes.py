@@ -26,11 +26,11 @@ class Slopes(NamedTuple):
 
     Attributes:
       squares: a number of a leaf to the sum of its squared gradient, of each slice.
-      count: how many losses there were.
+      losses: how many there were.
     """
 
     squares: dict[int, Float32[Array, "*b"]]
-    count: Float32[Array, ""]
+    losses: Float32[Array, ""]
 
 
 def slopes(

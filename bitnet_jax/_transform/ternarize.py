@@ -282,7 +282,7 @@ class Ternarized:
         paths = _numbered(self._checked_plan(bound), batch_axes)
         asked = tuple((i, batch_axes[path]) for i, path in paths.items())
         found = bound.program.slopes(asked, losses, key, bound.values, bound.rest)
-        return {paths[i]: square for i, square in found.squares.items()}, found.count
+        return {paths[i]: square for i, square in found.squares.items()}, found.losses
 
     def check(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Raises what a call raises of the selection; nothing is computed."""
