@@ -84,8 +84,8 @@ def calibrate(
         the params, to losses in an array of any shape: one for each example or token. With it
         the report predicts what each kernel adds to their mean. It takes a forward and a
         backward pass more for each batch, and methods that need nothing take the ``"diagonal"``.
-        For a classifier whose batches have no labels, ``lambda logits, *args: logits`` ranks
-        the kernels, in units of logits.
+        ``lambda logits, *args: logits`` needs no labels; it predicts half the squared change of
+        a logit, and orders kernels well where errors are large too.
       candidates: configs that the report is to compare for :func:`budget`, for example
         ``bj.convert.CANDIDATES``; those whose groups do not fit a kernel are left out for it.
         Each takes one more conversion of each kernel, by its method.
