@@ -166,7 +166,8 @@ def _named(config: KernelConfig | None) -> str:
     if config is None or isinstance(config, Int8Config):
         return kind(config)
     shared = config.granularity
-    return f"ternary, {shared if isinstance(shared, str) else f'groups of {shared}'}"
+    planes = "ternary" if config.planes == 1 else f"{config.planes} planes"
+    return f"{planes}, {shared if isinstance(shared, str) else f'groups of {shared}'}"
 
 
 def _require_options(rows: Sequence[CalibratedKernel]) -> None:

@@ -87,7 +87,8 @@ def calibrate(
         ``lambda logits, *args: logits`` needs no labels; it predicts half the squared change of
         a logit, and orders kernels well where errors are large too.
       candidates: configs that the report is to compare for :func:`budget`, for example
-        ``bj.convert.CANDIDATES``; those whose groups do not fit a kernel are left out for it.
+        ``bj.convert.CANDIDATES``; those whose groups do not fit a kernel, and for
+        ``"planes"`` those of one plane, are left out for it.
         Each takes one more conversion of each kernel, by its method.
       progress: called with the part that is done, 0 to 1.
 

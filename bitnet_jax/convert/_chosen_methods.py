@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
-from bitnet_jax._quantize.config import KernelConfig, planes_of
+from bitnet_jax._quantize.config import Int8Config, KernelConfig, planes_of
 from bitnet_jax._tree.select import Kernels, Path, match
 from bitnet_jax.convert._methods import METHODS, Method
 
@@ -74,9 +74,14 @@ def require_methods(method: Any) -> None:
         _resolved(method)
 
 
+def takes(method: Method | None, config: KernelConfig) -> bool:
+    """Whether a method can make a kernel of this config."""
+    return method != METHODS["planes"] or planes_of(config) > 1 or isinstance(config, Int8Config)
+
+
 def require_planes(path: str, method: Method | None, config: KernelConfig) -> None:
     """Raises where several planes are to be fitted to a kernel of one."""
-    if method == METHODS["planes"] and planes_of(config) == 1:
+    if not takes(method, config):
         raise ValueError(
             f"{WHO}: the method 'planes' is for kernels of several ternary planes, and {path} has "
             f"{config}. Ternarize with weights=TernaryConfig(planes=2), or choose a method for "

@@ -24,7 +24,7 @@ from bitnet_jax._quantize.ternary import Ternary, TernaryPlanes, of_canonical
 from bitnet_jax._transform.probe import Wanted
 from bitnet_jax._tree.leaves import Leaf
 from bitnet_jax.convert._calibration import CalibratedKernel
-from bitnet_jax.convert._chosen_methods import WHO
+from bitnet_jax.convert._chosen_methods import WHO, takes
 from bitnet_jax.convert._input_statistics import Statistics
 from bitnet_jax.convert._methods import METHODS, Method, Quantized, errors
 from bitnet_jax.convert._options import Option, change, fits, stakes, stored_bytes
@@ -112,7 +112,9 @@ def _quantized(
 
 def _possible(kernel: FloatKernel, config: KernelConfig) -> bool:
     """Whether a kernel can have a config; one without a method stays as its selector said."""
-    return kernel.method is not None and fits(config, kernel.spec, kernel.leaf.value.shape)
+    if kernel.method is None or not takes(kernel.method, config):
+        return False
+    return fits(config, kernel.spec, kernel.leaf.value.shape)
 
 
 def _options(

@@ -27,6 +27,7 @@ WHO = "calibrate"
 CANDIDATES: tuple[KernelConfig, ...] = (
     TernaryConfig(granularity=128),
     TernaryConfig(granularity=32),
+    TernaryConfig(granularity=128, planes=2),
     Int8Config(),
 )
 
