@@ -103,18 +103,15 @@ template <int PanelTiles>
 void Columns(const Rows& x, int64_t k, Panel codes, int64_t rows, int32_t* sums) {
   int64_t m = 0;
   for (; m + 2 * kTileRows <= x.count; m += 2 * kTileRows) {
-    Block<2, PanelTiles>(x.codes + m * x.stride + k, x.stride, codes, rows,
-                               sums + m * kWidth);
+    Block<2, PanelTiles>(x.codes + m * x.stride + k, x.stride, codes, rows, sums + m * kWidth);
   }
   for (; m + kTileRows <= x.count; m += kTileRows) {
-    Block<1, PanelTiles>(x.codes + m * x.stride + k, x.stride, codes, rows,
-                               sums + m * kWidth);
+    Block<1, PanelTiles>(x.codes + m * x.stride + k, x.stride, codes, rows, sums + m * kWidth);
   }
 }
 
 // The whole tiles of rows; `rows` byte rows are a multiple of 16.
-void AllTiles(const Rows& x, int64_t k, Panel codes, int64_t rows, int64_t panels,
-              int32_t* sums) {
+void AllTiles(const Rows& x, int64_t k, Panel codes, int64_t rows, int64_t panels, int32_t* sums) {
   int64_t p = 0;
   for (; p + 2 <= panels; p += 2) {
     Columns<2>(x, k, codes.Next(p), rows, sums + p * kOutputs);

@@ -72,8 +72,8 @@ struct Scores<0> {
 
 // Scores of H queries, each (dim,), against K keys that are `k_stride` apart.
 template <int H, int K, class Key>
-BITNET_INLINE void Score(const float* q, const Key* k, int64_t k_stride, int64_t dim,
-                         float* scores, int64_t stride) {
+BITNET_INLINE void Score(const float* q, const Key* k, int64_t k_stride, int64_t dim, float* scores,
+                         int64_t stride) {
   Scores<H> sums;
   int64_t at = 0;
   for (; at + kLanes <= dim; at += kLanes) {
@@ -203,8 +203,7 @@ void Part(const Attention<Key>& a, int64_t b, int64_t l, int64_t kv, Slots slots
                                                    ScoreAll<3, Key>, ScoreAll<4, Key>};
     kScore[heads](q, a.k + at, a.v + at, stride, count, a.dim, scores, a.slots);
     for (int64_t i = 0; i < heads; ++i) {
-      out.sums[h + i] =
-          Softmax(scores + i * a.slots, mask, scale, count, out.largest + h + i);
+      out.sums[h + i] = Softmax(scores + i * a.slots, mask, scale, count, out.largest + h + i);
     }
     Gather(scores, a.slots, a.v + at, stride, count, heads, a.dim, out.y + h * a.dim);
   }

@@ -41,9 +41,7 @@ inline Lanes Load(const float* from) {
 inline Lanes Load(const BFloat16* from) {
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
   const uint16x8_t low = vld1q_u16(bits), high = vld1q_u16(bits + 8);
-  const auto wide = [](uint16x4_t four) {
-    return vreinterpretq_f32_u32(vshll_n_u16(four, 16));
-  };
+  const auto wide = [](uint16x4_t four) { return vreinterpretq_f32_u32(vshll_n_u16(four, 16)); };
   return {wide(vget_low_u16(low)), wide(vget_high_u16(low)), wide(vget_low_u16(high)),
           wide(vget_high_u16(high))};
 }

@@ -21,9 +21,7 @@ struct Avx2 : Ymm {
   static constexpr bool kInt8Alike = false;
   static constexpr uint32_t kBias[2] = {1, 0};
 
-  static __m256i Wide(__m256i pairs) {
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-  }
+  static __m256i Wide(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
   template <Kind>
   struct Total : Sums<Int16s> {

@@ -46,8 +46,8 @@ struct Avx512 {
   struct Total {
     Int32s sums;
     void Add(Row codes, Activations x) {
-      sums = reinterpret_cast<Int32s>(
-          _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), codes, x));
+      sums =
+          reinterpret_cast<Int32s>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), codes, x));
     }
     void AddTo(int32_t* to) const {
       const __m512i there = _mm512_loadu_si512(to);
@@ -71,7 +71,7 @@ void Avx512::OneRow(const Rows& rows_of_x, Panel panel, int64_t byte_rows, int32
   constexpr int64_t kWidthBytes = kPanels * kRowBytes;
   constexpr int64_t kFold = int64_t{1} << 14;
   const Row mask[kFields] = {_mm512_set1_epi8(3), _mm512_set1_epi8(12), _mm512_set1_epi8(48),
-                           _mm512_set1_epi8(static_cast<char>(192))};
+                             _mm512_set1_epi8(static_cast<char>(192))};
   for (int64_t begin = 0; begin < byte_rows; begin += kFold) {
     const int64_t end = byte_rows < begin + kFold ? byte_rows : begin + kFold;
     __m512i total[kPanels][kFields];

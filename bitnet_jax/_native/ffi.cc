@@ -67,8 +67,8 @@ ffi::Error QuantizeImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, float qmax, f
   XlaPool pool(threads);
   const int64_t rows = ElementsBefore(xd, 1);
   const auto run = [&](const auto* from) {
-    QuantizeRows(pool, from, rows, xd.back(), gd.back(), cd.back(), qmax, eps,
-                 codes->typed_data(), gamma->typed_data());
+    QuantizeRows(pool, from, rows, xd.back(), gd.back(), cd.back(), qmax, eps, codes->typed_data(),
+                 gamma->typed_data());
     return ffi::Error::Success();
   };
   if (x.element_type() == Type::F32) return run(x.typed_data<float>());
@@ -77,8 +77,8 @@ ffi::Error QuantizeImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, float qmax, f
 }
 
 // w (..., K, N) float32 or bfloat16 -> codes (..., K, N) int8, scale (..., G, 1 or N) float32.
-ffi::Error QuantizeKernelImpl(ffi::ThreadPool threads, ffi::AnyBuffer w, float threshold,
-                              float eps, bool survivors, ffi::ResultBuffer<ffi::S8> codes,
+ffi::Error QuantizeKernelImpl(ffi::ThreadPool threads, ffi::AnyBuffer w, float threshold, float eps,
+                              bool survivors, ffi::ResultBuffer<ffi::S8> codes,
                               ffi::ResultBuffer<ffi::F32> scale) {
   const Dimensions wd = w.dimensions(), cd = codes->dimensions(), sd = scale->dimensions();
   if (wd.size() < 2 || sd.size() != wd.size() ||
@@ -133,19 +133,28 @@ ffi::Error Operands(ffi::Buffer<ffi::S8> x, ffi::AnyBuffer panels, int64_t group
     if (!int8 || groups != 1 || at != nullptr || !Is(pd, {xd[0], first, last})) {
       return Wrong("x, stored codes and outputs do not meet");
     }
-    product = {kind, xd[0], xd[1], outputs, groups, depth, parts, x.typed_data(), xd[2], nullptr,
-               static_cast<const int8_t*>(panels.untyped_data()), transposed};
+    product = {kind,
+               xd[0],
+               xd[1],
+               outputs,
+               groups,
+               depth,
+               parts,
+               x.typed_data(),
+               xd[2],
+               nullptr,
+               static_cast<const int8_t*>(panels.untyped_data()),
+               transposed};
     return ffi::Error::Success();
   }
   if (panels.element_type() != Type::U8) return Wrong("panels must be uint8");
   const int64_t slices = at == nullptr || pd.size() == 0 ? xd[0] : pd[0];
-  if (!Is(pd, {slices, bytes}) ||
-      (at != nullptr && (xd[0] != 1 || *at < 0 || *at >= slices))) {
+  if (!Is(pd, {slices, bytes}) || (at != nullptr && (xd[0] != 1 || *at < 0 || *at >= slices))) {
     return Wrong("x, panels and outputs do not meet");
   }
   const auto* first = static_cast<const uint8_t*>(panels.untyped_data());
-  product = {kind, xd[0], xd[1], outputs, groups, depth, parts, x.typed_data(), xd[2],
-             first + (at == nullptr ? 0 : *at * bytes)};
+  product = {kind,  xd[0], xd[1],          outputs, groups,
+             depth, parts, x.typed_data(), xd[2],   first + (at == nullptr ? 0 : *at * bytes)};
   return ffi::Error::Success();
 }
 
@@ -215,12 +224,10 @@ ffi::Error MultiplyCodesImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::S8> x,
   }
   XlaPool pool(threads);
   const Kind kind = Chosen().int8_alike && groups == 1 ? Kind::kInt8 : Kind::kTernary;
-  const Product product{kind,    xd[0],
-                        xd[1],   wd[2],
-                        groups,  depth,
-                        parts,   padded.empty() ? x.typed_data() : padded.data(),
-                        stride,  nullptr,
-                        w.typed_data()};
+  const Product product{
+      kind,   xd[0],   xd[1],         wd[2],
+      groups, depth,   parts,         padded.empty() ? x.typed_data() : padded.data(),
+      stride, nullptr, w.typed_data()};
   Multiply(pool, product, Scales{gamma.typed_data(), gd[2], scale.typed_data(), sd[2], qmax},
            y->typed_data());
   return ffi::Error::Success();
@@ -297,8 +304,7 @@ ffi::Error AttendImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Any
       !EndsWith(sd, {qd[0], kd[1], kd[2], qd[3]}) ||
       !Is(v.dimensions(), {sd[0], kd[0], kd[1], kd[2], kd[3]}) ||
       !Is(mask.dimensions(), {qd[0], qd[1], kd[1]}) ||
-      !Is(y->dimensions(), {qd[0], qd[1], qd[2], qd[3]}) ||
-      k.element_type() != v.element_type()) {
+      !Is(y->dimensions(), {qd[0], qd[1], qd[2], qd[3]}) || k.element_type() != v.element_type()) {
     return Wrong("want q and y (B, L, H, D), k and v (S, B, T, G, D), mask (B, L, T)");
   }
   const int64_t begin = slice * kd[0] * kd[1] * kd[2] * kd[3];
@@ -320,11 +326,9 @@ ffi::Error AttendImpl(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::Any
 }  // namespace bitnet
 
 // XLA_FFI_DEFINE_HANDLER_SYMBOL, but for the visibility.
-#define BITNET_HANDLER(symbol, implementation, binding)                                    \
-  XLA_FFI_DEFINE_HANDLER(symbol##_handler, implementation, binding);                       \
-  BITNET_EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame* frame) {                          \
-    return symbol##_handler(frame);                                                        \
-  }
+#define BITNET_HANDLER(symbol, implementation, binding)              \
+  XLA_FFI_DEFINE_HANDLER(symbol##_handler, implementation, binding); \
+  BITNET_EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame* frame) { return symbol##_handler(frame); }
 
 BITNET_HANDLER(bitnet_quantize, bitnet::QuantizeImpl,
                ffi::Ffi::Bind()
@@ -406,11 +410,9 @@ BITNET_HANDLER(bitnet_read, bitnet::ReadImpl,
                    .Attr<int64_t>("streams")
                    .Ret<ffi::Buffer<ffi::U32>>())
 
-BITNET_HANDLER(bitnet_busy, bitnet::BusyImpl,
-               ffi::Ffi::Bind()
-                   .Ctx<ffi::ThreadPool>()
-                   .Attr<int64_t>("turns")
-                   .Ret<ffi::Buffer<ffi::F32>>())
+BITNET_HANDLER(
+    bitnet_busy, bitnet::BusyImpl,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("turns").Ret<ffi::Buffer<ffi::F32>>())
 
 // The version of XLA's FFI that this was compiled for: 1000 * major + minor.
 BITNET_EXPORT int bitnet_ffi_version() { return 1000 * XLA_FFI_API_MAJOR + XLA_FFI_API_MINOR; }
@@ -426,9 +428,9 @@ BITNET_EXPORT int bitnet_path_supported(int index) {
 
 // The index of the path that serves.
 BITNET_EXPORT int bitnet_chosen_path() {
-  return static_cast<int>(std::find(bitnet::kPaths, bitnet::kPaths + bitnet::kPathCount,
-                                    &bitnet::Chosen()) -
-                          bitnet::kPaths);
+  return static_cast<int>(
+      std::find(bitnet::kPaths, bitnet::kPaths + bitnet::kPathCount, &bitnet::Chosen()) -
+      bitnet::kPaths);
 }
 
 // A constant of a path (see Tune), or -1 after the last; whether the path takes another value.

@@ -57,9 +57,7 @@ constexpr int64_t RowDepth(Kind kind) { return kind == Kind::kTernary ? 16 : 4; 
 
 // All fours of so many byte rows, and whether a run of a ternary panel is byte rows in whole
 // blocks.
-constexpr Fours AllOf(Kind kind, int64_t byte_rows) {
-  return {0, byte_rows * RowDepth(kind) / 4};
-}
+constexpr Fours AllOf(Kind kind, int64_t byte_rows) { return {0, byte_rows * RowDepth(kind) / 4}; }
 
 constexpr bool IsInBlocks(Fours fours, int64_t byte_rows) {
   constexpr int64_t kBlock = kBlockRows * kFields;

@@ -18,9 +18,7 @@ struct Baseline : Neon {
   // Ternary products are at most 2 * 127: 128 of them fit.
   static constexpr int64_t kMostStepRows = 2 * kBlockRows, kStepRows = kMostStepRows;
 
-  static Activations Every(const int8_t* x) {
-    return vreinterpretq_s8_s32(vdupq_n_s32(Four(x)));
-  }
+  static Activations Every(const int8_t* x) { return vreinterpretq_s8_s32(vdupq_n_s32(Four(x))); }
 
   // A lane each for the four products of an output.
   struct Lanes {

@@ -31,9 +31,12 @@ struct Neon {
   }
   template <int j>
   static uint8x16_t FieldOf(uint8x16_t bytes) {
-    if constexpr (j == 0) return vandq_u8(bytes, vdupq_n_u8(3));
-    else if constexpr (j == 3) return vshrq_n_u8(bytes, 6);
-    else return vandq_u8(vshrq_n_u8(bytes, 2 * j), vdupq_n_u8(3));
+    if constexpr (j == 0)
+      return vandq_u8(bytes, vdupq_n_u8(3));
+    else if constexpr (j == 3)
+      return vshrq_n_u8(bytes, 6);
+    else
+      return vandq_u8(vshrq_n_u8(bytes, 2 * j), vdupq_n_u8(3));
   }
   template <int j>
   static Row Field(Row bytes) {

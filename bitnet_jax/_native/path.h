@@ -114,7 +114,7 @@ struct Path {
 };
 
 extern const Path kAmxPath, kAvx512Path, kAvxVnniPath, kAvx2Path;  // x86
-extern const Path kI8mmPath, kDotprodPath, kNeonPath;               // Arm
+extern const Path kI8mmPath, kDotprodPath, kNeonPath;              // Arm
 extern const Path kPortablePath;
 
 // Fastest first; the last one runs everywhere.

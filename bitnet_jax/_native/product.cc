@@ -118,9 +118,10 @@ class Pieces {
       return path_.ternary(rows, {panels, byte_rows_, Panels(piece.outputs), run}, sums);
     }
     const Sums multiply = ternary ? path_.ternary : path_.int8;
-    multiply(rows, {product_.panels + panel * byte_rows_ * kRowBytes, byte_rows_,
-                    Panels(piece.outputs), run},
-             sums);
+    multiply(
+        rows,
+        {product_.panels + panel * byte_rows_ * kRowBytes, byte_rows_, Panels(piece.outputs), run},
+        sums);
   }
 
   int64_t slab() const { return slab_; }
@@ -192,9 +193,8 @@ void MakeLargePages(const void*, int64_t) {}
 const Path& Chosen() {
   const Path* path = chosen.load(std::memory_order_acquire);
   if (path == nullptr) {
-    path = *std::find_if(kPaths, kPaths + kPathCount - 1, [](const Path* p) {
-      return p->supported();
-    });
+    path = *std::find_if(kPaths, kPaths + kPathCount - 1,
+                         [](const Path* p) { return p->supported(); });
     chosen.store(path, std::memory_order_release);
   }
   return *path;
@@ -282,16 +282,15 @@ void Multiply(Pool& pool, const Product& product, const Scales& scales, Float* y
     const int64_t wide_stride = in_place ? product.outputs : kWidth;
     // Several sums start from +0, as their total does: -0 of the first would not survive it.
     if (several) std::fill_n(wide, piece.rows * kWidth, 0.0f);
-    const float* gamma =
-        scales.gamma + (piece.batch * product.rows + piece.row) * scales.gammas;
+    const float* gamma = scales.gamma + (piece.batch * product.rows + piece.row) * scales.gammas;
     const float* scale =
         scales.scale + piece.batch * product.groups * scales.scales + step * piece.output;
     int64_t left = of_gamma;
     for (int64_t g = 0; g < product.groups; ++g, scale += scales.scales) {
       for (int64_t p = 0; p < product.parts; ++p) {
         pieces.Sum(piece, g, p, sums);
-        path.finish({sums, piece.rows, piece.outputs, gamma, scales.gammas, scale, step,
-                     reciprocal, several, wide, wide_stride});
+        path.finish({sums, piece.rows, piece.outputs, gamma, scales.gammas, scale, step, reciprocal,
+                     several, wide, wide_stride});
         if (--left == 0) ++gamma, left = of_gamma;
       }
     }
@@ -320,10 +319,10 @@ void LayOutQuad(const Stored& stored, int64_t piece, uint8_t* panels) {
   const int64_t batch = piece / quads, quad = piece % quads, output = quad * kWidth;
   const Strides strides = StridesOf(stored.transposed, stored.depth, stored.outputs);
   const int64_t start = batch * stored.rows * stored.outputs + output * strides.output;
-  Chosen().lay_out(static_cast<const int8_t*>(stored.codes) + start, strides,
-                   std::min(kWidth, stored.outputs - output), stored.depth, nullptr,
-                   panels + (batch * count + quad * kPanels) *
-                                ByteRows(stored.kind, stored.depth) * kRowBytes);
+  Chosen().lay_out(
+      static_cast<const int8_t*>(stored.codes) + start, strides,
+      std::min(kWidth, stored.outputs - output), stored.depth, nullptr,
+      panels + (batch * count + quad * kPanels) * ByteRows(stored.kind, stored.depth) * kRowBytes);
 }
 
 }  // namespace
@@ -331,10 +330,9 @@ void LayOutQuad(const Stored& stored, int64_t piece, uint8_t* panels) {
 void LayOut(Pool& pool, const Stored& stored, uint8_t* panels) {
   const bool ternary = stored.kind == Kind::kTernary;
   const int64_t count = Panels(stored.outputs);
-  const int64_t pieces =
-      stored.batch * (ternary ? stored.groups * count : CeilDiv(count, kPanels));
-  const int64_t bytes = stored.batch * stored.groups * count *
-                        ByteRows(stored.kind, stored.depth) * kRowBytes;
+  const int64_t pieces = stored.batch * (ternary ? stored.groups * count : CeilDiv(count, kPanels));
+  const int64_t bytes =
+      stored.batch * stored.groups * count * ByteRows(stored.kind, stored.depth) * kRowBytes;
   WantLargePages(panels, bytes);
   ParallelFor(pool, pieces, ThreadsFor(pool, bytes), [&](int64_t from, int64_t to) {
     for (; from < to; ++from) {
@@ -346,8 +344,8 @@ void LayOut(Pool& pool, const Stored& stored, uint8_t* panels) {
 
 template void QuantizeRows(Pool&, const float*, int64_t, int64_t, int64_t, int64_t, float, float,
                            int8_t*, float*);
-template void QuantizeRows(Pool&, const BFloat16*, int64_t, int64_t, int64_t, int64_t, float,
-                           float, int8_t*, float*);
+template void QuantizeRows(Pool&, const BFloat16*, int64_t, int64_t, int64_t, int64_t, float, float,
+                           int8_t*, float*);
 template void Multiply(Pool&, const Product&, const Scales&, float*);
 template void Multiply(Pool&, const Product&, const Scales&, BFloat16*);
 

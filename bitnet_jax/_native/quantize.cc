@@ -59,9 +59,8 @@ void QuantizeKernel(Pool& pool, const Ternarized& kernel, const Float* w, int8_t
   const float reciprocal =
       static_cast<float>(1.0 / static_cast<double>(kernel.across ? size : kernel.rows));
   const auto statistic = [&](float sum, const int32_t* count) {
-    const float mean = count == nullptr
-                           ? sum * reciprocal
-                           : sum / static_cast<float>(std::max(*count, int32_t{1}));
+    const float mean = count == nullptr ? sum * reciprocal
+                                        : sum / static_cast<float>(std::max(*count, int32_t{1}));
     return StatisticOf(mean, kernel.eps);
   };
   const auto measure = [&](bool survivors) {

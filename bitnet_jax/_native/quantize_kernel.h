@@ -45,8 +45,7 @@ BITNET_INLINE float PairSum(const Values& values, int first, int64_t column) {
   if constexpr (N == 1) {
     return values.At(first, column);
   } else {
-    return PairSum<N / 2>(values, first, column) +
-           PairSum<N / 2>(values, first + N / 2, column);
+    return PairSum<N / 2>(values, first, column) + PairSum<N / 2>(values, first + N / 2, column);
   }
 }
 

@@ -11,7 +11,9 @@ namespace bitnet {
 
 const Hasher* const kHashers[] = {
 #ifdef BITNET_X86
-    &kAvx512Hasher, &kShaNiHasher, &kAvx2Hasher,
+    &kAvx512Hasher,
+    &kShaNiHasher,
+    &kAvx2Hasher,
 #endif
     nullptr,
 };
@@ -77,9 +79,8 @@ void Sha256(const Hasher& hasher, const Message* messages, int64_t count, uint8_
   std::vector<int64_t> order(count);
   std::iota(order.begin(), order.end(), 0);
   // The longest first: the last ones are short, and few streams wait for them.
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return messages[a].length > messages[b].length;
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return messages[a].length > messages[b].length; });
   Stream stream[kMostStreams];
   alignas(64) uint32_t states[kHashWords * kMostStreams] = {};
   int64_t next = 0, busy = 0;
@@ -101,7 +102,8 @@ void Sha256(const Hasher& hasher, const Message* messages, int64_t count, uint8_
     const int64_t run = least->blocks;
     const uint8_t* from[kMostStreams];
     // A stream without a message repeats another one; nobody reads its state.
-    for (int64_t s = 0; s < streams; ++s) from[s] = stream[s].message < 0 ? least->at : stream[s].at;
+    for (int64_t s = 0; s < streams; ++s)
+      from[s] = stream[s].message < 0 ? least->at : stream[s].at;
     uint32_t found[kMostStreams] = {};
     hasher.compress(from, run, states, found);
     for (int64_t s = 0; s < streams; ++s) {

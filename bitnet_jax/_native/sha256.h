@@ -33,8 +33,7 @@ struct Hasher {
   int64_t streams;
   // Takes `blocks` blocks of each stream, from[stream], into its state: word w is
   // states[w * streams + stream]. Sets bits of threes[stream] where a field of those blocks is 3.
-  void (*compress)(const uint8_t* const* from, int64_t blocks, uint32_t* states,
-                   uint32_t* threes);
+  void (*compress)(const uint8_t* const* from, int64_t blocks, uint32_t* states, uint32_t* threes);
 };
 
 extern const Hasher kAvx512Hasher, kShaNiHasher, kAvx2Hasher;

@@ -17,9 +17,7 @@ struct Avx2Lanes {
   static V Get(const uint32_t* from) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   }
-  static void Put(uint32_t* to, V v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
-  }
+  static void Put(uint32_t* to, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
   static V Every(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
   static V Add(V a, V b) { return _mm256_add_epi32(a, b); }
   static V Subtract(V a, V b) { return _mm256_sub_epi32(a, b); }
@@ -43,9 +41,8 @@ struct Avx2Lanes {
   }
   static V Threes(V found) { return _mm256_and_si256(found, Every(kLowBits)); }
   static V Swap(V v) {
-    return _mm256_shuffle_epi8(
-        v, _mm256_set_epi32(0x0C0D0E0F, 0x08090A0B, 0x04050607, 0x00010203, 0x0C0D0E0F, 0x08090A0B,
-                            0x04050607, 0x00010203));
+    return _mm256_shuffle_epi8(v, _mm256_set_epi32(0x0C0D0E0F, 0x08090A0B, 0x04050607, 0x00010203,
+                                                   0x0C0D0E0F, 0x08090A0B, 0x04050607, 0x00010203));
   }
 
   static void Load(const uint8_t* const* from, int64_t block, V (&w)[16]) {

@@ -35,7 +35,8 @@ struct Avx512Lanes {
   }
   static V Threes(V found) { return _mm512_and_si512(found, Every(kLowBits)); }
   static V Swap(V v) {
-    return _mm512_shuffle_epi8(v, _mm512_set4_epi32(0x0C0D0E0F, 0x08090A0B, 0x04050607, 0x00010203));
+    return _mm512_shuffle_epi8(v,
+                               _mm512_set4_epi32(0x0C0D0E0F, 0x08090A0B, 0x04050607, 0x00010203));
   }
 
   // The processor does not follow 16 streams by itself.
@@ -72,9 +73,7 @@ struct Avx512Lanes {
   }
 };
 
-bool HasAvx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-}
+bool HasAvx512() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"); }
 
 }  // namespace
 

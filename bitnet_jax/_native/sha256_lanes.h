@@ -28,10 +28,10 @@ struct Lanes {
     V &a = s[-r & 7], &b = s[(1 - r) & 7], &c = s[(2 - r) & 7], &d = s[(3 - r) & 7];
     V &e = s[(4 - r) & 7], &f = s[(5 - r) & 7], &g = s[(6 - r) & 7], &h = s[(7 - r) & 7];
     const V known = I::Add(I::Add(h, I::Every(constant)), word);
-    const V turned_e = I::Xor(I::template Rotate<6>(e), I::template Rotate<11>(e),
-                              I::template Rotate<25>(e));
-    const V turned_a = I::Xor(I::template Rotate<2>(a), I::template Rotate<13>(a),
-                              I::template Rotate<22>(a));
+    const V turned_e =
+        I::Xor(I::template Rotate<6>(e), I::template Rotate<11>(e), I::template Rotate<25>(e));
+    const V turned_a =
+        I::Xor(I::template Rotate<2>(a), I::template Rotate<13>(a), I::template Rotate<22>(a));
     const V most = I::Majority(a, b, c);
     const V next = I::Add(I::Add(I::Add(d, known), I::Choose(e, f, g)), turned_e);
     h = I::Add(I::Add(I::Subtract(next, d), most), turned_a);

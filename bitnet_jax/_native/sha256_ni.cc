@@ -28,9 +28,7 @@ struct One {
   __m128i w[4], found;
 };
 
-inline __m128i Load(const void* from) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(from));
-}
+inline __m128i Load(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 
 State Get(const uint32_t* states, int s) {
   const auto word = [&](int w) { return static_cast<int>(states[w * kStreams + s]); };

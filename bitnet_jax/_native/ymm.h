@@ -60,8 +60,8 @@ struct Ymm {
 
   static void AddTo(int32_t* to, Row sums) {
     const Row there = Load(reinterpret_cast<const uint8_t*>(to));
-    Write(reinterpret_cast<uint8_t*>(to), {_mm256_add_epi32(there.low, sums.low),
-                                           _mm256_add_epi32(there.high, sums.high)});
+    Write(reinterpret_cast<uint8_t*>(to),
+          {_mm256_add_epi32(there.low, sums.low), _mm256_add_epi32(there.high, sums.high)});
   }
 };
 

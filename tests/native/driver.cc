@@ -154,8 +154,7 @@ struct Kernel {
   int Laid(int64_t g, int64_t k, int64_t n) const {
     const int64_t count = Panels(outputs), four = n / 64 * 4;
     const int64_t row = 64 * std::min<int64_t>(4, count - four);
-    const uint8_t* panel =
-        panels.get() + (g * count + four) * panel_bytes + 64 * (n / 16 - four);
+    const uint8_t* panel = panels.get() + (g * count + four) * panel_bytes + 64 * (n / 16 - four);
     if (kind == Kind::kInt8) return panel[k / 4 * row + 4 * (n % 16) + k % 4] - 128;
     const int64_t rows = std::min<int64_t>(16, ByteRows(kind, depth) - k / 256 * 16);
     const int64_t in = k % 256, j = in / (4 * rows), r = in % (4 * rows) / 4;
@@ -200,12 +199,19 @@ struct Activations {
 };
 
 Product Kernel::Times(const Activations& x, int64_t form) const {
-  const int8_t* as_stored =
-      form == 2 ? reinterpret_cast<const int8_t*>(table.get()) : each.get();
-  return {kind,           1,        x.rows,
-          outputs,        groups,   depth,
-          x.parts,        x.codes.get(), x.stride,
-          form == 0 ? panels.get() : nullptr, form == 0 ? nullptr : as_stored, form == 2};
+  const int8_t* as_stored = form == 2 ? reinterpret_cast<const int8_t*>(table.get()) : each.get();
+  return {kind,
+          1,
+          x.rows,
+          outputs,
+          groups,
+          depth,
+          x.parts,
+          x.codes.get(),
+          x.stride,
+          form == 0 ? panels.get() : nullptr,
+          form == 0 ? nullptr : as_stored,
+          form == 2};
 }
 
 int64_t WrongSumsFrom(Pool& pool, const Kernel& kernel, const Activations& x, int64_t form) {
@@ -310,8 +316,10 @@ int64_t WrongCodesOf(Pool& pool, int64_t length, int64_t groups) {
     const bool halves = i / length % 2 == 1;
     const float largest = 0.1f * static_cast<float>(1 + i / depth % 13);
     const float half = (static_cast<float>(Random(-126, 125)) + 0.5f) * (largest / 127);
-    Narrow(!halves ? static_cast<float>(Random(-999, 999)) / 64
-                   : i % depth == 0 ? largest : half, &x[i]);
+    Narrow(!halves          ? static_cast<float>(Random(-999, 999)) / 64
+           : i % depth == 0 ? largest
+                            : half,
+           &x[i]);
   }
   Narrow(std::numeric_limits<float>::quiet_NaN(), &x[4 * length + length / 2]);
   Narrow(-std::numeric_limits<float>::infinity(), &x[5 * length + length / 3]);
@@ -391,9 +399,10 @@ int64_t WrongQuantizedOf(Pool& pool, int64_t slices, int64_t rows, int64_t outpu
         sums.push_back(PairSum(column));
       }
       const float sum = PairSum(sums);
-      return std::max(eps, 0x1p32f * (kept == nullptr
-                                          ? sum * static_cast<float>(1.0 / static_cast<double>(count))
-                                          : sum / static_cast<float>(std::max<int64_t>(count, 1))));
+      return std::max(
+          eps,
+          0x1p32f * (kept == nullptr ? sum * static_cast<float>(1.0 / static_cast<double>(count))
+                                     : sum / static_cast<float>(std::max<int64_t>(count, 1))));
     };
     float inverse = 0.0f;
     for (int64_t n = 0; n < outputs; ++n) {

@@ -190,10 +190,10 @@ def test_garbage_is_refused_with_the_path(garbage, shown):
     [
         ("haed", "head/kernel"),
         ("Head", "head/kernel"),
-        ("embeding", "embed/embedding"),
+        ("embeding", "embed/embedding"),  # codespell:ignore
         ("blocks_0/mpl", "blocks_0/mlp/kernel"),
         ("blocks_0/attention", "blocks_0/attn/query/kernel"),
-        ("head/kernal", "head/kernel"),
+        ("head/kernal", "head/kernel"),  # codespell:ignore
     ],
 )
 def test_a_typo_raises_with_near_paths(make, typo, near):
