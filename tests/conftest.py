@@ -8,7 +8,7 @@ that are not marked ``optimised`` compile without LLVM's optimisations.
 import gc
 import importlib.metadata
 import os
-import resource
+import sys
 
 import chex
 import hypothesis
@@ -130,7 +130,11 @@ def pytest_runtest_teardown(item, nextitem):
 
 
 def peak():
-    """The most memory that this process has held, in GB. Linux counts it in KiB."""
+    """The most memory that this process has held, in GB. Linux counts it in KiB; Windows not."""
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
