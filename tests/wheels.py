@@ -1,9 +1,9 @@
-"""Checks built wheels as users get them: ``python tests/wheel.py dist/*.whl``.
+"""Checks built wheels as users get them: ``python tests/wheels.py dist/*.whl``.
 
 A wheel serves every Python 3. One of a platform holds the native library and its bill of
 materials (PEP 770); the pure one, which serves all other platforms, holds neither.
 
-    python tests/wheel.py --installed    the package of this Python loads its library
+    python tests/wheels.py --installed    the package of this Python loads its library
 """
 
 from __future__ import annotations
