@@ -1,0 +1,90 @@
+"""The site: its own pages run, lead somewhere, and hold every public name."""
+
+import importlib
+import inspect
+import re
+import types
+
+import jax
+import pytest
+from example_loader import EXAMPLES
+
+import bitnet_jax as bj
+
+ROOT = EXAMPLES.parent
+DOCS = ROOT / "docs"
+ROOMS = [
+    "bitnet_jax",
+    *(
+        f"bitnet_jax.{name}"
+        for name in bj.__all__
+        if isinstance(getattr(bj, name), types.ModuleType)
+    ),
+]
+# A user's session: optax and Flax promote dtypes.
+pytestmark = pytest.mark.standard_promotion
+OWN = [DOCS / "index.md", DOCS / "coming_from.md"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("page", OWN, ids=lambda page: page.stem)
+def test_code_runs(page, tmp_path, monkeypatch, capsys):
+    """Blocks in ``python`` are ours and run in order; ``py`` is another library's."""
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert blocks
+    with jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            exec(compile(block, str(page), "exec"), names)
+    capsys.readouterr()
+
+
+def shown(page):
+    """The names that a page of the API has documented."""
+    return re.findall(r"^::: (\S+)$", page.read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_name_is_on_a_page(room):
+    module = importlib.import_module(room)
+    wanted = {
+        f"{room}.{name}" for name in module.__all__ if not inspect.ismodule(getattr(module, name))
+    }
+    names = shown(DOCS / "api" / f"{room.removeprefix('bitnet_jax.')}.md")
+    assert len(names) == len(set(names))
+    assert set(names) == wanted
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    listed = set(re.findall(r": (\S+\.md)$", text, flags=re.MULTILINE))
+    own = {str(page.relative_to(DOCS).as_posix()) for page in DOCS.rglob("*.md")}
+    guides = {f"guides/{page.name}" for page in (EXAMPLES / "guides").glob("*.md")}
+    assert listed == own | guides
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        place = (page.parent / link).resolve()
+        if place.parent == DOCS / "guides":  # the guides, which the build brings in
+            place = EXAMPLES / "guides" / place.name
+        assert link.startswith("https://") or place.exists(), link
+
+
+def test_names_that_the_pages_give_are_there():
+    """``bj.x.y`` in a table or a sentence is a name of the package."""
+    for page in OWN:
+        for name in set(re.findall(r"\bbj((?:\.\w+)+)", page.read_text())):
+            value = bj
+            for part in name[1:].split("."):
+                value = getattr(value, part)
+
+
+def test_commands_are_there():
+    text = (DOCS / "coming_from.md").read_text()
+    used = set(re.findall(r"python -m bitnet_jax (\w+)", text))
+    assert used == {"generate", "convert"}
+    help_text = inspect.getsource(importlib.import_module("bitnet_jax.__main__"))
+    assert all(f'"{name}"' in help_text for name in used)
