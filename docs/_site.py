@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import pathlib
 import re
+import sys
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import _figures
+
 ROOT = pathlib.Path(__file__).parents[1]
 GUIDES = ROOT / "examples" / "guides"
+COSTS = "<!-- table: costs -->\n"
 PICTURES = {"../../tests/benchmarks/roofline.png": "pictures/roofline.png"}
 
 
@@ -28,8 +33,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def page(guide: pathlib.Path) -> str:
-    """A guide's text as a page: pictures lie elsewhere, and marks of tables go."""
-    text = guide.read_text()
+    """A guide's text as a page: pictures lie elsewhere; a mark of a table is a figure, or goes."""
+    text = guide.read_text().replace(COSTS, f"{_figures.costs()}\n")
     for source, name in PICTURES.items():
         text = text.replace(f"]({source})", f"](../{name})")
     return re.sub(r"<!-- .*? -->\n", "", text)

@@ -1,13 +1,14 @@
 """The site: its own pages run, lead somewhere, and hold every public name."""
 
 import importlib
+import importlib.util
 import inspect
 import re
 import types
 
 import jax
 import pytest
-from example_loader import EXAMPLES
+from example_loader import EXAMPLES, load_example
 
 import bitnet_jax as bj
 
@@ -88,3 +89,13 @@ def test_commands_are_there():
     assert used == {"generate", "convert"}
     help_text = inspect.getsource(importlib.import_module("bitnet_jax.__main__"))
     assert all(f'"{name}"' in help_text for name in used)
+
+
+def test_the_figure_is_of_the_record():
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "_figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    drawn = re.findall(r'width:([\d.]+)%.*"value">([\d.]+)<', figures.costs())
+    ratios = [row[2] for row in load_example("results").costs("").rows if row[2]]
+    assert [value for _, value in drawn] == ratios
+    assert all(float(width) == pytest.approx(50 * float(ratio), abs=0.1) for width, ratio in drawn)
