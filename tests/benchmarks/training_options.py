@@ -32,6 +32,7 @@ import language_model as example  # isort: skip  # _bench adds its folder
 ROWS = 13  # windows of the held-out text at a time
 FLOAT = "float, two rates"
 TERNARY = "ternary, two rates"
+RAMPED = "ternary, two rates, phased in over 150 steps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Option:
       rest: peak learning rate of the embedding and the norms.
       schedule: from a peak and a number of steps; by default the example's.
       changes: fields of the decoder's config.
+      ramp: steps over which quantisation is phased in.
       product: what a layer computes instead of its own product, from x and its kernel.
       muon: whether Muon trains the kernels; its updates have an rms of 0.2 times the rate.
     """
@@ -53,6 +55,7 @@ class Option:
     rest: float
     schedule: Callable[[float, int], optax.Schedule] = example.schedule
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ramp: int = 0
     product: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     muon: bool = False
 
@@ -126,6 +129,8 @@ OPTIONS = {
     "ternary, one rate, higher, stable for 80 %": Option("ternary", 1e-2, 1e-2, stable(0.2)),
     "ternary, one rate, higher, stable for 50 %": Option("ternary", 1e-2, 1e-2, stable(0.5)),
     TERNARY: Option("ternary", 5e-3, 1.5e-2),
+    RAMPED: Option("ternary", 5e-3, 1.5e-2, ramp=150),
+    "ternary, two rates, the rest's higher": Option("ternary", 5e-3, 3e-2),
     "ternary, two rates, linear": Option("ternary", 5e-3, 1.5e-2, linear(50)),
     "ternary, two rates, kernels' higher": Option("ternary", 8e-3, 3e-3),
     "ternary, two rates, groups of 64": Option("ternary", 5e-3, 1.5e-2, changes=grouped(64, 43)),
@@ -133,7 +138,7 @@ OPTIONS = {
     "ternary kernels, float inputs": Option("ternary", 6e-3, 6e-3, changes={"activations": None}),
     "float kernels, int8 inputs": Option("ternary", 6e-3, 6e-3, product=float_kernel),
 }
-FINALISTS = ("float, one rate", FLOAT, "ternary, one rate", TERNARY)  # the others: one seed
+FINALISTS = ("float, one rate", FLOAT, "ternary, one rate", TERNARY, RAMPED)  # the others: one seed
 
 
 def model_of(option: Option, seed: int) -> bj.models.Decoder:
@@ -168,13 +173,28 @@ def held_out() -> jax.Array:
     return jnp.asarray(windows.reshape(-1, ROWS, windows.shape[1]))
 
 
+@nnx.jit
+def phased_step(
+    model: bj.models.Decoder, optimizer: nnx.Optimizer, batch: jax.Array, strength: jax.Array
+) -> None:
+    """The example's step, at a strength of quantisation."""
+    with bj.phase_in(strength):
+        gradients = nnx.grad(example.loss_of)(model, batch)
+    optimizer.update(model, gradients)
+
+
 def loss_after(option: Option, seed: int, steps: int, bar: tqdm) -> float:
     """Trains, and returns the held-out loss in nats a byte."""
     model, (ids, _) = model_of(option, seed), example.text()
     optimizer = nnx.Optimizer(model, option.optimizer(steps), wrt=nnx.Param)
     rng = np.random.default_rng(seed)
-    for _ in range(steps):
-        example.train_step(model, optimizer, example.windows(ids, example.BATCH, rng))
+    for step in range(steps):
+        batch = example.windows(ids, example.BATCH, rng)
+        if option.ramp:
+            strength = bj.optim.strength_schedule(option.ramp)(step)
+            phased_step(model, optimizer, batch, strength)
+        else:
+            example.train_step(model, optimizer, batch)
         bar.update()
     return float(np.mean([example.evaluate(model, chunk) for chunk in held_out()]))
 
