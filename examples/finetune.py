@@ -154,15 +154,6 @@ def data_of(task: Task, seed: int) -> tuple[Any, tuple[jax.Array, jax.Array]]:
     return jnp.asarray(train), (jnp.asarray(x), jnp.asarray(y))
 
 
-def softened(logits: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Divergence from the teacher's answers, both at ``TEMPERATURE``; times its square, so
-    that the gradient keeps its size (Hinton et al., section 2).
-    """
-    student = jax.nn.log_softmax(logits / TEMPERATURE)
-    target = jax.nn.log_softmax(teacher / TEMPERATURE)
-    return TEMPERATURE**2 * optax.losses.kl_divergence_with_log_targets(student, target).mean()
-
-
 def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
     """Mean over the batch, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
@@ -209,7 +200,8 @@ def trainer(task: Task, way: Way) -> tuple[Any, Any]:
                 if not way.teacher:
                     return loss
                 answers = task.model.apply({"params": teacher}, x)
-                return (1.0 - WEIGHT) * loss + WEIGHT * softened(logits, answers)
+                away = bj.convert.logit_distillation(logits, answers, temperature=TEMPERATURE)
+                return (1.0 - WEIGHT) * loss + WEIGHT * away
 
             updates, state = optimizer(rate).update(jax.grad(loss_fn)(params), state, params)
             return (optax.apply_updates(params, updates), state), None

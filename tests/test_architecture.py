@@ -246,8 +246,11 @@ def test_exports_are_frozen():
         "Option",
         "Quantized",
         "Statistics",
+        "attention_relation",
         "budget",
         "calibrate",
+        "hidden_distillation",
+        "logit_distillation",
     ]
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         bj.nope  # noqa: B018

@@ -1,8 +1,13 @@
-"""Float networks to ternary ones: calibration from batches of inputs."""
+"""Float networks to ternary ones: calibration from batches of inputs, distillation."""
 
 from bitnet_jax.convert._budget import Budget, BudgetedKernel, budget
 from bitnet_jax.convert._calibrate import calibrate
 from bitnet_jax.convert._calibration import CalibratedKernel, Calibration
+from bitnet_jax.convert._distillation import (
+    attention_relation,
+    hidden_distillation,
+    logit_distillation,
+)
 from bitnet_jax.convert._input_statistics import Statistics
 from bitnet_jax.convert._methods import Method, Quantized
 from bitnet_jax.convert._options import CANDIDATES, Option
@@ -17,6 +22,9 @@ __all__ = [
     "Option",
     "Quantized",
     "Statistics",
+    "attention_relation",
     "budget",
     "calibrate",
+    "hidden_distillation",
+    "logit_distillation",
 ]

@@ -18,21 +18,6 @@ def example(monkeypatch):
     return load_example("finetune")
 
 
-def test_the_teachers_part_of_the_loss_is_the_divergence_at_its_temperature(example):
-    rng = np.random.default_rng(0)
-    student, teacher = rng.normal(size=(2, 5, 7))
-
-    def log_softmax(logits):
-        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-    t = example.TEMPERATURE
-    p, q = log_softmax(teacher / t), log_softmax(student / t)
-    expected = t**2 * (np.exp(p) * (p - q)).sum(-1).mean()
-    given = example.softened(jnp.float32(student), jnp.float32(teacher))
-    np.testing.assert_allclose(given, expected, rtol=1e-5)
-    np.testing.assert_allclose(example.softened(*2 * [jnp.float32(teacher)]), 0.0, atol=1e-6)
-
-
 def test_text_is_split_once_and_asks_for_the_next_byte(example):
     text = np.frombuffer(example.manual(), np.uint8)
     train, (x, y) = example.data_of(example.BYTES, 0)
