@@ -242,6 +242,7 @@ def test_exports_are_frozen():
         "BudgetedKernel",
         "CalibratedKernel",
         "Calibration",
+        "Captured",
         "Method",
         "Option",
         "Quantized",
@@ -249,6 +250,7 @@ def test_exports_are_frozen():
         "attention_relation",
         "budget",
         "calibrate",
+        "capture",
         "hidden_distillation",
         "logit_distillation",
     ]

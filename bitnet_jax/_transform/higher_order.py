@@ -97,7 +97,8 @@ def _jit(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
     key = id(eqn.params["jaxpr"]), interpreter.alike(views)
     if key not in interpreter.jitted:
         body = _Wrapped(interpreter, params["jaxpr"], views)
-        interpreter.jitted[key] = body, jax.jit(_named(body, params["name"]), **_how(eqn, views))
+        run = jax.jit(_named(body, params["name"]), **jit_options(eqn, views))
+        interpreter.jitted[key] = body, run
     body, run = interpreter.jitted[key]
     return body.results(run(*values_of(operands)), views)
 
@@ -110,8 +111,8 @@ def _named(body: _Wrapped, name: str) -> Callable[..., tuple[list[Any], list[jax
     return run
 
 
-def _how(eqn: Eqn, views: Sequence[View | None]) -> dict[str, Any]:
-    """The keywords of a jitted function, but for the shardings of its kernels."""
+def jit_options(eqn: Eqn, views: Sequence[View | None]) -> dict[str, Any]:
+    """The keywords of a jitted function with one more result; no shardings of its kernels."""
     params = eqn.params
 
     def given(sharding: object) -> Any:

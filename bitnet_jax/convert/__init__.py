@@ -3,6 +3,7 @@
 from bitnet_jax.convert._budget import Budget, BudgetedKernel, budget
 from bitnet_jax.convert._calibrate import calibrate
 from bitnet_jax.convert._calibration import CalibratedKernel, Calibration
+from bitnet_jax.convert._capture import Captured, capture
 from bitnet_jax.convert._distillation import (
     attention_relation,
     hidden_distillation,
@@ -18,6 +19,7 @@ __all__ = [
     "BudgetedKernel",
     "CalibratedKernel",
     "Calibration",
+    "Captured",
     "Method",
     "Option",
     "Quantized",
@@ -25,6 +27,7 @@ __all__ = [
     "attention_relation",
     "budget",
     "calibrate",
+    "capture",
     "hidden_distillation",
     "logit_distillation",
 ]
