@@ -243,6 +243,8 @@ def test_exports_are_frozen():
         "CalibratedKernel",
         "Calibration",
         "Captured",
+        "FinetuneRecipe",
+        "Losses",
         "Method",
         "Option",
         "Quantized",
@@ -251,6 +253,7 @@ def test_exports_are_frozen():
         "budget",
         "calibrate",
         "capture",
+        "finetune_recipe",
         "hidden_distillation",
         "logit_distillation",
     ]

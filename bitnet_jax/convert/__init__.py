@@ -9,6 +9,7 @@ from bitnet_jax.convert._distillation import (
     hidden_distillation,
     logit_distillation,
 )
+from bitnet_jax.convert._finetune_recipe import FinetuneRecipe, Losses, finetune_recipe
 from bitnet_jax.convert._input_statistics import Statistics
 from bitnet_jax.convert._methods import Method, Quantized
 from bitnet_jax.convert._options import CANDIDATES, Option
@@ -20,6 +21,8 @@ __all__ = [
     "CalibratedKernel",
     "Calibration",
     "Captured",
+    "FinetuneRecipe",
+    "Losses",
     "Method",
     "Option",
     "Quantized",
@@ -28,6 +31,7 @@ __all__ = [
     "budget",
     "calibrate",
     "capture",
+    "finetune_recipe",
     "hidden_distillation",
     "logit_distillation",
 ]
