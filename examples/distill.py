@@ -8,8 +8,9 @@ The byte decoder of ``language_model.py`` (NNX) and the network of ``digits.py``
 trained in float. The ternary network starts from those weights and takes half of the steps: with
 labels alone, and by ``bj.convert.finetune_recipe``, whose losses compare answers, hidden states
 and relations of attention with the float network's. ``bj.convert.capture`` hands the states out;
-neither model is edited. Beside them, a ternary network from scratch in all steps. Every ternary
-figure is that of the packed network.
+neither model is edited. Beside them, a ternary network from scratch in all steps. A second table
+is of the digits' network without norms, and what ``ternarize(norm=True)`` puts before its layers
+is worth. Every ternary figure is that of the packed network.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import language_model
 import numpy as np
 import optax
+from flax import linen as nn
 from flax import nnx
 from results import Table, save
 from tqdm import tqdm
@@ -69,9 +71,9 @@ WAYS = (
     Way("labels alone, phased in", recipe={"logits": 0.0}),
     Way("the recipe, from `gptq`", gptq=True),
     Way("labels alone, from `gptq`", recipe=LABELS, gptq=True),
+    Way("ternary from scratch", tuned=False, recipe=LABELS),
     Way("the recipe, and hidden states", recipe={"hidden": 1.0}),
     Way("the recipe, hidden states and relations", recipe=STATES),
-    Way("ternary from scratch", tuned=False, recipe=LABELS),
 )
 UNTRAINED = "packed without training"
 CALIBRATED = "`gptq` without training"
@@ -189,13 +191,47 @@ def manual(steps: int) -> Task:
     )
 
 
+class Plain(nn.Module):
+    """The network of ``digits.py`` as most float networks are: no norm before its layers."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits (batch, 10) of pixels (batch, 64)."""
+        for i, size in enumerate((32, 32)):
+            x = nn.relu(nn.Dense(size, name=f"layer_{i}")(x))
+        return nn.Dense(10, name="layer_2")(x)
+
+
+def without_norms(steps: int, norm: bool) -> Task:
+    """The digits again, and what ``ternarize(norm=True)`` puts before the layers is worth."""
+    ternary = bj.linen.ternarize(Plain(), norm=norm)
+    task = digits(steps)
+    x = jnp.zeros((1, 64))
+
+    def init(seed: int) -> Any:
+        return Plain().init(jax.random.key(seed), x)["params"]
+
+    def run(kind: str, patterns: Sequence[str]) -> Any:
+        assert not patterns
+        apply = Plain().apply if kind == "float" else ternary.apply
+        return lambda params, x: (apply({"params": params}, x), {})
+
+    return dataclasses.replace(
+        task,
+        name=f"norm={norm}",
+        init=init,
+        run=run,
+        packed=lambda params: bj.linen.pack(ternary, params, x)[0],
+        calibrated=lambda params, x: bj.convert.calibrate(ternary, params, x)[0],
+    )
+
+
 @functools.cache
 def trainer(task: Task, way: Way) -> tuple[Any, Any]:
     """The optimizer of a way, and ``EVERY`` steps with it; compiled once."""
     steps = task.steps // 2 if way.tuned else task.steps
-    options = {k: v for k, v in way.recipe.items() if k != "relations" or task.relations}
     rate = task.rates["tuned" if way.tuned else way.kind]
-    recipe = bj.convert.finetune_recipe(steps, rate, **options)
+    recipe = bj.convert.finetune_recipe(steps, rate, **way.recipe)
     tx = recipe.optimizer()
     shown = [*[task.hidden] * bool(recipe.hidden), *task.relations * bool(recipe.relations)]
     student, float_run = task.run(way.kind, shown), task.run("float", shown)
@@ -294,35 +330,49 @@ def summary(results: dict[Task, Scores]) -> Table:
         rows.append(row)
     heads = [h for t in results for h in (f"{t.name}: steps", "loss, nats", "accuracy, %")]
     seeds = max(len(values) for found in results.values() for values in found.values())
-    return Table(f"{seeds} seed(s)", ["", *heads], rows)
+    return Table(f"{what}, {seeds} seed(s)", ["", *heads], rows)
+
+
+@functools.cache
+def tables() -> dict[str, dict[Task, tuple[Way, ...]]]:
+    """What is run for each table: tasks, and the ways of each."""
+    alone = tuple(way for way in WAYS if way.recipe != STATES)
+    norms = (FLOAT, CONTROL, RECIPE)
+    return {
+        "Ways": {digits(1320): alone, manual(600): WAYS},
+        "Norms": {without_norms(1320, norm): norms for norm in (False, True)},
+    }
+
+
+def quick(plan: dict[Task, tuple[Way, ...]]) -> dict[Task, tuple[Way, ...]]:
+    """The last way of each task that is tuned, and a few steps."""
+    few = {dataclasses.replace(task, steps=2 * EVERY): ways for task, ways in plan.items()}
+    return {t: (FLOAT, [w for w in ways if w.tuned][-1]) for t, ways in few.items()}
 
 
 def main(argv: list[str] | None = None) -> dict[Task, Scores]:
-    """Runs both tasks and prints the table, which is recorded after each seed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Runs all tasks and prints both tables, which are recorded after each seed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds (default 1)")
-    parser.add_argument("--only", choices=["digits", "bytes"], help="one of the tasks")
     parser.add_argument("--quick", action="store_true", help="a few steps, a smoke test")
-    parser.add_argument("--json", help="where to record the table")
+    parser.add_argument("--json", help="where to record the tables")
     args = parser.parse_args(argv)
-    tasks, ways = [digits(1320), manual(600)], WAYS
-    tasks = [task for task in tasks if args.only in (None, task.name)]
-    if args.quick:
-        tasks = [dataclasses.replace(task, steps=2 * EVERY) for task in tasks]
-        ways = (FLOAT, next(way for way in WAYS if way.recipe == STATES))
+    plans = {what: quick(plan) if args.quick else plan for what, plan in tables().items()}
     text = finetune.manual()
     print(f"text: {len(text):,} B, sha256 {hashlib.sha256(text).hexdigest()[:16]}")
 
-    results: dict[Task, Scores] = {task: {} for task in tasks}
-    parts = sum(t.steps // 2 if w.tuned else t.steps for t in tasks for w in ways)
+    results = {what: {task: {} for task in plan} for what, plan in plans.items()}
+    pairs = [pair for plan in plans.values() for pair in plan.items()]
+    parts = sum(t.steps // 2 if w.tuned else t.steps for t, ways in pairs for w in ways)
     with tqdm(total=parts * args.seeds, unit="step", disable=None) as bar:
         for seed in range(args.seeds):
-            for task in tasks:
-                run(task, seed, ways, results[task], bar)
-            save(args.json, summary(results))
-    table = summary(results)
-    print(f"\n{table.title}\n\n{table}")
-    return results
+            for what, plan in plans.items():
+                for task, ways in plan.items():
+                    run(task, seed, ways, results[what][task], bar)
+            shown = [summary(what, found) for what, found in results.items()]
+            save(args.json, *shown)
+    print(*(f"\n{table.title}\n\n{table}" for table in shown), sep="\n")
+    return {task: scores for found in results.values() for task, scores in found.items()}
 
 
 if __name__ == "__main__":

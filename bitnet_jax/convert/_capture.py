@@ -56,7 +56,7 @@ def capture(fn: Callable[..., PyTree], *patterns: str) -> Captured:
 
     Raises:
       TypeError: ``fn`` cannot be called, or is a linen module. When it is called: a module whose
-        output holds what is no array.
+        output holds what is no array; abstract arguments.
       ValueError: no patterns, or other than names. When it is called: a pattern that matches
         nothing, with near paths; two NNX models.
       NotImplementedError: when it is called: a value in a ``while`` loop, in one branch of a
@@ -104,6 +104,7 @@ class Captured:
         """``(result, values)``; see :func:`capture`."""
         given = ((self._fn, *args) if isinstance(self._fn, nnx.Module) else args), kwargs
         leaves, treedef = jax.tree.flatten(given, is_leaf=_is_model)
+        _require_no_structs(leaves)
         model = _only_model(leaves)
         at = [i for i, v in enumerate(leaves) if _is_array(v)]
         graph, state = (None, None) if model is None else nnx.split(model)
@@ -273,8 +274,7 @@ def _is_model(value: object) -> bool:
 
 
 def _is_array(value: object) -> bool:
-    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-    return isinstance(value, kinds) and not _is_model(value)
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
 
 
 def _only_model(leaves: Sequence[Any]) -> nnx.Module | None:
@@ -287,6 +287,15 @@ def _only_model(leaves: Sequence[Any]) -> nnx.Module | None:
             "the function of each on its own."
         )
     return next(iter(models.values()), None)
+
+
+def _require_no_structs(leaves: Sequence[object]) -> None:
+    """Raises for abstract arrays: a call computes."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        raise TypeError(
+            f"{WHO}: the arguments hold jax.ShapeDtypeStruct, and a call needs arrays. Use "
+            "jax.eval_shape(captured, ...)."
+        )
 
 
 def _require_function(fn: object) -> None:

@@ -260,6 +260,18 @@ def test_two_captures_keep_to_themselves():
     assert set(inner(params, X)[1]) == {"shared/down", "hidden"}
 
 
+def test_jitted_code_keeps_its_shardings():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    inner = jax.jit(
+        lambda x: checkpoint_name(2 * x, "h") + 1, in_shardings=rows, out_shardings=rows
+    )
+    x = jax.device_put(jnp.arange(8.0), rows)
+    y, values = capture(inner, "h")(x)
+    assert y.sharding == inner(x).sharding == rows
+    np.testing.assert_array_equal(values["h"][0], 2 * x)
+
+
 def conditional(x):
     return jax.lax.cond(x.sum() > 0, lambda x: checkpoint_name(x, "h"), lambda x: x, x)
 
@@ -309,6 +321,8 @@ def test_bad_input_is_named():
     for patterns in ((), ("",), ("a/",), (3,)):
         with pytest.raises(ValueError, match="`patterns` must be one or more names"):
             capture(model.apply, *patterns)
+    with pytest.raises(TypeError, match=r"Use jax\.eval_shape\(captured"):
+        capture(model.apply, "blocks")(params, jax.ShapeDtypeStruct((3, 8), jnp.float32))
     pair = Stack(nnx.Rngs(0)), Stack(nnx.Rngs(0))
     with pytest.raises(ValueError, match="one NNX model, got Stack and Stack"):
         capture(lambda a, b, x: a(x) + b(x), "layers/*")(*pair, X)

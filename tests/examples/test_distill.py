@@ -30,7 +30,7 @@ def test_the_digits_come_back_from_packing(example):
     assert float_loss < 0.5
     assert tuned < untrained - 0.1
     assert accuracy > 90
-    table = str(example.summary({task: results}))
+    table = str(example.summary("Ways", {task: results}))
     assert "+ 200" in table
     assert states.name in table
 
