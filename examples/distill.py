@@ -310,7 +310,7 @@ def run(task: Task, seed: int, ways: Sequence[Way], results: Scores, bar: tqdm) 
             results.setdefault(name, []).append(scores(task, "ternary", packed, held_out))
 
 
-def summary(results: dict[Task, Scores]) -> Table:
+def summary(what: str, results: dict[Task, Scores]) -> Table:
     """A row for each way: steps, held-out loss and accuracy of each task."""
 
     def cell(values: Sequence[float], digits: int) -> str:
@@ -324,9 +324,7 @@ def summary(results: dict[Task, Scores]) -> Table:
         for task, found in results.items():
             steps = way and (f"+ {task.steps // 2:,}" if way.tuned else f"{task.steps:,}")
             losses, accuracies = zip(*found[name], strict=True) if name in found else ((), ())
-            row += (
-                [steps or "", cell(losses, 3), f"{cell(accuracies, 2)} %"] if losses else [""] * 3
-            )
+            row += [steps or "", cell(losses, 3), cell(accuracies, 2)] if losses else [""] * 3
         rows.append(row)
     heads = [h for t in results for h in (f"{t.name}: steps", "loss, nats", "accuracy, %")]
     seeds = max(len(values) for found in results.values() for values in found.values())
