@@ -213,7 +213,7 @@ def _phased_dot_forward(
 
 def _phased_dot_backward(
     spec: Contraction,
-    residuals: tuple[AnyArray, AnyArray, Float32[Array, ""]],
+    residuals: tuple[AnyArray, AnyArray, Float32[AnyArray, ""]],
     g: Gradient,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float32[Array, ""]]:
     x, w, strength = residuals
