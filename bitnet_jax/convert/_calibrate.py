@@ -67,8 +67,9 @@ def calibrate(
     expert's empty places) are no tokens; a convolution's tokens are the places of its window.
 
     Args:
-      ternary: a function from ``bj.ternarize``, a linen model from ``bj.linen.ternarize`` or with
-        layers of this package, or an NNX model after ``bj.nnx.ternarize``.
+      ternary: a function from ``bj.ternarize``, a linen model from ``bj.linen.ternarize``, an NNX
+        model after ``bj.nnx.ternarize``, or a model of either with layers of this package, such
+        as a ``bj.models.Decoder``.
       params: its float parameters; None for an NNX model, which holds its own.
       batches: examples of calls, read once. A tuple holds all positional arguments but the
         params; anything else is the one argument.

@@ -132,7 +132,7 @@ class _Linen:
 
 
 class _Nnx:
-    """An NNX model, after ``bj.nnx.ternarize``."""
+    """An NNX model, after ``bj.nnx.ternarize`` or with layers of this package."""
 
     def __init__(self, model: nnx.Module, call: Mapping[str, Any]):
         self._model, self._kwargs = model, dict(call)

@@ -29,6 +29,7 @@ from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._transform import EMBEDDING, ProgramPlan, Spec, Ternarized
 from bitnet_jax._transform.slopes import Losses
 from bitnet_jax._tree.select import Path, Select
+from bitnet_jax.nnx._bit_linear import TernaryLayer
 
 _TAG = "bitnet_jax.nnx.ternarize"
 
@@ -104,11 +105,21 @@ def call(module: nnx.Module, method: Any, args: tuple[Any, ...], kwargs: dict[st
 
 @contextlib.contextmanager
 def splitting(
-    plan: Plan, module: nnx.Module, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    plan: Plan,
+    module: nnx.Module,
+    method: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    layers: bool = False,
 ) -> Iterator[Split]:
-    """A call, split, while Flax remembers which node inside is which outside."""
+    """A call, split, while Flax remembers which node inside is which outside.
+
+    ``layers``: whether the parameters of layers of this package are among those of the call; they
+    quantise by themselves, so a call that is to be computed leaves them out.
+    """
     with nnx.update_context(_TAG):
-        yield Split(plan, module, method, args, kwargs)
+        yield Split(plan, module, method, args, kwargs, layers)
 
 
 def _bound(module: nnx.Module, method: Any) -> Callable[..., Any]:
@@ -168,11 +179,12 @@ class Split:
         method: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        layers: bool = False,
     ):
         inputs = module, args, kwargs
         pure = extract.to_tree(inputs, ctxtag=_TAG)
         self._leaves, treedef = jax.tree.flatten(pure, is_leaf=_is_variable)
-        owned = dict(_owned(plan, inputs, pure))
+        owned = dict(_owned(plan, inputs, pure, layers))
         owners = [owned.get(id(leaf)) for leaf in self._leaves]
         form = _Form(plan, method, treedef, tuple(o and o[0] for o in owners))
         self.params = {path: v for path, v in zip(form.paths, self._leaves, strict=True) if path}
@@ -301,8 +313,13 @@ def _graphdefs(tree: Any) -> list[Any]:
     return [node.graphdef for node in _split_nodes(tree)]
 
 
-def _owned(plan: Plan, inputs: Any, pure: Any) -> Iterator[tuple[int, tuple[Path, nnx.Module]]]:
-    """The parameters of a plan: by identity, their paths and the modules that hold them."""
+def _owned(
+    plan: Plan, inputs: Any, pure: Any, layers: bool
+) -> Iterator[tuple[int, tuple[Path, nnx.Module]]]:
+    """The parameters of a plan: by identity, their paths and the modules that hold them.
+
+    ``layers``: those of this package's layers in the called module, too.
+    """
     nodes = [n for n in jax.tree.leaves(inputs, is_leaf=_is_node) if _is_node(n)]
     states = [
         n for n in jax.tree.leaves(pure, is_leaf=extract.is_tree_node) if extract.is_tree_node(n)
@@ -314,8 +331,12 @@ def _owned(plan: Plan, inputs: Any, pure: Any) -> Iterator[tuple[int, tuple[Path
         for path, variable in nnx.to_flat_state(split.state):
             owner, names = owner_of(modules, path)
             place = place_of(owner)
-            if place is not None and place.plan == plan and isinstance(variable, nnx.Param):
+            if not isinstance(variable, nnx.Param):
+                continue
+            if place is not None and place.plan == plan:
                 yield id(variable), ((*place.path, *names), owner)
+            elif layers and node is inputs[0] and isinstance(owner, TernaryLayer):
+                yield id(variable), (tuple(map(str, path)), owner)
 
 
 def owner_of(modules: dict[Any, nnx.Module], path: Sequence[Any]) -> tuple[Any, Path]:

@@ -21,12 +21,12 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from bitnet_jax import _checks
-from bitnet_jax._layers.forward import layer_config
+from bitnet_jax._layers.forward import LayerConfig, layer_config
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._transform import ProgramCoverage
-from bitnet_jax._transform.decide import NOT_SELECTED
+from bitnet_jax._transform.decide import NOT_SELECTED, UNREACHED
 from bitnet_jax._transform.probe import Probe, Wanted
 from bitnet_jax._transform.slopes import Losses
 from bitnet_jax._tree.pack_report import PackReport
@@ -310,7 +310,8 @@ def explain(
         who, "model", model, nnx.Module, "Pass an NNX module; linen models have bj.linen."
     )
     for example in _examples(method, (), args, kwargs):
-        return coverage(model, example)
+        with _split(who, model, example) as split:
+            return split.function.explain(*split.operands)
     rows = (site.row(*_sites.settled(who, site)) for site in _sites.sites(model))
     return _coverage.Coverage(tuple(rows))
 
@@ -329,17 +330,34 @@ def _examples(
     return [*first, *((name, tuple(rest), {}) for name, *rest in calls)]
 
 
-def _split(who: str, model: nnx.Module, example: Example) -> AbstractContextManager[Split]:
-    """A call of an example, split for the transformation."""
+def _nothing(path: Path, leaf: object) -> bool:
+    """A selector for models in which only the layers of this package are quantised."""
+    del path, leaf
+    return False
+
+
+_STATED = Plan(_nothing, LayerConfig(), frozenset(), None, "part")
+
+
+def _split(
+    who: str, model: nnx.Module, example: Example, *, layers: bool = False
+) -> AbstractContextManager[Split]:
+    """A call of an example, split for the transformation.
+
+    ``layers``: as of :func:`splitting`; a model of such layers alone need not be ternarised.
+    """
     name, args, kwargs = example
     place = place_of(model)
     run = inspect.getattr_static(type(model), name, None)
+    own = layers and any(isinstance(m, TernaryLayer) for _, m in nnx.iter_modules(model))
+    if place is None and own and inspect.isfunction(run):
+        return splitting(_STATED, model, run, args, kwargs, layers=True)
     if place is None or not hasattr(run, "__wrapped__"):
         raise ValueError(
             f"{who}: {type(model).__name__}.{name} is no method of a ternarised model. Call "
             "bj.nnx.ternarize(model) first, or leave the example out."
         )
-    return splitting(place.plan, model, run.__wrapped__, args, kwargs)
+    return splitting(place.plan, model, run.__wrapped__, args, kwargs, layers=layers)
 
 
 def _kernels(who: str, model: nnx.Module, examples: Sequence[Example]) -> Kernels:
@@ -394,21 +412,33 @@ def _traced(who: str, model: nnx.Module, examples: Sequence[Example]) -> dict[Pa
 
 
 def packable(model: nnx.Module, example: Example) -> Kernels:
-    """The kernels that :func:`pack` packs, by one example."""
-    return _kernels("pack", model, [example])
+    """The kernels that a calibration packs: those that one example quantises.
+
+    A model that is not ternarised has those of this package's layers.
+    """
+    unmet = {row.path for row in coverage(model, example).rows if row.primitive == "-"}
+    examples = [example] if place_of(model) is not None else []
+    uses = _kernels("pack", model, examples).uses
+    return Kernels({path: use for path, use in uses.items() if "/".join(path) not in unmet})
 
 
 def coverage(model: nnx.Module, example: Example) -> ProgramCoverage:
-    """What one call does with every parameter of a ternarised model."""
-    with _split("explain", model, example) as split:
-        return split.function.explain(*split.operands)
+    """What one call does with every parameter of a model to calibrate."""
+    with _split("calibrate", model, example, layers=True) as split:
+        table = split.function.explain(*split.operands)
+    own = {"/".join(site.path) for site in _sites.sites(model) if site.is_layer}
+    rows = (  # layers of this package need no selector
+        dataclasses.replace(row, why=UNREACHED) if row.primitive == "-" and row.path in own else row
+        for row in table.rows
+    )
+    return dataclasses.replace(table, rows=tuple(rows))
 
 
 def moments(
     model: nnx.Module, wanted: Mapping[Path, Wanted], example: Example
 ) -> dict[Path, Probe]:
     """What kernels meet in one call of the float model, by their paths in the model."""
-    with _split("calibrate", model, example) as split:
+    with _split("calibrate", model, example, layers=True) as split:
         own = _paths_in_model(model, split)
         inside = {path: wanted[where] for path, where in own.items() if where in wanted}
         found = split.function.moments(inside, *split.operands)
@@ -423,7 +453,7 @@ def slopes(
     example: Example,
 ) -> tuple[dict[Path, jax.Array], jax.Array]:
     """Squared gradients of losses of one call of the float model, by paths in the model."""
-    with _split("calibrate", model, example) as split:
+    with _split("calibrate", model, example, layers=True) as split:
         own = _paths_in_model(model, split)
         inside = {path: batch_axes[where] for path, where in own.items() if where in batch_axes}
         found, count = split.function.slopes(inside, losses, key, *split.operands)

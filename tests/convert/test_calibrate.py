@@ -520,6 +520,62 @@ def test_an_nnx_model():
     jax.tree.map(np.testing.assert_array_equal, before, after)  # the model is not changed
 
 
+class Own(nnx.Module):
+    """A layer of this package, a float one, and one that calls do not reach."""
+
+    def __init__(self, rngs, head=nnx.Linear):
+        self.first = bj.nnx.BitLinear(16, 24, rngs=rngs)
+        self.head = head(24, 4, rngs=rngs)
+        self.spare = bj.nnx.BitLinear(24, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.first(x)))
+
+    def encode(self, x):
+        return self.first(x)
+
+
+@pytest.mark.parametrize("ternarised", [False, True])
+def test_an_nnx_model_with_layers_of_this_package(ternarised):
+    model = Own(nnx.Rngs(0))
+    w, b = wide(model.first.kernel[...], model.first.bias[...])
+    (v,) = wide(model.head.kernel[...])
+    if ternarised:
+        bj.nnx.ternarize(model, activations=None)
+    kept, packed, report = collected(model, None, [X[:3], X[3:]])
+    check(kept.of(w[None]), ROWS)
+    expected = ["first/kernel"]
+    if ternarised:
+        check(kept.of(v[None]), np.tanh(ROWS @ w + b))
+        expected.append("head/kernel")
+    assert [row.path for row in report.rows] == expected
+    assert report.unreached == ("spare/kernel",)
+    assert packed(X).shape == (5, 7, 4)
+    assert isinstance(packed.first.kernel.get_value(), bj.PackedTernary)
+    assert isinstance(packed.spare.kernel.get_value(), jax.Array)
+    kept, _, report = collected(model, None, [X], call={"method": "encode"})
+    check(kept.of(w[None]), ROWS)
+    assert [row.path for row in report.rows] == ["first/kernel"]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_decoder(scan):
+    config = bj.models.DecoderConfig(
+        vocabulary=32, width=16, hidden=32, depth=2, heads=2, scan=scan, embedding=bj.Int8Config()
+    )
+    model = bj.models.Decoder(config, rngs=nnx.Rngs(0))
+    keys = jax.random.split(jax.random.key(0))
+    batches = [jax.random.randint(key, (3, 8), 0, 32) for key in keys]
+    packed, report = bj.convert.calibrate(model, None, batches, method="gptq")
+    rows = {row.path: row for row in report.rows}
+    assert len(rows) == (7 if scan else 14) + 1
+    assert {row.tokens for path, row in rows.items() if path.startswith("layers")} == {48}
+    assert rows["embed/embedding"].method == "int8"
+    assert report.unreached == ()
+    assert packed(batches[0])[0].shape == (3, 8, 32)
+    assert len(packed.prepare().generate([1, 2], max_new_tokens=3)) == 3
+
+
 class Stack(nnx.Module):
     """Layers stacked by vmap and run by scan, one of them used on both sides."""
 
