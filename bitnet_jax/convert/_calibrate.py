@@ -47,6 +47,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     method: AnyMethod | Mapping[str, AnyMethod] | MethodOf = "gptq",
+    equal_tokens: bool = False,
     call: Mapping[str, Any] | None = None,
     loss: Callable[..., Any] | None = None,
     candidates: Sequence[KernelConfig] | None = None,
@@ -79,6 +80,10 @@ def calibrate(
         of path and shape that returns one.
         Kernels with an ``Int8Config`` keep their own quantiser. If no method needs statistics,
         the first batch alone is read, for the kernels' axes.
+      equal_tokens: whether every token counts the same: in the sums each x is divided by its root
+        mean square. For networks in which a few tokens have inputs many times as large as all
+        others, as language models have: the sums, and so the codes, would be those tokens'. The
+        errors of the report are then of such x, too.
       call: keyword arguments of every call. For a linen model also ``method``, ``rngs`` and
         ``variables``, as ``bj.linen.pack`` takes them; for an NNX model ``method``.
       loss: a function of what the network returns and of the call's positional arguments, but
@@ -123,6 +128,7 @@ def calibrate(
     References:
       Frantar et al., GPTQ, arXiv:2210.17323, for the loss and ``"gptq"``.
     """
+    _checks.require_instance(WHO, "equal_tokens", equal_tokens, bool, "Use True or False.")
     net = front_end(WHO, ternary, params, call)
     _require_callback(progress)
     _require_loss(loss)
@@ -138,7 +144,7 @@ def calibrate(
         unreached = tuple(r.path for r in net.coverage(first).rows if r.why == UNREACHED)
     chosen, treedef = chosen_leaves(WHO, net.params, B158, uses, values=True)
     met = [leaf for leaf, config in chosen if config is not None]
-    kernels = _kernels(uses, met, method, probed=loss is not None)
+    kernels = _kernels(uses, met, method, equal_tokens, probed=loss is not None)
     require_fitting(configs, [(k.spec, tuple(k.leaf.value.shape)) for k in kernels])
     length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
     losses = None if loss is None else net.losses(loss)
@@ -185,7 +191,7 @@ def _examples(batches: Iterable[Any]) -> Iterator[Args]:
 
 
 def _kernels(
-    uses: Kernels, leaves: Sequence[Leaf], method: Any, *, probed: bool
+    uses: Kernels, leaves: Sequence[Leaf], method: Any, equal_tokens: bool, *, probed: bool
 ) -> list[FloatKernel]:
     """The kernels to convert, checked, each with its method."""
     axes = axes_for(uses, None)
@@ -198,7 +204,7 @@ def _kernels(
         spec = spec_of_leaf(WHO, leaf, uses.uses[leaf.path].config, axes)
         name, chosen = methods.get(leaf.path, ("int8", None))
         require_planes(leaf.where, chosen, spec.config)
-        kernels.append(FloatKernel(leaf, spec, name, chosen, probed))
+        kernels.append(FloatKernel(leaf, spec, name, chosen, equal_tokens, probed))
     return kernels
 
 

@@ -38,6 +38,7 @@ class FloatKernel(NamedTuple):
       spec: how it is quantised.
       name: of its method.
       method: None: an int8 kernel has none.
+      equal: whether every token counts the same in what is known of its inputs.
       probed: whether its inputs are looked at though its method needs nothing.
     """
 
@@ -45,6 +46,7 @@ class FloatKernel(NamedTuple):
     spec: KernelSpec
     name: str
     method: Method | None
+    equal: bool = False
     probed: bool = False
 
     @property
@@ -53,7 +55,8 @@ class FloatKernel(NamedTuple):
         needs = "nothing" if self.method is None else self.method.needs
         if needs == "nothing" and not self.probed:
             return None
-        return Wanted(tuple(self.leaf.value.shape), self.spec.axes, needs == "matrix")
+        shape = tuple(self.leaf.value.shape)
+        return Wanted(shape, self.spec.axes, needs == "matrix", self.equal)
 
 
 def converted(
@@ -70,7 +73,7 @@ def converted(
       squares: (B,) the mean of its squared gradient; None: no loss is known.
       candidates: other configs to measure.
     """
-    leaf, spec, name, method, _ = kernel
+    leaf, spec, name, method, *_ = kernel
     w = leaf.value if isinstance(leaf.value, jax.Array) else jnp.asarray(leaf.value)
     canonical = _canonical_kernel(leaf, spec)
     tokens = None if statistics is None else int(statistics.tokens.min())
@@ -102,7 +105,7 @@ def _quantized(
     config: KernelConfig,
 ) -> Quantized:
     """A kernel by its method and a config, or by the quantiser of an int8 one."""
-    leaf, spec, name, method, _ = kernel
+    leaf, spec, name, method, *_ = kernel
     if isinstance(config, Int8Config) or method is None:
         return Quantized(*_canonical_parts(pack_kernel(w, spec._replace(config=config))), ())
     made = method.quantize(canonical, statistics, config)

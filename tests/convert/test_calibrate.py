@@ -520,6 +520,48 @@ def test_an_nnx_model():
     jax.tree.map(np.testing.assert_array_equal, before, after)  # the model is not changed
 
 
+@pytest.mark.parametrize("needs", ["matrix", "diagonal"])
+def test_tokens_that_count_the_same(needs):
+    """Each row over its root mean square, whatever its size; rows of zeros are no tokens."""
+    size = np.logspace(-18, 18, 35).reshape(5, 7, 1)  # squares of the largest would overflow
+    x = jnp.asarray(np.asarray(X) * size, jnp.float32)
+    w = normal(1, 16, 3)
+    ternary = bj.ternarize(lambda p, x: x @ p["w"])
+    batches = [x[:3], x[3:], 0 * x]
+    kept, _, report = collected(ternary, {"w": w}, batches, needs=needs, equal_tokens=True)
+    rows = ROWS / np.sqrt(np.square(ROWS).mean(-1, keepdims=True))
+    check(kept.of(wide(w)[0][None]), rows)
+    assert report.rows[0].tokens == 35
+
+
+def test_equal_tokens_in_a_scan_and_of_slices_of_their_own():
+    stack = normal(1, 3, 16, 16) / 4
+
+    def network(params, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)[0]
+
+    kept, _, _ = collected(bj.ternarize(network), stack, [X], equal_tokens=True)
+    inputs, h = [], ROWS
+    for w in wide(stack)[0]:
+        inputs.append(h / np.sqrt(np.square(h).mean(-1, keepdims=True)))
+        h = np.tanh(h @ w)
+    check(kept.of(wide(stack)[0]), *inputs)
+
+
+def test_codes_follow_all_tokens_where_one_is_large():
+    """Tokens a thousand times as large decide the codes, unless all count the same."""
+    x = np.array(normal(0, 64, 32), np.float32)
+    x[:16] *= 1000
+    w, config = normal(1, 32, 24), bj.TernaryConfig(granularity=16)
+    ternary = bj.ternarize(lambda p, x: x @ p["w"], weights=config, activations=None)
+    lost = {}
+    for equal in (False, True):
+        packed, _ = calibrate(ternary, {"w": w}, [jnp.asarray(x)], equal_tokens=equal)
+        difference = x @ np.asarray(packed["w"].dequantize() - w, np.float64)
+        lost[equal] = np.square(difference[16:]).sum()
+    assert lost[True] < 0.8 * lost[False]
+
+
 class Own(nnx.Module):
     """A layer of this package, a float one, and one that calls do not reach."""
 
@@ -849,6 +891,7 @@ def test_networks_that_are_none():
     refused(TypeError, "`params` is None", ternary, None, [X])
     refused(TypeError, "`call` must be a dict", ternary, params, [X], call=["train"])
     refused(TypeError, "`progress` must be a function", ternary, params, [X], progress=1)
+    refused(TypeError, "`equal_tokens` must be", ternary, params, [X], equal_tokens="yes")
     model = Pair(nnx.Rngs(0))
     bj.nnx.ternarize(model)
     refused(TypeError, "`params` must be None for an NNX model", model, params, [X])

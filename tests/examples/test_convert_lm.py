@@ -88,28 +88,37 @@ def test_parts_are_ternary_where_they_are_chosen(example):
     model = bj.models.Decoder(config, rngs=nnx.Rngs(0))
     x = jax.random.randint(jax.random.key(0), (2, 8), 0, 32)
     packed, _ = bj.nnx.pack(example.quantised(model, weights=example.grouped(64)))
-    kernels = nnx.state(model)["layers"]["mlp"]["down"]["linear"]["kernel"].get_value()
+
+    def kernels(model):
+        layers = nnx.state(model)["layers"]
+        paths = ("attention/query", "attention/key", "attention/value", "attention/out")
+        paths += ("mlp/gate", "mlp/up", "mlp/down")
+        parts = (path.split("/") for path in paths)
+        return {f"{a}/{b}": np.array(layers[a][b]["linear"]["kernel"][...]) for a, b in parts}
+
+    before, ternary = kernels(model), {}
     for name, chosen in example.parts(3).items():
         found = example.mixed(model, packed, chosen)
-        state = nnx.state(found)["layers"]
-        changed = {
-            path: [
-                bool((state[a][b]["linear"]["kernel"].get_value()[i] != w[i]).any())
-                for i in range(3)
-            ]
-            for a, b in (path.split("/") for path in ("mlp/down", "attention/key"))
-            for path, w in [(f"{a}/{b}", nnx.state(model)["layers"][a][b]["linear"]["kernel"][...])]
+        ternary[name] = {
+            (path, i)
+            for path, w in kernels(found).items()
+            for i in range(3)
+            if (w[i] != before[path][i]).any()
         }
-        wanted = {p: [chosen(f"layers/{p}/kernel", i) for i in range(3)] for p in changed}
-        assert changed == wanted, name
+        assert ternary[name] == {(p, i) for p in before for i in range(3) if chosen(p, i)}, name
         assert found(x)[0].shape == (2, 8, 32)
-    np.testing.assert_array_equal(
-        kernels, nnx.state(model)["layers"]["mlp"]["down"]["linear"]["kernel"].get_value()
-    )
+    each = {(path, i) for path in before for i in range(3)}
+    assert {path for path, _ in ternary["value, out"]} == {"attention/value", "attention/out"}
+    assert ternary["query, key"] | ternary["value, out"] == ternary["attention"]
+    assert ternary["gate, up"] | ternary["down"] == ternary["perceptron"]
+    assert ternary["attention"] | ternary["perceptron"] == each
+    assert ternary["first and last layer"] | ternary["all other layers"] == each
+    for path, w in kernels(model).items():  # the float model is as it was
+        np.testing.assert_array_equal(w, before[path])
 
 
 @pytest.mark.full
-def test_training_comes_nearer_to_the_float_model(example):
+def test_training_lowers_the_loss_and_leaves_the_table(example):
     sizes = dataclasses.replace(example.QUICK, steps=40)
     subject = example.small(sizes)
     judge = example.Judge(subject)
@@ -122,7 +131,7 @@ def test_training_comes_nearer_to_the_float_model(example):
     table = np.array(model.embed.embedding.get_value())
     curve = example.train(subject, model, sizes, 0.0, teacher=True, judge=judge)
     after = judge.scores(bj.nnx.pack(model)[0], "manual")
-    assert after.divergence < 0.8 * before.divergence
+    assert after.loss < before.loss - 0.02
     assert len(curve.divergence) == 40
     assert len(curve.held_out) == 10
     np.testing.assert_array_equal(table, model.embed.embedding.get_value())  # is not trained
@@ -142,7 +151,7 @@ def test_quick(example, tmp_path, capsys):
     assert set(loss) == {"float32", *example.QUICK_ROWS}
     assert loss["float32"] < 3.5  # far less than of nothing, ln 256 = 5.5
     assert loss["int8"] == pytest.approx(loss["float32"], abs=0.02)
-    assert loss["64, gptq"] < loss["tensor, absmean"]
+    assert loss[example.BEST] < loss["tensor, absmean"]
     assert float(without["float32"]["divergence"]) == pytest.approx(0, abs=1e-3)
     assert set(by_inputs) == {name for name, _ in example.INPUTS}
     assert float(by_parts["down"]["divergence"]) <= float(by_parts["perceptron"]["divergence"])
