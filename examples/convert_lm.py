@@ -11,8 +11,9 @@ and is loaded as floats. Its 210 projections become ternary: by each method of
 ``bj.convert.calibrate``, with a scale for a tensor, an output, or 192 or 64 inputs (128, which
 others use, does not divide its width of 576; 64 and 192 divide every contraction). The tied
 embedding is int8 in all of these rows. A few tokens have inputs that are far larger than all
-others', so rows of "equal tokens" divide each by its size first. Then the best row is trained:
-cross-entropy and the divergence from the float model, straight through the quantiser.
+others', so rows of "equal tokens" divide each by its size first. Two planes take four bits a
+weight; of one plane, the best row is trained: cross-entropy and the divergence from the float
+model, straight through the quantiser.
 
 Calibration and training read Python's own manual (``pydoc_data.topics``) and the docstrings of
 the standard library. Losses are measured on a text of another kind, the King James Bible of the
@@ -78,9 +79,9 @@ class Recipe(NamedTuple):
     equal_tokens: bool = False
 
 
-def grouped(granularity: Any) -> bj.TernaryConfig:
+def grouped(granularity: Any, planes: int = 1) -> bj.TernaryConfig:
     """A ternary quantiser by what shares a scale."""
-    return bj.TernaryConfig(granularity=granularity)
+    return bj.TernaryConfig(granularity=granularity, planes=planes)
 
 
 RECIPES = (
@@ -105,9 +106,14 @@ RECIPES = (
     Recipe("64, gptq-act-order", grouped(64), "gptq-act-order"),
     Recipe("192, gptq, equal tokens", grouped(192), "gptq", equal_tokens=True),
     Recipe("64, gptq, equal tokens", grouped(64), "gptq", equal_tokens=True),
+    Recipe("two planes, channel, planes", grouped("channel", 2), "planes"),
+    Recipe("two planes, 64, absmean", grouped(64, 2), "absmean"),
+    Recipe("two planes, 64, planes", grouped(64, 2), "planes"),
+    Recipe("two planes, 64, gptq", grouped(64, 2), "gptq"),
+    Recipe("two planes, 64, gptq, equal tokens", grouped(64, 2), "gptq", equal_tokens=True),
 )
 BEST = "64, gptq, equal tokens"  # the row that is taken apart and trained
-QUICK_ROWS = ("int8", "tensor, absmean", "192, weighted", BEST)
+QUICK_ROWS = ("int8", "tensor, absmean", "192, weighted", "two planes, 64, planes", BEST)
 INPUTS = (
     ("float", None),
     ("int8, groups of 64", GROUPED),
@@ -387,13 +393,6 @@ def rate_at(part: float) -> float:
     return min(1.0, part / 0.05, (1.0 - part) / 0.4)
 
 
-def distillation(logits: jax.Array, wanted: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy, and divergence from the float model's answers; means in nats."""
-    found, wanted = jax.nn.log_softmax(logits), jax.nn.log_softmax(wanted)
-    cross_entropy = -jnp.take_along_axis(found, y[..., None], -1).mean()
-    return cross_entropy, (jnp.exp(wanted) * (wanted - found)).sum(-1).mean()
-
-
 class Curve(NamedTuple):
     """What training showed: for each step its losses, and held-out losses by step."""
 
@@ -420,8 +419,9 @@ def _stepper(model: bj.models.Decoder, teacher: bj.models.Decoder | None) -> tup
         def loss_of(params: Any) -> tuple[jax.Array, Any]:
             logits = nnx.merge(graph, params, rest)(x)[0]
             wanted = logits if other is None else nnx.merge(*other)(x)[0]
-            losses = distillation(logits, jax.lax.stop_gradient(wanted), y)
-            return (losses[0] if other is None else losses[0] + losses[1]), losses
+            labels = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            losses = labels, bj.convert.logit_distillation(logits, wanted)
+            return (labels if other is None else sum(losses)), losses
 
         gradients, losses = jax.grad(loss_of, has_aux=True)(params)
         updates, state = optimizer.update(gradients, state, params)
