@@ -22,6 +22,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     where = jnp.arange(4)[None] < jnp.array([[4], [2], [1]])
     pairs = [tuple(STATES), tuple(2 * STATES), tuple(STATES**2)]
     found = recipe.loss(*LOGITS, LABELS, hidden=pairs[:2], relations=pairs, where=where)
+    assert isinstance(found, bj.convert.Losses)
     log_q = np.asarray(jax.nn.log_softmax(LOGITS[0]), np.float64)
     picked = np.take_along_axis(log_q, np.asarray(LABELS)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(found.labels, -picked[np.asarray(where)].mean(), rtol=1e-5)
