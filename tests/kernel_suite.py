@@ -109,6 +109,10 @@ def _planes(count=2, granularity="tensor", scale="absmean"):
     return bj.TernaryConfig(scale=scale, granularity=granularity, planes=count)
 
 
+def _rotated(**how):
+    return bj.TernaryConfig(rotation="hadamard", **how)
+
+
 def _x_groups(size):
     return bj.ActivationConfig(group=size)
 
@@ -195,6 +199,19 @@ CASES = {
     "x-groups-int8": Case((36, 11), bj.Int8Config(), activations=_x_groups(12)),
     "x-groups-bfloat16": Case((24, 10), x_dtype=ml_dtypes.bfloat16, activations=_x_groups(8)),
     "x-groups-float16": Case((24, 10), x_dtype=np.float16, activations=_x_groups(8)),
+    "rotated": Case((24, 10), _rotated()),
+    "rotated-576": Case((576, 70), _rotated(granularity="channel")),
+    "rotated-1536": Case((1536, 20), _rotated(scale="survivors"), x_dtype=ml_dtypes.bfloat16),
+    "rotated-4096": Case((4096, 6), _rotated(granularity=128)),
+    "rotated-groups-across-blocks": Case((96, 10), _rotated(granularity=48)),
+    "rotated-transposed": Case((6, 8), _rotated(), 1),
+    "rotated-attention-out": Case((3, 4, 5), _rotated(granularity="channel"), (0, 1)),
+    "rotated-outer": Case((4, 5, 8), _rotated(), (0, 2)),
+    "rotated-conv": Case((3, 3, 4, 6), _rotated(), (0, 1, 2)),
+    "rotated-experts": Case((3, 8, 5), _rotated(), None, (0,)),
+    "rotated-median": Case((24, 10), _rotated(scale="absmedian")),
+    "rotated-float16": Case((24, 10), _rotated(), x_dtype=np.float16),
+    "rotated-x-groups": Case((96, 10), _rotated(), activations=_x_groups(12)),
     "x-groups-4-bit": Case((24, 10), activations=bj.ActivationConfig(bits=4, group=8)),
 }
 

@@ -69,10 +69,45 @@ def _default_axes(ndim, contracting, batch):
     return sorted(a % ndim for a in contracting), sorted(a % ndim for a in batch)
 
 
+def hadamard64(n):
+    """The Walsh-Hadamard matrix, by its recursion."""
+    if n == 1:
+        return np.ones((1, 1))
+    h = hadamard64(n // 2)
+    return np.block([[h, h], [h, -h]])
+
+
+def rotation64(length):
+    """Orthonormal blocks of the largest power of two that divides a length."""
+    block = math.gcd(length, 2**40)
+    return np.kron(np.eye(length // block), hadamard64(block) / np.sqrt(block))
+
+
+def rotated64(a, config, axis=-1):
+    """An array times R along an axis, where the config has a rotation."""
+    a = np.asarray(a).astype(np.float64)
+    if getattr(config, "rotation", None) is None:
+        return a
+    return np.moveaxis(np.moveaxis(a, axis, -1) @ rotation64(a.shape[axis]), -1, axis)
+
+
+def rotated32(a, config, axis=-1):
+    """The same in float32 with every rounding in its place: i and i ^ 1, i ^ 2, i ^ 4, ..."""
+    if getattr(config, "rotation", None) is None:
+        return np.asarray(a)
+    a = np.moveaxis(np.asarray(a).astype(F32), axis, -1)
+    block, i = math.gcd(a.shape[-1], 2**40), np.arange(a.shape[-1])
+    for bit in range(block.bit_length() - 1):
+        other = a[..., i ^ (1 << bit)]
+        a = np.where(i >> bit & 1, other - a, a + other)
+    return np.moveaxis(a * F32(1 / math.sqrt(block)), -1, axis)
+
+
 def quantize64(w, config, contracting=None, batch=()):
     """The quantiser in float64."""
     w = np.asarray(w).astype(np.float64)
     contracting, batch = _default_axes(w.ndim, contracting, batch)
+    w = rotated64(w, config, contracting[-1])
     codes, scale, ratio = np.zeros(w.shape, np.int8), np.zeros(w.shape), np.zeros(w.shape)
     for where in regions(w.shape, config.granularity, contracting, batch):
         at = tuple(np.moveaxis(where, -1, 0))
@@ -120,6 +155,7 @@ def quantize32(w, config, contracting=None, batch=()):
     """The quantiser, ternary or int8, with every float32 rounding in its pinned place."""
     w = np.asarray(w).astype(F32)
     contracting, batch = _default_axes(w.ndim, contracting, batch)
+    w = rotated32(w, config, contracting[-1])
     codes, ratio = np.zeros(w.shape, np.int8), np.zeros(w.shape, F32)
     scale = np.zeros(w.shape, F32)
     for where in regions(w.shape, config.granularity, contracting, batch):
@@ -195,6 +231,7 @@ def canonical(x, w, config, activations, contracting=None, batch=()):
     def flat(a):
         return a.transpose(*batch, *contracting, *outputs).reshape(*lead, k, -1)
 
+    x = rotated32(x.reshape(-1, w.shape[contracting[-1]]), config)  # the last axis that meets
     codes, gamma = activations32(x.reshape(*lead, -1, k), activations)
     x_parts = [np.concatenate([a] * len(kernels), -1) for a in (codes, gamma)]
     w_parts = [
@@ -252,10 +289,12 @@ def gradients64(x, w, g, config, activations, contracting=None, batch=()):
     outputs = [a for a in range(w.ndim) if a not in contracting + batch]
     g = np.asarray(g).astype(np.float64).reshape(*x_q.shape[:-1], w_q.shape[-1])
     dx = g @ np.swapaxes(w_q, -1, -2)
+    last = w.shape[contracting[-1]]
+    dx = rotated64(dx.reshape(-1, last), config)  # R is its own transpose
     order = batch + contracting + outputs
     dw = np.swapaxes(x_q, -1, -2) @ g
     dw = dw.reshape([w.shape[a] for a in order]).transpose(np.argsort(order))
-    return dx.reshape(x.shape), dw
+    return dx.reshape(x.shape), rotated64(dw, config, contracting[-1])
 
 
 def pack_bytes(codes, axis):

@@ -28,6 +28,7 @@ from bitnet_jax._packed.kernel import (
     Prepared,
     PreparedInt8,
     PreparedTernary,
+    block,
     is_packed,
     is_stored,
     look_up,
@@ -48,6 +49,7 @@ from bitnet_jax._quantize.int8 import (
     require_activation_groups,
     require_no_activation_groups,
 )
+from bitnet_jax._quantize.rotation import require_rotated_channels, rotated
 from bitnet_jax._quantize.ternary import dequantize_canonical
 
 
@@ -111,6 +113,7 @@ def matmul(
     def run(x: Activations, packed: Packed) -> Float[Array, "..."]:
         x = x.reshape(*lead, math.prod(contraction))  # (*rows, K)
         if activations is None:
+            x = rotated(x, block(packed))
             y = Product().apply(x.astype(dtype), _float_kernel(packed).astype(dtype), precision)
         else:
             how = _How(activations, name, implementation is not None, np.dtype(dtype))
@@ -135,9 +138,11 @@ def convolve(
     """
     _require_operands("convolve", x, packed, activations)
     require_no_activation_groups("convolve", activations)
+    require_rotated_channels("convolve", packed.config, convolution.has_channels_last)
     dtype = dtype or jnp.promote_types(x.dtype, packed.dtype)
 
     def run(x: Activations, packed: Packed) -> Float[Array, "..."]:
+        x = rotated(x, block(packed))
         if activations is None:
             w = _float_kernel(packed).astype(dtype)
             return convolution.apply(x.astype(dtype), w, precision)
@@ -272,9 +277,11 @@ def _matmul_forward(
 def _matmul_backward(
     how: _How, residuals: _Residuals, g: Gradient
 ) -> tuple[Float[Array, "..."], None]:
-    # None: codes have no gradient. The input's is a float product, by XLA for every row.
+    # None: codes have no gradient. The input's is a float product, by XLA for every row; the
+    # rotation, its own transpose, is a part of each implementation.
     del how
-    return _input_gradient(Product(), residuals, g.astype(jnp.float32)), None
+    dx = _input_gradient(Product(), residuals, g.astype(jnp.float32))
+    return rotated(dx, block(residuals[0])).astype(residuals[1].dtype), None
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -306,7 +313,7 @@ def _convolve_backward(
     g: Gradient,
 ) -> tuple[Float[Array, "..."], None]:
     del activations
-    return _input_gradient(convolution, residuals, g), None
+    return _input_gradient(convolution, residuals, g).astype(residuals[1].dtype), None
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -318,11 +325,12 @@ def _like(x: Activations) -> jax.Array:
     return jnp.zeros((0, *x.shape), x.dtype)
 
 
-def _input_gradient(operator: Operator, residuals: _Residuals, g: Gradient) -> Float[Array, "..."]:
+def _input_gradient(
+    operator: Operator, residuals: _Residuals, g: Gradient
+) -> Float32[Array, "..."]:
     packed, like = residuals
     w, planes = (_canonical_codes(packed), _canonical_scale(packed)), packed.planes
-    dx = input_gradient(operator, g, *w, like.shape[1:], planes=planes)
-    return dx.astype(like.dtype)
+    return input_gradient(operator, g, *w, like.shape[1:], planes=planes)
 
 
 def _canonical_codes(packed: Packed) -> CanonicalCodes:

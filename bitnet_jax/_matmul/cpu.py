@@ -44,6 +44,7 @@ from bitnet_jax._packed.kernel import (
     Prepared,
     PreparedInt8,
     Stored,
+    block,
     canonical_bytes,
     lay_out,
     split,
@@ -54,6 +55,7 @@ from bitnet_jax._quantize import by_library, kernel_axes
 from bitnet_jax._quantize.arrays import Activations, CanonicalScale, DTypeLike, PlaneScale
 from bitnet_jax._quantize.config import ActivationConfig
 from bitnet_jax._quantize.int8 import codes_at, gamma_of, plain_activation_codes
+from bitnet_jax._quantize.rotation import rotated
 
 _PADDING = 64  # rows of x are padded to a multiple of it, see _native/layout.h
 
@@ -242,6 +244,7 @@ class _Spec(NamedTuple):
     table: bool
     activations: ActivationConfig | None
     dtype: np.dtype
+    block: int  # how many features of x are rotated together
 
 
 def _spec_of(packed: Packed, activations: ActivationConfig | None, dtype: np.dtype) -> _Spec:
@@ -262,6 +265,7 @@ def _spec_of(packed: Packed, activations: ActivationConfig | None, dtype: np.dty
         table=isinstance(packed, PackedInt8) and _is_table(packed),
         activations=activations,
         dtype=dtype,
+        block=block(packed),
     )
 
 
@@ -309,7 +313,7 @@ def _multiply(
     x = over_planes(x, spec.planes)  # planes lie behind each other along the contraction
     k = x.shape[-1]
     part = math.gcd(layout.depth, activations.group or k)
-    x_codes, gamma = by_library.token_codes(x, activations, _stride(k, part))
+    x_codes, gamma = by_library.token_codes(x, activations, _stride(k, part), spec.block)
     return by_library.call(
         _native.MULTIPLY,
         jax.ShapeDtypeStruct((*x.shape[:2], layout.outputs), spec.dtype),
@@ -334,7 +338,7 @@ def _plain_product(
     scale = planes_apart(scale, spec.planes) if spec.prepared else scale
     if len(x) == 1:  # XLA's fastest product has no batch axis
         x, w, scale = x[0], w[0], scale[0]
-    x_codes, gamma = plain_activation_codes(x, spec.activations, (-1,))
+    x_codes, gamma = plain_activation_codes(x, spec.activations, (-1,), spec.block)
     qmax, planes = spec.activations.qmax, spec.planes
     y = contract_codes(Product(), x_codes, gamma, w, scale, qmax, planes)
     return y.astype(spec.dtype).reshape(-1, *y.shape[-2:])
@@ -363,6 +367,7 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
     ) -> jax.Array:
         n, k = (codes.shape[a] for a in ((1, 2) if spec.table else (-1, -2)))
         k *= cut  # weights of this shard, not bytes
+        x = rotated(x, spec.block)  # whole, if any of it is
         gamma = gamma_of(x, activations, (-1,))
         if x.shape[-1] == k:  # x is sharded too: a token's maximum is over all shards
             gamma = jax.lax.pmax(gamma, axes)
@@ -390,6 +395,7 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
         summed,
         codes=_letters(spec),
         step=1 if plain and depth % cut == 0 else 0,
+        whole_x=spec.block > 1,
     )
     return shards.partitioned(body)
 

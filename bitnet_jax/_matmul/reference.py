@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from bitnet_jax._ops.codes_product import contract_codes
 from bitnet_jax._ops.product import Product
-from bitnet_jax._packed.kernel import Packed, Prepared, Stored
+from bitnet_jax._packed.kernel import Packed, Prepared, Stored, block
 from bitnet_jax._quantize.arrays import Activations, DTypeLike
 from bitnet_jax._quantize.config import ActivationConfig
 from bitnet_jax._quantize.int8 import plain_activation_codes
@@ -21,7 +21,7 @@ def contract(
     x: Activations, packed: Stored, activations: ActivationConfig, dtype: DTypeLike
 ) -> Float[Array, "..."]:
     """Int8 codes of x times the unpacked codes, then the epilogue."""
-    x_codes, gamma = plain_activation_codes(x, activations, (-1,))
+    x_codes, gamma = plain_activation_codes(x, activations, (-1,), block(packed))
     # Four times the packed size: the whole kernel as int8, (*b, K, N).
     codes, scale = packed.canonical_codes(), packed.canonical_scale()
     y = contract_codes(Product(), x_codes, gamma, codes, scale, activations.qmax, packed.planes)

@@ -40,12 +40,14 @@ class Body(NamedTuple):
         the scale has too, ``"nk"`` for a table, or ``"p"`` for a prepared kernel, and
         ``"sp"``, without B, for a stack of them.
       step: the contraction may be cut at multiples of so many bytes; 0: nowhere.
+      whole_x: whether each token is whole on every device, to be rotated there.
     """
 
     whole: Callable[..., jax.Array]
     summed: Callable[..., jax.Array] | None
     codes: str
     step: int
+    whole_x: bool = False
 
 
 def partitioned(body: Body) -> Callable[..., jax.Array]:
@@ -57,7 +59,8 @@ def partitioned(body: Body) -> Callable[..., jax.Array]:
 
     def plan(mesh: Mesh, arguments: Shapes) -> tuple[_Cuts, list[NamedSharding], NamedSharding]:
         cuts = _cuts(body, mesh, arguments)
-        x_sharded = bool(names(_spec(arguments[0])[2]))  # x's contraction is sharded as well
+        # Whether x's contraction is sharded as well.
+        x_sharded = bool(names(_spec(arguments[0])[2])) and not body.whole_x
         specs, out = _specs(body, cuts, x_sharded, arguments[2].shape[-1] > 1)
         return cuts, [NamedSharding(mesh, s) for s in specs], NamedSharding(mesh, out)
 

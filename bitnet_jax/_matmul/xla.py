@@ -36,6 +36,7 @@ from bitnet_jax._packed.kernel import (
     PackedInt8,
     PackedTernary,
     Prepared,
+    block,
     canonical_bytes,
     lay_out,
     split,
@@ -84,7 +85,7 @@ def contract(
     else:
         codes, scale = packed.codes, packed.scale
     _, contraction, outputs = split(packed)
-    x_codes, gamma = plain_activation_codes(x, activations, (-1,))
+    x_codes, gamma = plain_activation_codes(x, activations, (-1,), block(packed))
     # Planes lie behind each other along the contraction.
     x_codes, gamma = over_planes(x_codes, packed.planes), gamma_over_planes(gamma, packed.planes)
     contraction = (packed.planes, *contraction)

@@ -55,8 +55,10 @@ int64_t ElementsBefore(Dimensions dimensions, size_t last) {
 }
 
 // x (..., K) float32 or bfloat16 -> codes (..., at least K) int8, gamma (..., groups) float32.
+// Blocks of more than 1 are rotated first, times `factor`.
 ffi::Error QuantizeImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, float qmax, float eps,
-                        ffi::ResultBuffer<ffi::S8> codes, ffi::ResultBuffer<ffi::F32> gamma) {
+                        int64_t block, float factor, ffi::ResultBuffer<ffi::S8> codes,
+                        ffi::ResultBuffer<ffi::F32> gamma) {
   const Dimensions xd = x.dimensions(), cd = codes->dimensions(), gd = gamma->dimensions();
   if (xd.size() == 0 || cd.size() != xd.size() || cd.back() < xd.back() ||
       ElementsBefore(cd, 1) != ElementsBefore(xd, 1) || gd.size() != xd.size() ||
@@ -64,11 +66,13 @@ ffi::Error QuantizeImpl(ffi::ThreadPool threads, ffi::AnyBuffer x, float qmax, f
       xd.back() % gd.back() != 0) {
     return Wrong("want x (..., K), codes (..., K or more), gamma (..., a divisor of K)");
   }
+  const bool is_block = block >= 4 && (block & (block - 1)) == 0 && xd.back() % block == 0;
+  if (block != 1 && !is_block) return Wrong("want a power of two, 1 or from 4, that divides K");
   XlaPool pool(threads);
   const int64_t rows = ElementsBefore(xd, 1);
   const auto run = [&](const auto* from) {
-    QuantizeRows(pool, from, rows, xd.back(), gd.back(), cd.back(), qmax, eps, codes->typed_data(),
-                 gamma->typed_data());
+    QuantizeRows(pool, from, rows, xd.back(), {block, factor}, gd.back(), cd.back(), qmax, eps,
+                 codes->typed_data(), gamma->typed_data());
     return ffi::Error::Success();
   };
   if (x.element_type() == Type::F32) return run(x.typed_data<float>());
@@ -336,6 +340,8 @@ BITNET_HANDLER(bitnet_quantize, bitnet::QuantizeImpl,
                    .Arg<ffi::AnyBuffer>()
                    .Attr<float>("qmax")
                    .Attr<float>("eps")
+                   .Attr<int64_t>("block")
+                   .Attr<float>("factor")
                    .Ret<ffi::Buffer<ffi::S8>>()
                    .Ret<ffi::Buffer<ffi::F32>>())
 

@@ -373,6 +373,7 @@ constexpr Path PathOf(const char* name, bool (*supported)()) {
           Int8Sums<I>,
           QuantizeRow<float>,
           QuantizeRow<BFloat16>,
+          RotateRow,
           kKernelQuantizer<float>,
           kKernelQuantizer<BFloat16>,
           LayOutInt8,

@@ -101,6 +101,8 @@ struct Path {
   Sums int8;
   Quantize<float> quantize;
   Quantize<BFloat16> quantize_bfloat16;
+  // Rotates a row in its place, see RotateRow.
+  void (*rotate)(float* x, int64_t length, int64_t block, float factor);
   KernelQuantizer<float> kernel;
   KernelQuantizer<BFloat16> kernel_bfloat16;
   LayOutCodes lay_out;

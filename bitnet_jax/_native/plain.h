@@ -56,6 +56,44 @@ float QuantizeRow(const Float* x, int64_t length, float qmax, float eps, int8_t*
   return gamma;
 }
 
+// Two stages of butterflies at once, over the halves `h` and `2 * h` of each run of 4 * h: what
+// one stage after the other gives, to the bit.
+inline void TwoStages(float* x, int64_t length, int64_t h) {
+  for (int64_t i = 0; i < length; i += 4 * h) {
+    float* a = x + i;
+    for (int64_t j = 0; j < h; ++j) {
+      const float x0 = a[j], x1 = a[j + h], x2 = a[j + 2 * h], x3 = a[j + 3 * h];
+      const float low = x0 + x1, low_difference = x0 - x1;
+      const float high = x2 + x3, high_difference = x2 - x3;
+      a[j] = low + high;
+      a[j + h] = low_difference + high_difference;
+      a[j + 2 * h] = low - high;
+      a[j + 3 * h] = low_difference - high_difference;
+    }
+  }
+}
+
+// The Walsh-Hadamard transform of each `block` of a row, a power of two of at least 4, times
+// `factor`, as _quantize/rotation.py has it.
+inline void RotateRow(float* x, int64_t length, int64_t block, float factor) {
+  // A constant to the compiler where it is short: these stages are shuffles, and not loops.
+  TwoStages(x, length, 1);
+  if (block >= 16) TwoStages(x, length, 4);
+  int64_t h = block >= 16 ? 16 : 4;
+  for (; 4 * h <= block; h *= 4) TwoStages(x, length, h);
+  if (h < block) {
+    for (int64_t i = 0; i < length; i += 2 * h) {
+      for (int64_t j = i; j < i + h; ++j) {
+        const float low = x[j], high = x[j + h];
+        x[j] = (low + high) * factor;
+        x[j + h] = (low - high) * factor;
+      }
+    }
+    return;
+  }
+  for (int64_t i = 0; i < length; ++i) x[i] *= factor;
+}
+
 // The panels of at most kWidth outputs, from four rows of codes at a time.
 inline void LayOutRows(const uint8_t* stored, int64_t stride, int64_t outputs, int64_t depth,
                        const uint8_t* next, uint8_t* to) {

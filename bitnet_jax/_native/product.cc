@@ -228,22 +228,43 @@ float QuantizeBy(const Path& path, const BFloat16* x, int64_t length, float qmax
   return path.quantize_bfloat16(x, length, qmax, eps, codes);
 }
 
+void Widen(const float* x, int64_t length, float* to) {
+  std::memcpy(to, x, length * sizeof(float));
+}
+
+void Widen(const BFloat16* x, int64_t length, float* to) {
+  for (int64_t i = 0; i < length; ++i) {
+    const uint32_t bits = uint32_t{x[i].bits} << 16;
+    std::memcpy(to + i, &bits, sizeof(bits));
+  }
+}
+
 }  // namespace
 
 template <class Float>
-void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, int64_t groups,
-                  int64_t stride, float qmax, float eps, int8_t* codes, float* gamma) {
+void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, Rotation rotation,
+                  int64_t groups, int64_t stride, float qmax, float eps, int8_t* codes,
+                  float* gamma) {
   const Path& path = Chosen();
-  const int64_t depth = length / groups;
+  const auto quantize = [&](const auto* from, int64_t m) {
+    const int64_t depth = length / groups;
+    for (int64_t g = 0; g < groups; ++g) {
+      gamma[m * groups + g] =
+          QuantizeBy(path, from + g * depth, depth, qmax, eps, codes + m * stride + g * depth);
+    }
+  };
   const int64_t threads = ThreadsFor(pool, rows * length / kFloatsPerUnit);
   ParallelFor(pool, rows, threads, [&](int64_t first, int64_t last) {
+    float* rotated = rotation.block > 1 ? Scratch<float>(length) : nullptr;
     for (int64_t m = first; m < last; ++m) {
-      int8_t* row = codes + m * stride;
-      for (int64_t g = 0; g < groups; ++g) {
-        gamma[m * groups + g] =
-            QuantizeBy(path, x + m * length + g * depth, depth, qmax, eps, row + g * depth);
+      if (rotated == nullptr) {
+        quantize(x + m * length, m);
+      } else {
+        Widen(x + m * length, length, rotated);
+        path.rotate(rotated, length, rotation.block, rotation.factor);
+        quantize(rotated, m);
       }
-      std::memset(row + length, 0, stride - length);
+      std::memset(codes + m * stride + length, 0, stride - length);
     }
   });
 }
@@ -342,10 +363,10 @@ void LayOut(Pool& pool, const Stored& stored, uint8_t* panels) {
   MakeLargePages(panels, bytes);
 }
 
-template void QuantizeRows(Pool&, const float*, int64_t, int64_t, int64_t, int64_t, float, float,
-                           int8_t*, float*);
-template void QuantizeRows(Pool&, const BFloat16*, int64_t, int64_t, int64_t, int64_t, float, float,
-                           int8_t*, float*);
+template void QuantizeRows(Pool&, const float*, int64_t, int64_t, Rotation, int64_t, int64_t, float,
+                           float, int8_t*, float*);
+template void QuantizeRows(Pool&, const BFloat16*, int64_t, int64_t, Rotation, int64_t, int64_t,
+                           float, float, int8_t*, float*);
 template void Multiply(Pool&, const Product&, const Scales&, float*);
 template void Multiply(Pool&, const Product&, const Scales&, BFloat16*);
 

@@ -19,10 +19,17 @@ std::atomic<int64_t>& ConstantOf(const Path& path, int constant);
 bool Tune(const Path& path, int constant, int64_t value);
 
 // Activations (rows, length), each row in `groups` of a gamma of its own, to codes
-// (rows, stride) with zeros behind them, and gamma (rows, groups).
+// (rows, stride) with zeros behind them, and gamma (rows, groups). Each `block` of a row is
+// rotated first, times `factor`; a block of 1 is not.
+struct Rotation {
+  int64_t block;
+  float factor;
+};
+
 template <class Float>
-void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, int64_t groups,
-                  int64_t stride, float qmax, float eps, int8_t* codes, float* gamma);
+void QuantizeRows(Pool& pool, const Float* x, int64_t rows, int64_t length, Rotation rotation,
+                  int64_t groups, int64_t stride, float qmax, float eps, int8_t* codes,
+                  float* gamma);
 
 // A batch of products.
 //   x       (batch, rows, stride) codes, `groups` times `depth` of each row

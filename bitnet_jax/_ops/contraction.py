@@ -32,6 +32,7 @@ from bitnet_jax._quantize.arrays import (
 )
 from bitnet_jax._quantize.config import ActivationConfig, KernelConfig, planes_of
 from bitnet_jax._quantize.int8 import activation_codes, dequantize_activations
+from bitnet_jax._quantize.rotation import rotated
 from bitnet_jax._quantize.straight_through import blend, straight_through
 from bitnet_jax._quantize.ternary import dequantize_canonical, quantize_canonical
 
@@ -45,6 +46,7 @@ class Contraction(NamedTuple):
       activations: that of the activations; None: a float product.
       backward_dtype: of the backward products' operands.
       gather: brings the kernel's shards together; None: they stay where they are.
+      block: how many features of x are rotated together; the kernel is rotated already.
     """
 
     operator: Operator
@@ -52,6 +54,7 @@ class Contraction(NamedTuple):
     activations: ActivationConfig | None
     backward_dtype: np.dtype
     gather: Gather | None
+    block: int = 1
 
     @property
     def qmax(self) -> int:
@@ -64,8 +67,8 @@ class Contraction(NamedTuple):
         return planes_of(self.config)
 
     def quantized(self, x: Activations) -> tuple[Int8[Array, "..."], Gamma]:
-        """The codes of x and their gammas."""
-        return activation_codes(x, self._int8(), self.operator.token_axes)
+        """The codes of x, rotated, and their gammas."""
+        return activation_codes(x, self._int8(), self.operator.token_axes, self.block)
 
     def dequantized(self, x: Activations) -> Float32[Array, "..."]:
         """x rounded to its int8 grid."""
@@ -108,6 +111,9 @@ def contract(
     precision: lax.PrecisionLike,
 ) -> Float[Array, "..."]:
     """x times a canonical kernel, by a path for each kind of activations and strength."""
+    if spec.activations is None or phase is not None:
+        # In front of a float product; the int8 path has the rotation in its quantiser.
+        x, spec = rotated(x, spec.block), spec._replace(block=1)
     if spec.activations is None:
         # Weight-only: a float product with the kernel on its grid, and XLA's own gradient.
         with spec.on_mesh():
@@ -156,6 +162,7 @@ def _int8_dot_backward(
         dw = spec.kernel_gradient(codes, gamma, g, w_shape)
         whole = spec.whole(w_codes, scale)
         dx = input_gradient(spec.operator, g, *whole, codes.shape, dtype, spec.planes)
+        dx = rotated(dx, spec.block)  # R is its own transpose
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
 
 

@@ -50,6 +50,11 @@ class Convolution(NamedTuple):
     order: tuple[int, ...] | None = None
 
     @property
+    def has_channels_last(self) -> bool:
+        """Whether the input channels are the last of ``window``."""
+        return self.order is None or self.order[0] == len(self.window) - 1
+
+    @property
     def token_axes(self) -> tuple[int, ...]:
         """The axes of x that share one gamma: an example's."""
         return tuple(range(1, len(self.window) + 1))

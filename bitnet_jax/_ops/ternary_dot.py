@@ -30,6 +30,7 @@ from bitnet_jax._quantize.int8 import (
 )
 from bitnet_jax._quantize.kernel_axes import AxesLike
 from bitnet_jax._quantize.kernel_spec import KernelSpec, contraction_spec, require_kernel_config
+from bitnet_jax._quantize.rotation import require_rotated_channels, rotated_kernel
 from bitnet_jax._quantize.straight_through import traced_strength
 from bitnet_jax._quantize.strength import Strength
 
@@ -57,6 +58,7 @@ def ternary_dot(
     added in ascending order. Backward, with g the output's gradient and x_q, w_q the
     dequantised operands: ``dw = x_q^T g`` and ``dx = g w_q^T``; nothing flows
     through a scale. Only int8 codes and scales are saved for the backward pass.
+    With ``weights.rotation``, x and w are rotated before all this, and the gradients back.
 
     Sums are exact; they round once on their way to float32 where
     ``127 * K >= 2**24``. A token with NaN or Inf gives a NaN row.
@@ -108,13 +110,13 @@ def ternary_dot(
     rows = _mesh.spec_of(x)[: len(lead)]
     parts, gather = _placement(who, rows, w, spec, kernel_spec)
     backward = np.dtype(backward_dtype or jnp.float32)
-    product = Contraction(Product(), weights, activations, backward, gather)
+    product = Contraction(Product(), weights, activations, backward, gather, spec.block(w.shape))
     dtype = dtype or jnp.promote_types(x.dtype, w.dtype)
 
     def run(x: Activations, w: Kernel, phase: Phase) -> Float[Array, "..."]:
         # To (*rows, K) times (*b, K, N), and the outputs' axes back.
         x = x.reshape(*lead, math.prod(contraction))
-        w = kernel_axes.to_canonical(w, spec.axes)
+        w = rotated_kernel(kernel_axes.to_canonical(w, spec.axes), product.block)
         return contract(product, x, w, phase, dtype, precision).reshape(*lead, *outputs)
 
     phase = traced_strength(who, strength)
@@ -141,13 +143,15 @@ def ternary_conv(
     window = tuple(range(w.ndim - 1)) if contracting_axes is None else contracting_axes
     spec = _checked(who, x, w, weights, activations, window, ())
     require_no_activation_groups(who, activations)
+    require_rotated_channels(who, weights, convolution.has_channels_last)
     parts, gather = _placement(who, _mesh.spec_of(x)[:1], w, spec, kernel_spec)
     backward = np.dtype(backward_dtype or jnp.float32)
-    product = Contraction(convolution, weights, activations, backward, gather)
+    product = Contraction(convolution, weights, activations, backward, gather, spec.block(w.shape))
     dtype = dtype or jnp.promote_types(x.dtype, w.dtype)
 
     def run(x: Activations, w: Kernel, phase: Phase) -> Float[Array, "..."]:
-        return contract(product, x, kernel_axes.to_canonical(w, spec.axes), phase, dtype, precision)
+        w = rotated_kernel(kernel_axes.to_canonical(w, spec.axes), product.block)
+        return contract(product, x, w, phase, dtype, precision)
 
     phase = traced_strength(who, strength)
     return _mesh.in_auto_rows(run, x, w, phase, outputs=parts[2])

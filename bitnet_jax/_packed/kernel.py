@@ -28,7 +28,8 @@ from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import AnyArray, Codes, DTypeLike, PackedCodes, Scale
 from bitnet_jax._quantize.config import B158, Int8Config, TernaryConfig, planes_of
 from bitnet_jax._quantize.pinned import pinned
-from bitnet_jax._quantize.ternary import dequantize, sum_in_order
+from bitnet_jax._quantize.rotation import block_of
+from bitnet_jax._quantize.ternary import dequantize, rotated_back, sum_in_order
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -213,7 +214,7 @@ class _Stored(_Node):
         raise NotImplementedError
 
     def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        """Codes times scale as a float kernel; by default in the kernel's own dtype."""
+        """Codes times scale as a float kernel, rotated back; by default in its own dtype."""
         intact.require_arrays(f"{type(self).__name__}.dequantize", "the kernel", self)
         run = functools.partial(_dequantize, dtype=dtype or self.dtype)
         spec = without_planes(_mesh.spec_of(self.codes), self.plane_axis)
@@ -534,7 +535,8 @@ def _dequantize(packed: Stored, dtype: DTypeLike) -> Float[Array, "..."]:
     at = packed.plane_axis
     if at is not None:
         w = sum_in_order([jnp.take(w, i, axis=at) for i in range(packed.planes)])
-    return w.astype(dtype)
+    axis = None if packed.config.rotation is None else packed.contracting_axes[-1]
+    return rotated_back(w, axis).astype(dtype)
 
 
 def without_planes(entries: Sequence[T], at: int | None) -> tuple[T, ...]:
@@ -563,6 +565,11 @@ def _nbytes(array: Array | SliceOf | jax.ShapeDtypeStruct) -> int:
 def split(packed: Packed) -> tuple[tuple[int, ...], ...]:
     """The lengths of the batch, contracting and output axes of a packed kernel."""
     return packed.axes.split(packed.shape)
+
+
+def block(packed: Packed) -> int:
+    """How many features of its input are rotated together; 1: none."""
+    return block_of(packed.config, split(packed)[1])
 
 
 def is_packed(leaf: object) -> TypeGuard[Packed]:

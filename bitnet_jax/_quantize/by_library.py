@@ -26,6 +26,7 @@ from bitnet_jax._quantize.arrays import (
 )
 from bitnet_jax._quantize.config import ActivationConfig, KernelConfig, TernaryConfig
 from bitnet_jax._quantize.pinned import widened
+from bitnet_jax._quantize.rotation import factor_of
 
 FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))  # others pass through float32
 
@@ -79,34 +80,37 @@ def _kernel_quantizer(config: TernaryConfig, plain: Callable[..., Codes]) -> by_
     return by_platform.Operation(native, functools.partial(plain, config=config), results)
 
 
-def token_codes(x: Activations, config: ActivationConfig, length: int | None = None) -> Codes:
+def token_codes(
+    x: Activations, config: ActivationConfig, length: int | None = None, block: int = 1
+) -> Codes:
     """Codes of each token, with zeros behind them up to ``length``, and its gammas.
 
-    Not an operation: a part of native forms.
+    Blocks of a token are rotated first. Not an operation: a part of native forms.
     """
     *lead, k = x.shape
     results = (
         jax.ShapeDtypeStruct((*lead, length or k), jnp.int8),
         jax.ShapeDtypeStruct((*lead, k // (config.group or k)), jnp.float32),
     )
-    bounds = {"qmax": np.float32(config.qmax), "eps": np.float32(config.eps)}
-    return call(_native.QUANTIZE, results, x if x.dtype in FLOATS else widened(x), **bounds)
+    static = {"qmax": np.float32(config.qmax), "eps": np.float32(config.eps)}
+    static |= {"block": np.int64(block), "factor": factor_of(block)}
+    return call(_native.QUANTIZE, results, x if x.dtype in FLOATS else widened(x), **static)
 
 
 def activation_codes(
-    x: Activations, config: ActivationConfig, plain: Callable[..., Codes]
+    x: Activations, config: ActivationConfig, plain: Callable[..., Codes], block: int
 ) -> Codes:
-    """Codes and gammas of each token, as ``plain`` gives them."""
+    """Codes and gammas of each token, rotated by blocks, as ``plain`` gives them."""
     *lead, k = x.shape
     # One slice: tokens are rows, whatever axes they lie on.
     rows = x.reshape(1, math.prod(lead), k)
-    codes, gamma = by_platform.run(_token_quantizer(config, plain), rows)
+    codes, gamma = by_platform.run(_token_quantizer(config, plain, block), rows)
     return codes.reshape(x.shape), gamma.reshape(*lead, gamma.shape[-1])
 
 
 @functools.cache
 def _token_quantizer(
-    config: ActivationConfig, plain: Callable[..., Codes]
+    config: ActivationConfig, plain: Callable[..., Codes], block: int
 ) -> by_platform.Operation:
     """x (B, M, K) -> codes (B, M, K), gamma (B, M, groups)."""
 
@@ -119,8 +123,8 @@ def _token_quantizer(
         )
 
     return by_platform.Operation(
-        functools.partial(token_codes, config=config),
-        functools.partial(plain, config=config, shared=(-1,)),
+        functools.partial(token_codes, config=config, block=block),
+        functools.partial(plain, config=config, shared=(-1,), block=block),
         results,
         rows=1,
     )

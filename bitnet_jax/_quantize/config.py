@@ -12,7 +12,7 @@ LARGEST_INT8 = 127  # the largest code of an int8 kernel
 MOST_PLANES = 4  # eight bits a weight: a PackedInt8 holds more in as many
 
 # Fields younger than the first files and their defaults, which neither a file nor a repr states.
-YOUNGER = {"planes": 1}
+YOUNGER = {"planes": 1, "rotation": None}
 
 
 def _require_granularity(value: object) -> None:
@@ -73,9 +73,13 @@ class TernaryConfig:
       planes: how many ternary kernels, each with scales of its own, add up to the
         kernel, ``w = s1 T1 + s2 T2`` [1]: each quantises what those before it left over.
         Two take four bits a weight and twice the time.
+      rotation: None, or ``"hadamard"``: x and the kernel are rotated along the last
+        contracting axis before they are quantised, ``y = (x R) Q(R^T W)``, so that a few
+        large features do not coarsen all others. R is orthonormal and block-diagonal, with
+        Walsh-Hadamard blocks of the largest power of two, at least 4, that divides the axis.
 
     Raises:
-      ValueError: a name, threshold, group size, eps or number of planes out of range.
+      ValueError: a name, threshold, group size, eps, number of planes or rotation out of range.
 
     Example:
       >>> import bitnet_jax as bj
@@ -96,6 +100,7 @@ got 'absmaen'. Did you mean 'absmean'?
     granularity: Literal["tensor", "channel"] | int = "tensor"
     eps: float = 1e-5
     planes: int = 1
+    rotation: Literal["hadamard"] | None = None
 
     def __post_init__(self) -> None:
         scales = ("absmean", "absmedian", "survivors")
@@ -104,6 +109,7 @@ got 'absmaen'. Did you mean 'absmean'?
         _require_granularity(self.granularity)
         _checks.require_epsilon("TernaryConfig", self.eps)
         _require_planes(self.planes)
+        _checks.require_one_of("TernaryConfig", "rotation", self.rotation, (None, "hadamard"))
 
     def __repr__(self) -> str:
         """What a dataclass prints, without younger fields at their defaults."""
@@ -137,6 +143,7 @@ class Int8Config:
 
     eps: float = 1e-8
     granularity: ClassVar[str] = "channel"
+    rotation: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         _checks.require_epsilon("Int8Config", self.eps, LARGEST_INT8)

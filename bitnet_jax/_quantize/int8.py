@@ -28,6 +28,7 @@ from bitnet_jax._quantize import by_library, kernel_axes
 from bitnet_jax._quantize.arrays import Activations, AnyArray, CanonicalCodes, CanonicalKernel
 from bitnet_jax._quantize.config import INT8, LARGEST_INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.pinned import pinned, widened
+from bitnet_jax._quantize.rotation import rotated
 from bitnet_jax._quantize.rounded import quotient
 
 
@@ -109,20 +110,24 @@ def require_no_activation_groups(who: str, activations: ActivationConfig | None)
 
 
 def activation_codes(
-    x: Activations, config: ActivationConfig, shared: tuple[int, ...]
+    x: Activations, config: ActivationConfig, shared: tuple[int, ...], block: int = 1
 ) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
-    """Codes of x, and gamma over the ``shared`` axes, kept; or (..., groups) of the last."""
+    """Codes of x, and gamma over the ``shared`` axes, kept; or (..., groups) of the last.
+
+    Blocks of more than 1 along the last axis are rotated first.
+    """
     if x.size and shared in ((-1,), (x.ndim - 1,)) and _native.preferred():
-        return by_library.activation_codes(x, config, plain_activation_codes)
-    return plain_activation_codes(x, config, shared)
+        return by_library.activation_codes(x, config, plain_activation_codes, block)
+    return plain_activation_codes(x, config, shared, block)
 
 
 # Traced once for all layers of a shape.
-@functools.partial(jax.jit, static_argnames=("config", "shared"))
+@functools.partial(jax.jit, static_argnames=("config", "shared", "block"))
 def plain_activation_codes(
-    x: Activations, config: ActivationConfig, shared: tuple[int, ...]
+    x: Activations, config: ActivationConfig, shared: tuple[int, ...], block: int = 1
 ) -> tuple[Int8[Array, "..."], Float32[Array, "..."]]:
     """:func:`activation_codes` in plain JAX."""
+    x = rotated(x, block)
     # Gamma from float32, whatever x is: bfloat16 values are widened before the maximum.
     gamma = gamma_of(x, config, shared)
     return codes_at(x, gamma, config), gamma

@@ -17,6 +17,7 @@ from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import AnyArray
 from bitnet_jax._quantize.config import Int8Config, KernelConfig, TernaryConfig, planes_of
 from bitnet_jax._quantize.kernel_axes import AxesLike, KernelAxes
+from bitnet_jax._quantize.rotation import block_of, require_rotation
 
 
 class KernelSpec(NamedTuple):
@@ -46,6 +47,14 @@ class KernelSpec(NamedTuple):
         assert grid is not None  # kernel_spec has looked
         return grid
 
+    def block(self, shape: tuple[int, ...]) -> int:
+        """How many features of a kernel of this shape are rotated together; 1: none."""
+        return block_of(self.config, self.axes.split(shape)[1])
+
+    def rotated_axis(self, ndim: int) -> int | None:
+        """The axis that is rotated, counted from the end; None: none."""
+        return None if self.config.rotation is None else self.axes.contracting[-1] - ndim
+
 
 def kernel_spec(
     who: str,
@@ -61,6 +70,7 @@ def kernel_spec(
     axes = kernel_axes.resolve(who, w, contracting_axes, batch_axes)
     contraction = axes.split(w.shape)[1]
     kernel_axes.require_whole_groups(who, "granularity", config.granularity, contraction)
+    require_rotation(who, config, contraction)
     return KernelSpec(config, axes)
 
 

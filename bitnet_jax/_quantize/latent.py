@@ -20,13 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import CanonicalCodes, CanonicalScale, Codes, DTypeLike, Scale
 from bitnet_jax._quantize.config import LARGEST_INT8, Int8Config, KernelConfig, TernaryConfig
 from bitnet_jax._quantize.latent_group import Group, Steps
 from bitnet_jax._quantize.latent_mean import magnitudes_of_mean
+from bitnet_jax._quantize.latent_rotated import unrotated_latent
+from bitnet_jax._quantize.rotation import block_of
+from bitnet_jax._quantize.ternary import dequantize, rotated_back
 
 _SEARCHED = ("float32", "bfloat16", "float16")
 
@@ -42,12 +45,16 @@ def latent_kernel(
     _, contraction, outputs = axes.split(codes.shape)
     flat, grid = kernel_axes.to_canonical(codes, axes), kernel_axes.to_canonical(scale, axes)
     if not _is_grid_of(config, grid.shape, flat.shape):
-        return (codes.astype(jnp.float32) * kernel_axes.broadcast_scale(scale, codes.shape)).astype(
-            dtype
-        )
+        axis = None if config.rotation is None else axes.contracting[-1] - codes.ndim
+        return rotated_back(dequantize(codes, scale), axis).astype(dtype)
     # Other floats hold float32, or hold too little for a scale.
     own = jnp.dtype(dtype) if jnp.dtype(dtype).name in _SEARCHED else jnp.dtype(jnp.float32)
-    w = _latent(flat, grid, config, own).astype(dtype)
+    block = block_of(config, contraction)
+    if isinstance(config, TernaryConfig) and block > 1:
+        w = _clear(flat, grid, config)
+        w = unrotated_latent(w, grid, config, block, own).astype(dtype)
+    else:
+        w = _latent(flat, grid, config, own).astype(dtype)
     return kernel_axes.from_canonical(w, axes, contraction, outputs)
 
 
@@ -73,6 +80,23 @@ def _latent(
     # A scale that is not finite has no inverse; it stays visible.
     w = jnp.where(jnp.isfinite(group.scale), w, group.scale.astype(dtype))
     return w.reshape(codes.shape)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _clear(
+    codes: CanonicalCodes, scale: CanonicalScale, config: TernaryConfig
+) -> Float32[Array, "*b k n"]:
+    """A float32 kernel of these scales, up to rounding, with no weight near a threshold."""
+    if config.scale == "absmedian":
+        return _latent(codes, scale, config, jnp.dtype(jnp.float32))
+    groups = scale.shape[-2]
+    parts = codes.reshape(*codes.shape[:-2], groups, -1, codes.shape[-1])
+    if config.scale == "absmean":  # N weights share s, n of them are not 0
+        over = (-2, -1) if scale.shape[-1] == 1 else (-2,)
+        nonzero = jnp.abs(parts).astype(jnp.float32).sum(over, keepdims=True)[..., 0, :]
+        size = codes.size // scale.size * 1.0
+        scale = scale * (size / jnp.maximum(nonzero, 1))
+    return (parts.astype(jnp.float32) * scale[..., None, :]).reshape(codes.shape)
 
 
 # Medians ------------------------------------------------------------------------------------

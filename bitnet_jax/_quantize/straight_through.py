@@ -51,7 +51,8 @@ def fake_quantize(
     """The quantised kernel in its own dtype, with a straight-through gradient.
 
     Forward ``(1 - strength) * w + strength * quantize(w).dequantize()``,
-    backward the identity. At strength 1 every entry is exactly -s, 0 or +s.
+    backward the identity. At strength 1 every entry is exactly -s, 0 or +s, or, with
+    ``config.rotation``, what these are rotated back.
 
     Args:
       w: float32, bfloat16 or float16 kernel. 2-D: (in, out).

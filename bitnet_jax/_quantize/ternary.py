@@ -53,6 +53,7 @@ from bitnet_jax._quantize.config import (
 from bitnet_jax._quantize.int8 import quantize_channels
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec
 from bitnet_jax._quantize.pinned import widened
+from bitnet_jax._quantize.rotation import largest_block, rotated, rotated_kernel
 from bitnet_jax._quantize.rounded import quotient
 
 _HUGE = np.float32(2.0**100)  # statistics above it are scaled down before their reciprocal
@@ -80,8 +81,43 @@ class Ternary(NamedTuple):
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """Codes times scale, computed in float32 and cast once to ``dtype``."""
-        run = functools.partial(dequantize, dtype=dtype)
-        return _mesh.in_auto_like(run, self.codes, self.scale)
+        run = functools.partial(_dequantized, axis=self.rotated_axis, dtype=dtype)
+        return _mesh.in_auto_like(run, (self,))
+
+    @property
+    def rotated_axis(self) -> int | None:
+        """The axis along which the codes are those of a rotated kernel; None: they are not."""
+        return None
+
+
+class RotatedTernary(Ternary):
+    """Codes and scale of a kernel that was rotated; :meth:`dequantize` rotates back.
+
+    The axis is static: a pytree node with the two arrays as its leaves.
+    """
+
+    def __new__(cls, codes: Codes, scale: Scale, rotated_axis: int) -> RotatedTernary:
+        """Codes, scale and the axis, counted from the end."""
+        made = super().__new__(cls, codes, scale)
+        made._rotated_axis = rotated_axis
+        return made
+
+    _rotated_axis: int
+
+    @property
+    def rotated_axis(self) -> int:
+        """The axis along which the codes are those of a rotated kernel."""
+        return self._rotated_axis
+
+
+jax.tree_util.register_pytree_with_keys(
+    RotatedTernary,
+    lambda t: (
+        tuple((jax.tree_util.GetAttrKey(n), getattr(t, n)) for n in ("codes", "scale")),
+        t.rotated_axis,
+    ),
+    lambda axis, arrays: RotatedTernary(*arrays, rotated_axis=axis),
+)
 
 
 class TernaryPlanes(NamedTuple):
@@ -113,8 +149,17 @@ class TernaryPlanes(NamedTuple):
         return jnp.stack([plane.scale for plane in self.planes])
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
-        """The sum of all planes, added in order in float32 and cast once to ``dtype``."""
-        return sum_in_order([plane.dequantize() for plane in self.planes]).astype(dtype)
+        """The sum of all planes, added in order in float32 and cast once to ``dtype``.
+
+        The planes of a rotated kernel are those of the sum before it is rotated back.
+        """
+        run = functools.partial(_dequantized, axis=self.rotated_axis, dtype=dtype)
+        return _mesh.in_auto_like(run, self.planes)
+
+    @property
+    def rotated_axis(self) -> int | None:
+        """The axis along which the codes are those of a rotated kernel; None: they are not."""
+        return self.planes[0].rotated_axis
 
 
 def quantize(
@@ -128,7 +173,8 @@ def quantize(
 
     ``r = w * (1 / s)``; a code is 0 where ``|r| <= config.threshold``, else
     ``sign(r)``. The statistic ``s`` is computed in float32 by an order-fixed
-    sum, so the same kernel gives the same bits under jit, vmap and on shards.
+    sum, so the same kernel gives the same bits under jit, vmap and on shards. With
+    ``config.rotation`` codes and scale are those of ``R^T w``.
 
     Args:
       w: float32, bfloat16 or float16 kernel. 2-D: (in, out).
@@ -142,8 +188,8 @@ def quantize(
 
     Raises:
       TypeError: ``w`` is not floating point.
-      ValueError: rank below 2, no elements, unknown axes, or a group that does
-        not divide the contraction.
+      ValueError: rank below 2, no elements, unknown axes, a group that does
+        not divide the contraction, or one without blocks to rotate.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -168,7 +214,8 @@ def quantize_kernel(w: Kernel, spec: KernelSpec) -> Ternary | TernaryPlanes:
     """Codes and scale of a kernel of any rank, both of its rank."""
     _, contraction, outputs = spec.axes.split(w.shape)
     # Only transposes and reshapes here; the maths sees (*b, K, N) alone.
-    codes, scale = quantize_canonical(kernel_axes.to_canonical(w, spec.axes), spec.config)
+    canonical = rotated_kernel(kernel_axes.to_canonical(w, spec.axes), spec.block(w.shape))
+    codes, scale = quantize_canonical(canonical, spec.config)
     return of_canonical(codes, scale, spec, contraction, outputs)
 
 
@@ -200,12 +247,14 @@ def _one_of_canonical(
     # One scale for all outputs, or for each: a length of 1 on each of their axes, or theirs.
     across = outputs if scale.shape[-1] > 1 else (1,) * len(outputs)
     grid = spec.scale_grid(contraction)
-    return Ternary(codes, kernel_axes.from_canonical(scale, spec.axes, grid, across))
+    scale = kernel_axes.from_canonical(scale, spec.axes, grid, across)
+    axis = spec.rotated_axis(codes.ndim)
+    return Ternary(codes, scale) if axis is None else RotatedTernary(codes, scale, axis)
 
 
 @functools.partial(jax.jit, static_argnums=1)  # traced once for all layers of a shape
 def quantize_canonical(w: CanonicalKernel, config: KernelConfig) -> tuple[PlaneCodes, PlaneScale]:
-    """Codes and scale of a canonical kernel; g groups, m = 1 or n scales across.
+    """Codes and scale of a canonical kernel, rotated already; g groups, m = 1 or n across.
 
     Planes are an axis of both, right before their last two.
     """
@@ -248,7 +297,7 @@ def _quantize(w: CanonicalKernel, config: TernaryConfig) -> tuple[CanonicalCodes
 
 
 def ratio_canonical(w: CanonicalKernel, config: TernaryConfig) -> Float32[Array, "*bp k n"]:
-    """``r``, a canonical kernel over its statistic: what the threshold is compared with."""
+    """``r``, a canonical kernel, rotated, over its statistic: what meets the threshold."""
     if config.planes > 1:
         each = [ratio_canonical(w, config.one_plane) for w, *_ in _plane_by_plane(w, config)]
         return jnp.stack(each, axis=-3)
@@ -288,6 +337,19 @@ def dequantize(codes: Codes, scale: Scale, dtype: DTypeLike = jnp.float32) -> Fl
     return (codes.astype(jnp.float32) * kernel_axes.broadcast_scale(scale, codes.shape)).astype(
         dtype
     )
+
+
+def _dequantized(
+    planes: Sequence[tuple[Codes, Scale]], axis: int | None, dtype: DTypeLike
+) -> Float[Array, "..."]:
+    """The sum of codes times scale of each plane, rotated back once and cast once."""
+    w = sum_in_order([dequantize(codes, scale) for codes, scale in planes])
+    return rotated_back(w, axis).astype(dtype)
+
+
+def rotated_back(w: Float32[Array, "..."], axis: int | None) -> Float32[Array, "..."]:
+    """A float kernel from its rotated one along an axis, from the end; None: it is not rotated."""
+    return w if axis is None else rotated(w, largest_block(w.shape[axis]), axis)
 
 
 def dequantize_canonical(

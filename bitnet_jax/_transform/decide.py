@@ -10,6 +10,7 @@ from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._quantize.config import ActivationConfig, Int8Config, KernelConfig
 from bitnet_jax._quantize.int8 import require_activation_groups, require_no_activation_groups
 from bitnet_jax._quantize.kernel_spec import contraction_spec
+from bitnet_jax._quantize.rotation import require_rotated_channels
 from bitnet_jax._transform.lookups import raise_not_rows
 from bitnet_jax._transform.marks import Found, Use
 from bitnet_jax._tree.select import Patterns, Select, decide, is_kernel, match, matched
@@ -208,6 +209,7 @@ class _Reach(NamedTuple):
             for use in self.uses:
                 if use.primitive == "conv_general_dilated":
                     require_no_activation_groups(who, activations)
+                    require_rotated_channels(who, config, use.channels_last)
                 elif use.primitive != "gather":
                     lengths = tuple(self.one.leaf.shape[a] for a in use.contracting)
                     require_activation_groups(who, activations, lengths)

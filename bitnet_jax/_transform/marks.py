@@ -59,6 +59,8 @@ class Use(NamedTuple):
       beside: whether that other operand is spread over a batch, as an input is.
       multiplications: as often as it is run.
       stated: the config of the layer that multiplies it; None: it is one of no layer of ours.
+      channels_last: whether the leaf's last contracting axis meets the features of the input;
+        of a convolution it may be an axis of space.
     """
 
     leaf: int
@@ -70,6 +72,7 @@ class Use(NamedTuple):
     beside: bool
     multiplications: float
     stated: LayerConfig | None = None
+    channels_last: bool = True
 
 
 @dataclasses.dataclass

@@ -16,6 +16,7 @@ from typing import Any
 
 from bitnet_jax._layers.stated import STATED
 from bitnet_jax._transform import layout
+from bitnet_jax._transform.convs import ConvPlan
 from bitnet_jax._transform.higher_order import CUSTOM, RULES
 from bitnet_jax._transform.jaxprs import (
     Atom,
@@ -159,6 +160,8 @@ class Survey:
                     beside=other is not None and _is_spread(other),
                     multiplications=count,
                     stated=mark.view.stated,
+                    channels_last=not isinstance(plan, ConvPlan)
+                    or plan.convolution.has_channels_last,
                 )
             )
         if not lookup and all(mark.leaves for mark in marks) and not _is_input(marks):

@@ -23,10 +23,10 @@ every_run_but_native = pytest.mark.parametrize(
 )
 every_layout = pytest.mark.parametrize("layout", suite.LAYOUTS)
 IN_CORE = ("odd-k-and-n", "outer", "groups", "experts-heads", "bfloat16", "int8-odd", "4-bit")
-IN_CORE += ("x-groups", "x-groups-unlike", "planes-odd", "planes-groups-conv")
+IN_CORE += ("x-groups", "x-groups-unlike", "planes-odd", "planes-groups-conv", "rotated-576")
 every_case = cases("case", suite.CASES, core=IN_CORE)
 GRADIENTS = ("dense", "odd-k-and-n", "513-columns", "outer", "groups", "conv", "experts-heads")
-GRADIENTS += ("groups-of-7", "int8-many-rows", "int8-table", "x-groups-alike")
+GRADIENTS += ("groups-of-7", "int8-many-rows", "int8-table", "x-groups-alike", "rotated-outer")
 GRADIENTS += ("planes-odd", "planes-groups")
 
 
@@ -46,7 +46,10 @@ def test_the_gradient_to_x_is_the_closed_form(name, layout, case):
     suite.check_gradient(case, name, layout)
 
 
-@some("odd-k", "513-columns", "outer", "groups", "int8-odd", "x-groups-unlike", core=("groups",))
+@some(
+    *("odd-k", "513-columns", "outer", "groups", "int8-odd", "x-groups-unlike", "rotated"),
+    core=("groups",),
+)
 @every_run
 def test_vmap(name, layout, case):
     suite.check_vmap(case, name, layout)

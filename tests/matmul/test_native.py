@@ -52,7 +52,11 @@ def test_it_is_there_where_a_compiler_is():
 
 
 @needs_it
-@cases("case", suite.CASES, core=["odd-k-and-n", "groups", "experts-heads", "int8-odd", "x-groups"])
+@cases(
+    "case",
+    suite.CASES,
+    core=[*("odd-k-and-n", "groups", "experts-heads", "int8-odd", "x-groups", "rotated-576")],
+)
 def test_every_instruction_set_has_the_oracles_bits(paths, case):
     suite.check_product(case, "cpu", "prepared", paths)
 

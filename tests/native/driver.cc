@@ -323,7 +323,7 @@ int64_t WrongCodesOf(Pool& pool, int64_t length, int64_t groups) {
   }
   Narrow(std::numeric_limits<float>::quiet_NaN(), &x[4 * length + length / 2]);
   Narrow(-std::numeric_limits<float>::infinity(), &x[5 * length + length / 3]);
-  QuantizeRows(pool, x.get(), rows, length, groups, stride, 127.0f, 1e-5f, codes.get(),
+  QuantizeRows(pool, x.get(), rows, length, {1, 1.0f}, groups, stride, 127.0f, 1e-5f, codes.get(),
                gamma.get());
   int64_t wrong = 0;
   for (int64_t m = 0; m < rows; ++m) {
