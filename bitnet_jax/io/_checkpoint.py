@@ -7,7 +7,7 @@ to the target's dtype; two leaves that it gives the same name (``{"a": {"b": x}}
 raises. So a checkpoint has two items, the tree and its description, plain JSON::
 
     format    "bitnet_jax.checkpoint"
-    version   "1", or "2" where a kernel has planes
+    version   "1", or "2" where a kernel has planes or a rotation
     mappings  whether the tree has only mappings: then the description alone can rebuild it
     leaves    one object per leaf, as in a file of bj.io.save (_file), with the shape of a
               packed kernel's scale, and a sha256: over the bytes of each of its arrays, as

@@ -6,8 +6,8 @@ codes are ``<name>.trits`` (_dense). The names are for people and for other tool
 The metadata describes the tree; every value in it is a string::
 
     format    "bitnet_jax"
-    version   "2", or "3" where a kernel has planes; "1", whose digest is over bytes and not
-              over chunks, is read too
+    version   "2", or "3" where a kernel has planes or a rotation; "1", whose digest is over
+              bytes and not over chunks, is read too
     leaves    canonical JSON, one object per leaf: its kind (array, packed, int8, empty), its
               path as a list of str and int keys, its dtype and logical shape, and for a packed
               kernel all of its static data, with "stored": "trits" if it is dense
@@ -269,7 +269,7 @@ def declared(header: Header) -> list[Leaf]:
     if metadata.get("version") not in VERSIONS:
         raise FormatError(
             f"is of version {metadata.get('version')!r:.100}, and this bitnet_jax reads "
-            f"{' and '.join(map(repr, VERSIONS))}. Update bitnet_jax."
+            f"{', '.join(map(repr, VERSIONS))}. Update bitnet_jax."
         )
     if _safetensors.DIGEST not in metadata:
         raise_damaged("has no sha256 in its metadata")
