@@ -36,6 +36,7 @@ from bitnet_jax._packed.kernel import (
     PackedTernary,
     Prepared,
     Stored,
+    block,
     is_packed,
     is_stored,
     split,
@@ -44,6 +45,7 @@ from bitnet_jax._packed.pack import pack_kernel
 from bitnet_jax._packed.static_data import register_export
 from bitnet_jax._quantize import kernel_axes, statistics
 from bitnet_jax._quantize.kernel_spec import KernelSpec
+from bitnet_jax._quantize.rotation import rotated_kernel
 from bitnet_jax._quantize.rounded import quotient
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
 from bitnet_jax._tree.select import Select, matched
@@ -407,7 +409,7 @@ def _on_grid(base: PackedTernary, w: jax.Array) -> PackedTernary:
     scale times the share of nonzero ones, about two thirds. The scale that minimises
     ``|w - s codes|`` is ``<w, codes> / <codes, codes>``.
     """
-    w = kernel_axes.to_canonical(w, base.axes)
+    w = rotated_kernel(kernel_axes.to_canonical(w, base.axes), block(base))
     old = base.canonical_scale()
     groups, shared = old.shape[-2], old.shape[-1] == 1
     # (*batch, K, N) as (*batch, groups, K / groups, N): each group has scales of its own.

@@ -54,10 +54,15 @@ def largest_block(length: int) -> int:
     return length & -length
 
 
+def has_blocks(config: KernelConfig, contraction: Sequence[int]) -> bool:
+    """Whether there are features to rotate together, if a config says so."""
+    return config.rotation is None or block_of(config, contraction) >= SMALLEST_BLOCK
+
+
 def require_rotation(who: str, config: KernelConfig, contraction: Sequence[int]) -> None:
     """Raises where a contraction has no blocks to rotate."""
-    block = block_of(config, contraction)
-    if config.rotation is not None and block < SMALLEST_BLOCK:
+    if not has_blocks(config, contraction):
+        block = block_of(config, contraction)
         raise ValueError(
             f"{who}: `rotation`={config.rotation!r} rotates blocks of a power of two, at least "
             f"{SMALLEST_BLOCK}, and the last contracting axis of {tuple(contraction)} has blocks "

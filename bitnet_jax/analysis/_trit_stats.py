@@ -34,6 +34,7 @@ from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.config import planes_of
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, quantize_activations
 from bitnet_jax._quantize.kernel_spec import KernelSpec
+from bitnet_jax._quantize.rotation import rotated, rotated_kernel
 from bitnet_jax._quantize.ternary import B158, TernaryConfig, ratio_canonical
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import AxesOf, Select, axes_for
@@ -169,7 +170,8 @@ def trit_stats(
         if not jnp.isfinite(stats["scale"]):
             _checks.raise_not_finite(who, where, int((~jnp.isfinite(w)).sum()))
         if where in given:
-            stats |= _inputs(given[where], activations)
+            block = KernelSpec(c, found).block(w.shape)
+            stats |= _inputs(rotated(given[where], block), activations)
         values = {k: float(v) for k, v in jax.device_get(stats).items()}
         values = {k: math.nan if v == NEVER else v for k, v in values.items()}
         rows.append(LayerTrits(where, **values))
@@ -231,7 +233,8 @@ def measure(
     size = packed.planes * w.size
     zero = trits.count(packed.codes)[0].astype(jnp.float32).sum()
     padding = trits.PER_BYTE * packed.codes.size - size
-    r = ratio_canonical(kernel_axes.to_canonical(w, axes), config)
+    rotated_w = rotated_kernel(kernel_axes.to_canonical(w, axes), spec.block(w.shape))
+    r = ratio_canonical(rotated_w, config)
     close = jnp.abs(jnp.abs(r) - np.float32(config.threshold)) <= jnp.asarray(near, jnp.float32)
     scale = packed.scale.mean()
     never = jnp.float32(NEVER)

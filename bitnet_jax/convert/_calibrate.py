@@ -35,7 +35,7 @@ from bitnet_jax.convert._chosen_methods import (
     require_methods,
     require_planes,
 )
-from bitnet_jax.convert._converted import FloatKernel, converted
+from bitnet_jax.convert._converted import FloatKernel, converted, possible
 from bitnet_jax.convert._front_ends import Args, FrontEnd, front_end
 from bitnet_jax.convert._input_statistics import Statistics
 from bitnet_jax.convert._options import require_candidates, require_fitting
@@ -146,6 +146,9 @@ def calibrate(
     met = [leaf for leaf, config in chosen if config is not None]
     kernels = _kernels(uses, met, method, equal_tokens, probed=loss is not None)
     require_fitting(configs, [(k.spec, tuple(k.leaf.value.shape)) for k in kernels])
+    if configs:
+        each = (tuple(c for c in configs if possible(k, c)) for k in kernels)
+        kernels = [k._replace(candidates=c) for k, c in zip(kernels, each, strict=True)]
     length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
     losses = None if loss is None else net.losses(loss)
     every = itertools.chain([first], rest)
@@ -153,7 +156,7 @@ def calibrate(
     done, rows = {}, []
     for number, kernel in enumerate(kernels, start=1):
         path = kernel.leaf.path
-        done[path], row = converted(kernel, found.pop(path, None), slopes.get(path), configs)
+        done[path], row = converted(kernel, found.pop(path, None), slopes.get(path))
         rows.append(row)
         progress(0.5 + 0.5 * number / len(kernels))
     leaves = [rebox(leaf.boxed, done.get(leaf.path, leaf.value)) for leaf, _ in chosen]

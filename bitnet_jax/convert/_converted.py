@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from bitnet_jax._packed.pack import pack_kernel, stored
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.config import Int8Config, KernelConfig, TernaryConfig, planes_of
 from bitnet_jax._quantize.kernel_spec import KernelSpec
+from bitnet_jax._quantize.rotation import rotated_kernel
 from bitnet_jax._quantize.ternary import Ternary, TernaryPlanes, of_canonical
 from bitnet_jax._transform.probe import Wanted
 from bitnet_jax._tree.leaves import Leaf
@@ -40,6 +41,8 @@ class FloatKernel(NamedTuple):
       method: None: an int8 kernel has none.
       equal: whether every token counts the same in what is known of its inputs.
       probed: whether its inputs are looked at though its method needs nothing.
+      candidates: other configs to measure, each of which it can have; None: none are asked for,
+        and no options are reported.
     """
 
     leaf: Leaf
@@ -48,6 +51,7 @@ class FloatKernel(NamedTuple):
     method: Method | None
     equal: bool = False
     probed: bool = False
+    candidates: tuple[KernelConfig, ...] | None = None
 
     @property
     def wanted(self) -> Wanted | None:
@@ -55,15 +59,24 @@ class FloatKernel(NamedTuple):
         needs = "nothing" if self.method is None else self.method.needs
         if needs == "nothing" and not self.probed:
             return None
-        shape = tuple(self.leaf.value.shape)
-        return Wanted(shape, self.spec.axes, needs == "matrix", self.equal)
+        # The diagonal of rotated inputs is made of the whole matrix.
+        matrix = needs == "matrix" or any(self.block(c) > 1 for c in self.configs)
+        return Wanted(tuple(self.leaf.value.shape), self.spec.axes, matrix, self.equal)
+
+    @property
+    def configs(self) -> list[KernelConfig]:
+        """Its own config, then the others to measure."""
+        return [self.spec.config, *(c for c in self.candidates or () if c != self.spec.config)]
+
+    def block(self, config: KernelConfig) -> int:
+        """How many of its inputs a config rotates together; 1: none."""
+        return self.spec._replace(config=config).block(tuple(self.leaf.value.shape))
 
 
 def converted(
     kernel: FloatKernel,
     statistics: Statistics | None,
     squares: np.ndarray | None = None,
-    candidates: Sequence[KernelConfig] = (),
 ) -> tuple[Stored, CalibratedKernel]:
     """One kernel packed, and its row of the report.
 
@@ -71,25 +84,49 @@ def converted(
       kernel: the kernel.
       statistics: of its inputs; None: nothing is known.
       squares: (B,) the mean of its squared gradient; None: no loss is known.
-      candidates: other configs to measure.
     """
-    leaf, spec, name, method, *_ = kernel
+    leaf, spec, name, method = kernel[:4]
     w = leaf.value if isinstance(leaf.value, jax.Array) else jnp.asarray(leaf.value)
-    canonical = _canonical_kernel(leaf, spec)
     tokens = None if statistics is None else int(statistics.tokens.min())
     if statistics is None:
-        statistics = Statistics(np.zeros(len(canonical), np.int64), None)
-    made = plain = _quantized(kernel, w, canonical, statistics, spec.config)
+        slices = math.prod(spec.axes.split(w.shape)[0])
+        statistics = Statistics(np.zeros(slices, np.int64), None)
+    configs = kernel.configs
+    blocks = [kernel.block(c) for c in configs]
+    sides = {block: _side(kernel, statistics, block) for block in dict.fromkeys(blocks)}
+    own = sides[blocks[0]]
+    made = [_quantized(kernel, w, sides[b], c) for b, c in zip(blocks, configs, strict=True)]
+    plain = made[0]
     if method is not None and name != "absmean":
-        plain = METHODS["absmean"].quantize(canonical, statistics, _ternary(spec.config))
-    others = [c for c in candidates if c != spec.config and _possible(kernel, c)]
-    several = [_quantized(kernel, w, canonical, statistics, c) for c in others]
-    lost, plainly, *rest = errors(canonical, [made, plain, *several], statistics)
-    stake = None if squares is None else stakes(canonical, statistics, squares)
-    packed = pack_kernel(w, spec) if method is None else _packed(w, made, spec)
-    options = _options(kernel, [spec.config, *others], [lost, *rest], stake) if candidates else ()
-    row = _row(kernel, tokens, _mean(lost), _mean(plainly), made.notes)
-    return packed, dataclasses.replace(row, change=change(lost, stake), options=options)
+        plain = METHODS["absmean"].quantize(*own, _ternary(spec.config))
+    plainly, *lost = _errors(sides, [(blocks[0], plain), *zip(blocks, made, strict=True)])
+    stake = None if squares is None else stakes(*own, squares)
+    packed = pack_kernel(w, spec) if method is None else _packed(w, made[0], spec)
+    options = () if kernel.candidates is None else _options(kernel, lost, stake)
+    row = _row(kernel, tokens, _mean(lost[0]), _mean(plainly), made[0].notes)
+    return packed, dataclasses.replace(row, change=change(lost[0], stake), options=options)
+
+
+class _Side(NamedTuple):
+    """A canonical kernel and the statistics of its inputs, in the basis of a config."""
+
+    w: np.ndarray
+    statistics: Statistics
+
+
+def _side(kernel: FloatKernel, statistics: Statistics, block: int) -> _Side:
+    """Both rotated by blocks; of the statistics no more than the method needs."""
+    matrix = kernel.method is not None and kernel.method.needs == "matrix"
+    return _Side(_canonical_kernel(kernel, block), statistics.rotated(block, matrix))
+
+
+def _errors(sides: Mapping[int, _Side], made: Sequence[tuple[int, Quantized]]) -> list[np.ndarray]:
+    """The error of each, on the side where it was made."""
+    found = {}
+    for block, side in sides.items():
+        here = [i for i, (b, _) in enumerate(made) if b == block]
+        found |= zip(here, errors(side.w, [made[i][1] for i in here], side.statistics), strict=True)
+    return [found[i] for i in range(len(made))]
 
 
 def _ternary(config: KernelConfig) -> TernaryConfig:
@@ -97,23 +134,17 @@ def _ternary(config: KernelConfig) -> TernaryConfig:
     return config
 
 
-def _quantized(
-    kernel: FloatKernel,
-    w: jax.Array,
-    canonical: np.ndarray,
-    statistics: Statistics,
-    config: KernelConfig,
-) -> Quantized:
+def _quantized(kernel: FloatKernel, w: jax.Array, side: _Side, config: KernelConfig) -> Quantized:
     """A kernel by its method and a config, or by the quantiser of an int8 one."""
-    leaf, spec, name, method, *_ = kernel
+    spec, name, method = kernel.spec, kernel.name, kernel.method
     if isinstance(config, Int8Config) or method is None:
         return Quantized(*_canonical_parts(pack_kernel(w, spec._replace(config=config))), ())
-    made = method.quantize(canonical, statistics, config)
-    _require_quantized(leaf.where, name, made, canonical.shape, config)
+    made = method.quantize(*side, config)
+    _require_quantized(kernel.leaf.where, name, made, side.w.shape, config)
     return made
 
 
-def _possible(kernel: FloatKernel, config: KernelConfig) -> bool:
+def possible(kernel: FloatKernel, config: KernelConfig) -> bool:
     """Whether a kernel can have a config; one without a method stays as its selector said."""
     if kernel.method is None or not takes(kernel.method, config):
         return False
@@ -121,10 +152,7 @@ def _possible(kernel: FloatKernel, config: KernelConfig) -> bool:
 
 
 def _options(
-    kernel: FloatKernel,
-    configs: Sequence[KernelConfig],
-    errors: Sequence[np.ndarray],
-    stake: np.ndarray | None,
+    kernel: FloatKernel, errors: Sequence[np.ndarray], stake: np.ndarray | None
 ) -> tuple[Option, ...]:
     """The ways to keep a kernel, float last."""
     w, spec = kernel.leaf.value, kernel.spec
@@ -132,7 +160,7 @@ def _options(
         Option(
             c, stored_bytes(spec._replace(config=c), w.shape, w.dtype), _mean(e), change(e, stake)
         )
-        for c, e in zip(configs, errors, strict=True)
+        for c, e in zip(kernel.configs, errors, strict=True)
     ]
     return (*found, Option(None, w.nbytes, 0.0, 0.0))
 
@@ -152,10 +180,12 @@ def _row(
     )
 
 
-def _canonical_kernel(leaf: Leaf, spec: KernelSpec) -> np.ndarray:
-    """A kernel as float32 (B, K, N)."""
-    w: Any = np.asarray(leaf.value).astype(np.float32)
-    w = kernel_axes.to_canonical(w, spec.axes)
+def _canonical_kernel(kernel: FloatKernel, block: int) -> np.ndarray:
+    """A kernel as float32 (B, K, N), rotated by blocks."""
+    w: Any = np.asarray(kernel.leaf.value).astype(np.float32)
+    w = kernel_axes.to_canonical(w, kernel.spec.axes)
+    if block > 1:  # as the quantiser rotates, to the bit
+        w = np.asarray(rotated_kernel(jnp.asarray(w), block))
     return np.ascontiguousarray(w.reshape(-1, *w.shape[-2:]))
 
 

@@ -16,6 +16,7 @@ from bitnet_jax._packed.pack import pack_quantized
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.config import Int8Config, KernelConfig, TernaryConfig
 from bitnet_jax._quantize.kernel_spec import KernelSpec, require_kernel_config
+from bitnet_jax._quantize.rotation import SMALLEST_BLOCK, has_blocks
 from bitnet_jax._tree.pack_report import kind
 from bitnet_jax.convert import _second_moment
 from bitnet_jax.convert._input_statistics import Statistics
@@ -70,9 +71,11 @@ def require_candidates(candidates: object) -> tuple[KernelConfig, ...]:
 
 
 def fits(config: KernelConfig, spec: KernelSpec, shape: tuple[int, ...]) -> bool:
-    """Whether a kernel can have a config: its groups tile the contraction."""
+    """Whether a kernel can have a config: its groups tile the contraction, and blocks do."""
     group = config.granularity
     contraction = spec.axes.split(shape)[1]
+    if not has_blocks(config, contraction):
+        return False
     return not isinstance(group, int) or kernel_axes.group_grid(contraction, group) is not None
 
 
@@ -84,9 +87,10 @@ def require_fitting(
     for config in candidates:
         if not any(fits(config, *kernel) for kernel in kernels):
             lengths = sorted({math.prod(spec.axes.split(shape)[1]) for spec, shape in kernels})
+            rotated = "" if config.rotation is None else f" or blocks of {SMALLEST_BLOCK} to rotate"
             raise ValueError(
-                f"{WHO}: no kernel can have the candidate {config!r}: its groups tile none of "
-                f"the contractions {lengths}. Choose a group size that divides one of them."
+                f"{WHO}: no kernel can have the candidate {config!r}: its groups{rotated} tile "
+                f"none of the contractions {lengths}. Choose a group size that divides one of them."
             )
 
 
