@@ -12,6 +12,7 @@ import numpy as np
 
 from bitnet_jax import _checks
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config, check_activations
+from bitnet_jax._quantize.rotation import require_rotation
 from bitnet_jax._quantize.ternary import B158, KernelConfig, TernaryConfig
 from bitnet_jax.models._rope import Rope
 
@@ -223,6 +224,8 @@ def _require_groups(who: str, config: DecoderConfig) -> None:
     for kernel in {k for k in kernels.values() if isinstance(k, TernaryConfig)}:
         quantised = {path: n_in for path, n_in in inputs.items() if kernels[path] == kernel}
         _require_divisor(who, "granularity", kernel.granularity, quantised)
+        for path, n_in in quantised.items():
+            require_rotation(f"{who}: {path}", kernel, (n_in,))
 
 
 def _require_divisor(who: str, name: str, group: object, inputs: dict[str, int]) -> None:

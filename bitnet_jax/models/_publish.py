@@ -99,6 +99,7 @@ class _Writer:
         weights = getattr(layer, "weights", None)
         _require_published_kind(name, kernel, weights)
         _require_finite(f"{name}.weight", kernel)
+        _require_no_rotation(name, kernel, weights)
         if isinstance(weights, TernaryConfig) and not isinstance(kernel, PackedTernary):
             kernel = pack(kernel, weights)
         if not isinstance(kernel, PackedTernary):
@@ -223,6 +224,16 @@ class _Writer:
         if config.projection_norm:
             says |= {"use_rms_norm": True, "rms_norm_eps": config.projection_norm_eps}
         return says
+
+
+def _require_no_rotation(name: str, kernel: Any, weights: Any) -> None:
+    """Refuses a kernel whose codes meet rotated inputs: no layer of transformers rotates them."""
+    config = kernel.config if isinstance(kernel, PackedTernary) else weights
+    if config is not None and config.rotation is not None:
+        raise NotImplementedError(
+            f"{WHO}: {name} has rotation={config.rotation!r}, and transformers does not rotate "
+            "inputs. Save it with Decoder.save, or build the decoder without a rotation."
+        )
 
 
 def _dtype_of_floats(kernel: Any) -> np.dtype:

@@ -109,6 +109,27 @@ def test_a_trained_decoder_in_shards(tmp_path):
     assert bool((answer(packed, ids) == answer(load(tmp_path), ids)).all())
 
 
+def test_a_rotation_is_refused_and_written_by_save_alone(tmp_path):
+    rotated = bj.TernaryConfig(rotation="hadamard")
+    shape = {"vocabulary": 40, "width": 32, "hidden": 48, "depth": 1, "heads": 4, "kv_heads": 2}
+    config = bj.models.DecoderConfig(**shape, weights=rotated, embedding=rotated)
+    model = bj.models.Decoder(config, rngs=nnx.Rngs(0))
+    for one in (model, bj.nnx.pack(model)[0]):
+        with pytest.raises(NotImplementedError, match=r"q_proj has rotation='hadamard'.*Decoder.s"):
+            bj.io.export_huggingface(one, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    packed, _ = bj.nnx.pack(model)
+    ids = jnp.asarray(IDS)
+    want = nnx.jit(lambda m, ids: m(ids)[0])(model, ids)
+    packed.save(tmp_path / "model.bitnet.safetensors")
+    again = bj.models.Decoder.from_pretrained(tmp_path / "model.bitnet.safetensors")
+    assert again.config == config
+    for one in (packed, again):
+        np.testing.assert_allclose(nnx.jit(lambda m, ids: m(ids)[0])(one, ids), want, atol=1e-4)
+    with pytest.raises(ValueError, match=r"mlp/down: `rotation`='hadamard' rotates blocks"):
+        bj.models.DecoderConfig(**shape | {"hidden": 50}, weights=rotated)
+
+
 def test_what_is_written_is_what_the_layout_means(tmp_path):
     """The float64 oracle, which reads the published layout, reads the export."""
     from safetensors.numpy import load_file
