@@ -129,8 +129,15 @@ def _transformed(x: Float32[Array, "..."], block: int, axis: int) -> Float32[Arr
     lead, length, rest = shape[:axis], shape[axis], shape[x.ndim + axis + 1 :]
     half = 1
     while half < block:
-        pairs = x.reshape(*lead, length // (2 * half), 2, half, *rest)
-        low, high = (lax.index_in_dim(pairs, i, axis - 1, keepdims=False) for i in (0, 1))
-        x = jnp.stack([low + high, low - high], axis - 1)
-        half *= 2
+        # Two stages at once where there are two left: the array is written half as often.
+        count = min(4, block // half)
+        runs = x.reshape(*lead, length // (count * half), count, half, *rest)
+        parts = [lax.index_in_dim(runs, i, axis - 1, keepdims=False) for i in range(count)]
+        for bit in (1, 2)[: count // 2]:
+            parts = [
+                parts[i ^ bit] - parts[i] if i & bit else parts[i] + parts[i ^ bit]
+                for i in range(count)
+            ]
+        x = jnp.stack(parts, axis - 1)
+        half *= count
     return x.reshape(shape) * factor_of(block)
