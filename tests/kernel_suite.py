@@ -212,6 +212,15 @@ CASES = {
     "rotated-median": Case((24, 10), _rotated(scale="absmedian")),
     "rotated-float16": Case((24, 10), _rotated(), x_dtype=np.float16),
     "rotated-x-groups": Case((96, 10), _rotated(), activations=_x_groups(12)),
+    "rotated-planes": Case((12, 10), _rotated(planes=3)),
+    "rotated-planes-of-four": Case((12, 11), _rotated(planes=4, granularity="channel")),
+    "rotated-planes-576": Case((576, 70), _rotated(planes=2, scale="survivors")),
+    "rotated-planes-outer": Case((4, 5, 12), _rotated(planes=2), (0, 2)),
+    "rotated-planes-conv": Case((3, 3, 4, 6), _rotated(planes=2, granularity=12), (0, 1, 2)),
+    "rotated-planes-experts": Case((2, 3, 4, 5), _rotated(planes=2), (1, 2), (0,)),
+    "rotated-planes-median": Case((12, 10), _rotated(planes=4, scale="absmedian")),
+    "rotated-planes-bfloat16": Case((12, 10), _rotated(planes=2), x_dtype=ml_dtypes.bfloat16),
+    "rotated-planes-x-groups": Case((96, 10), _rotated(planes=2), activations=_x_groups(12)),
     "x-groups-4-bit": Case((24, 10), activations=bj.ActivationConfig(bits=4, group=8)),
 }
 

@@ -124,14 +124,20 @@ def quantize64(w, config, contracting=None, batch=()):
 
 
 def planes_of(config):
-    """How many planes a config has, and the config of each."""
+    """How many planes a config has, and the config of each, of a kernel that is rotated already."""
     planes = getattr(config, "planes", 1)
-    return planes, config if planes == 1 else dataclasses.replace(config, planes=1)
+    return planes, config if planes == 1 else dataclasses.replace(config, planes=1, rotation=None)
 
 
 def planes(quantize, w, config, contracting=None, batch=()):
-    """The kernel of each plane, by a quantiser of this file, in the precision of w."""
+    """The kernel of each plane, by a quantiser of this file, in the precision of w.
+
+    With a rotation they are of ``R^T w``, which is rotated once.
+    """
     count, one = planes_of(config)
+    if count > 1:
+        axis = _default_axes(w.ndim, contracting, batch)[0][-1]
+        w = {4: rotated32, 8: rotated64}[w.dtype.itemsize](w, config, axis)
     made = []
     for _ in range(count):
         made.append(quantize(w, one, contracting, batch))

@@ -32,6 +32,7 @@ from bitnet_jax._ops.codes_product import (
     FOUR,
     contract_codes,
     cuts_no_four,
+    gamma_over_planes,
     merged_planes,
     over_planes,
     planes_apart,
@@ -310,10 +311,7 @@ def _multiply(
     """By custom calls; with an index, from that slice of a stack of panels."""
     assert spec.activations is not None
     layout, activations = spec.layout, spec.activations
-    x = over_planes(x, spec.planes)  # planes lie behind each other along the contraction
-    k = x.shape[-1]
-    part = math.gcd(layout.depth, activations.group or k)
-    x_codes, gamma = by_library.token_codes(x, activations, _stride(k, part), spec.block)
+    x_codes, gamma = _token_codes(spec, x, activations)
     return by_library.call(
         _native.MULTIPLY,
         jax.ShapeDtypeStruct((*x.shape[:2], layout.outputs), spec.dtype),
@@ -327,6 +325,22 @@ def _multiply(
         transposed=spec.table,
         qmax=np.float32(activations.qmax),
     )
+
+
+def _token_codes(
+    spec: _Spec, x: Activations, activations: ActivationConfig
+) -> tuple[Int8[Array, "b m _"], Float32[Array, "b m g"]]:
+    """Codes of x, rotated, for all planes behind each other, zeros behind them, and gammas."""
+    k = x.shape[-1]
+    part = math.gcd(spec.layout.depth, activations.group or k)
+    stride = _stride(spec.planes * k, part)
+    if spec.planes == 1:
+        return by_library.token_codes(x, activations, stride, spec.block)
+    # Quantised once: twice the codes are sooner copied than made.
+    codes, gamma = by_library.token_codes(x, activations, k, spec.block)
+    codes = over_planes(codes, spec.planes)
+    padding = [(0, 0), (0, 0), (0, stride - codes.shape[-1])]
+    return jnp.pad(codes, padding), gamma_over_planes(gamma, spec.planes)
 
 
 def _plain_product(

@@ -24,10 +24,11 @@ every_run_but_native = pytest.mark.parametrize(
 every_layout = pytest.mark.parametrize("layout", suite.LAYOUTS)
 IN_CORE = ("odd-k-and-n", "outer", "groups", "experts-heads", "bfloat16", "int8-odd", "4-bit")
 IN_CORE += ("x-groups", "x-groups-unlike", "planes-odd", "planes-groups-conv", "rotated-576")
+IN_CORE += ("rotated-planes-of-four",)
 every_case = cases("case", suite.CASES, core=IN_CORE)
 GRADIENTS = ("dense", "odd-k-and-n", "513-columns", "outer", "groups", "conv", "experts-heads")
 GRADIENTS += ("groups-of-7", "int8-many-rows", "int8-table", "x-groups-alike", "rotated-outer")
-GRADIENTS += ("planes-odd", "planes-groups")
+GRADIENTS += ("planes-odd", "planes-groups", "rotated-planes-outer")
 
 
 def some(*names, core=IN_CORE):
