@@ -81,7 +81,7 @@ def require_rotated_channels(who: str, config: KernelConfig, channels_last: bool
         )
 
 
-def rotated(x: Float[AnyArray, "..."], block: int, axis: int = -1) -> Float[Array, "..."]:
+def rotated(x: Float[AnyArray, "..."], block: int, axis: int = -1) -> Float[AnyArray, "..."]:
     """``x R`` along an axis, float32; x itself where the block is 1."""
     return x if block == 1 else _rotated(x, block, axis % x.ndim - x.ndim)
 

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,20 @@ class RotatedTernary(Ternary):
         """The axis along which the codes are those of a rotated kernel."""
         return self._rotated_axis
 
+    def _replace(self, **changed: Any) -> RotatedTernary:  # pyright: ignore[reportIncompatibleMethodOverride] - its own loses the axis
+        return _of_leaves(self._rotated_axis, super()._replace(**changed))
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What a copy is made from."""
+        return (*self, self._rotated_axis)
+
+
+def _of_leaves(rotated_axis: int, leaves: Iterable[Any]) -> RotatedTernary:
+    """One of whatever stands for its arrays, as pytrees are rebuilt."""
+    made = RotatedTernary._make(leaves)
+    made._rotated_axis = rotated_axis
+    return made
+
 
 jax.tree_util.register_pytree_with_keys(
     RotatedTernary,
@@ -116,7 +130,7 @@ jax.tree_util.register_pytree_with_keys(
         tuple((jax.tree_util.GetAttrKey(n), getattr(t, n)) for n in ("codes", "scale")),
         t.rotated_axis,
     ),
-    lambda axis, arrays: RotatedTernary(*arrays, rotated_axis=axis),
+    _of_leaves,
 )
 
 

@@ -1,5 +1,8 @@
 """The Hadamard rotation of a contraction, against explicit float64 matrices from the recursion."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +81,17 @@ def test_codes_are_of_the_rotated_kernel_and_come_back_unrotated(length, config)
     stack = jax.vmap(lambda w: bj.quantize(w, config))(jnp.stack([w, -w]))
     oracles.assert_same_bits(stack.dequantize()[0], t.dequantize())
     assert (jax.grad(lambda w: bj.fake_quantize(w, config).sum())(w) == 1).all()
+
+
+def test_copies_keep_the_axis():
+    t = bj.quantize(normal(12, 5), ROTATED)
+    doubled = t._replace(scale=2 * t.scale)
+    oracles.assert_same_bits(doubled.dequantize(), 2 * t.dequantize())
+    for other in (copy.copy(t), copy.deepcopy(t), pickle.loads(pickle.dumps(t))):
+        assert other.rotated_axis == -2
+        oracles.assert_same_bits(other.dequantize(), t.dequantize())
+    shapes = jax.eval_shape(lambda w: bj.quantize(w, ROTATED), normal(12, 5))
+    assert (shapes.rotated_axis, shapes.codes.shape) == (-2, (12, 5))
 
 
 def test_the_last_contracting_axis_is_rotated():
