@@ -162,12 +162,13 @@ def _row(row: CalibratedKernel, at: int) -> BudgetedKernel:
 
 
 def _named(config: KernelConfig | None) -> str:
-    """A config in a word or two: the kind, and what shares a scale."""
+    """A config in a few words: the kind, what shares a scale, and a rotation."""
     if config is None or isinstance(config, Int8Config):
         return kind(config)
     shared = config.granularity
     planes = "ternary" if config.planes == 1 else f"{config.planes} planes"
-    return f"{planes}, {shared if isinstance(shared, str) else f'groups of {shared}'}"
+    rotation = "" if config.rotation is None else ", rotated"
+    return f"{planes}, {shared if isinstance(shared, str) else f'groups of {shared}'}{rotation}"
 
 
 def _require_options(rows: Sequence[CalibratedKernel]) -> None:

@@ -128,7 +128,8 @@ def _config(config: dict[str, Any] | None) -> str:
     granularity = config["granularity"]
     per = f"groups of {granularity}" if isinstance(granularity, int) else f"per {granularity}"
     planes = f", {config['planes']} planes" if "planes" in config else ""
-    return f"{config['scale']} {config['threshold']:g}, {per}{planes}"
+    rotation = ", rotated" if "rotation" in config else ""
+    return f"{config['scale']} {config['threshold']:g}, {per}{planes}{rotation}"
 
 
 def _size(leaf: Leaf) -> int:

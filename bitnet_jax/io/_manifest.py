@@ -18,6 +18,7 @@ from bitnet_jax import _checks
 from bitnet_jax._packed import intact
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Prepared, Stored, is_stored
 from bitnet_jax._quantize.config import YOUNGER, Int8Config, TernaryConfig, stated_fields
+from bitnet_jax._quantize.rotation import has_blocks
 from bitnet_jax.io import _safetensors
 from bitnet_jax.io._safetensors import Entry, raise_damaged
 from bitnet_jax.io._tensors import (
@@ -233,6 +234,8 @@ def packed_fault(described: dict[str, Any]) -> str | None:
         return f"has no valid config: {str(error).rstrip('.')}"
     if stated_fields(made).keys() != config.keys():
         return f"has a config {config!r}, which states a default"
+    if not has_blocks(made, [shape[a] for a in axes]):
+        return f"has a rotation, and {length} weights along an axis have no blocks to rotate"
     return None
 
 

@@ -208,10 +208,11 @@ def _saved_rows(
 
 
 def _scales(config: KernelConfig) -> str:
-    """How many weights share a scale."""
+    """How many weights share a scale, and what else there is to a config."""
     per = config.granularity if isinstance(config, TernaryConfig) else "channel"
     planes = planes_of(config)
     of = "" if planes == 1 else f", in {planes} planes"
+    of += "" if config.rotation is None else ", rotated"
     if isinstance(per, int):
         return f"one for each {per} inputs{of}"
     return f"one for a tensor{of}" if per == "tensor" else f"one for each output{of}"

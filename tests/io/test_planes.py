@@ -15,16 +15,18 @@ from bitnet_jax.__main__ import main
 
 FormatError = bj.io.FormatError
 PLANES = bj.TernaryConfig(planes=2)
+ROTATED = bj.TernaryConfig(planes=2, rotation="hadamard")
 KERNELS = {
     "dense": ((24, 10), PLANES, {}),
     "odd": ((7, 3), bj.TernaryConfig(granularity="channel", planes=3), {}),
     "outer": ((4, 5, 8), bj.TernaryConfig(granularity=8, planes=2), {"contracting_axes": (0, 2)}),
     "stacked": ((3, 4, 8, 5), PLANES, {"contracting_axes": (1, 2), "batch_axes": 0}),
+    "rotated": ((12, 5), ROTATED, {}),
 }
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@cases(("shape", "config", "axes"), KERNELS, core=["odd", "stacked"])
+@cases(("shape", "config", "axes"), KERNELS, core=["odd", "stacked", "rotated"])
 def test_they_come_back_to_the_bit(path, shape, config, axes, dense):
     tree = {"layer": {"kernel": pack(shape, config, **axes), "bias": np.ones(3, np.float32)}}
     bj.io.save(path, tree, dense=dense)
@@ -54,6 +56,8 @@ def test_a_file_without_planes_is_as_it_was_and_one_with_them_has_a_later_versio
         ({"planes": True}, "`planes` must be an integer"),
         ({"planes": 3}, "declares 'kernel.codes' as U8"),
         ({"plane": 2}, "its fields are"),
+        ({"planes": 2, "rotation": None}, "which states a default"),
+        ({"planes": 2, "rotation": "hadamrad"}, "`rotation` must be one of None, 'hadamard'"),
     ],
 )
 def test_a_file_that_lies_about_its_planes_is_refused(path, config, match):
@@ -75,6 +79,20 @@ def test_a_file_that_lies_about_its_planes_is_refused(path, config, match):
         bj.io.load(path)
 
 
+def test_a_file_that_rotates_a_kernel_without_blocks_is_refused(path):
+    bj.io.save(path, {"kernel": pack((6, 3))})
+    with open(path, "rb") as file:
+        header, data = split(file.read())
+    (leaf,) = json.loads(header["__metadata__"]["leaves"])
+    leaf["config"]["rotation"] = "hadamard"
+    text = json.dumps([leaf], sort_keys=True, separators=(",", ":"))
+    header["__metadata__"] |= {"leaves": text, "version": "3"}
+    with open(path, "wb") as file:
+        file.write(signed(header, data))
+    with pytest.raises(FormatError, match="has a rotation, and 6 weights along an axis have no"):
+        bj.io.load(path)
+
+
 def test_one_scale_for_all_planes_is_refused(path):
     kernel = pack(config=PLANES)
     broken = jax.tree.map(lambda a: a[:1] if a.shape[-1] == 1 else a, kernel)
@@ -89,6 +107,10 @@ def test_the_commands_name_the_planes(path, capsys):
     assert "absmean 0.5, per tensor, 2 planes  float32  2 x 2 bits" in printed
     assert "at 4.03 bits a weight" in printed
     assert main(["verify", path]) == 0
+    bj.io.save(path, {"kernel": pack((64, 32), ROTATED)})
+    assert main(["inspect", path]) == 0
+    printed = capsys.readouterr().out
+    assert "absmean 0.5, per tensor, 2 planes, rotated  float32  2 x 2 bits" in printed
 
 
 def test_descriptions_of_checkpoints_tell_planes_from_none():
