@@ -37,7 +37,7 @@ from bitnet_jax._quantize.pinned import pinned, widened
 from bitnet_jax._quantize.rounded import quotient
 from bitnet_jax._quantize.statistics import rms
 from bitnet_jax._quantize.strength import Strength
-from bitnet_jax._quantize.ternary import quantize_kernel
+from bitnet_jax._quantize.ternary import dequantize_kernel, quantize_kernel
 
 
 def fake_quantize(
@@ -91,7 +91,7 @@ def fake_quantize_kernel(
     """:func:`fake_quantize` of a checked kernel; ``phase`` None: at strength 1."""
     # Nothing flows through the scale, only through the estimator below.
     t = quantize_kernel(lax.stop_gradient(w), spec)
-    w_hat = t.dequantize()
+    w_hat = dequantize_kernel(t)
     if isinstance(spec.config, Int8Config):  # -s, 0 and +s are exact; int8 codes times s round
         w_hat = pinned(w_hat)
     return straight_through(w, w_hat, phase)

@@ -81,8 +81,7 @@ class Ternary(NamedTuple):
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """Codes times scale, computed in float32 and cast once to ``dtype``."""
-        run = functools.partial(_dequantized, axis=self.rotated_axis, dtype=dtype)
-        return _mesh.in_auto_like(run, (self,))
+        return _mesh.in_auto_like(functools.partial(dequantize_kernel, dtype=dtype), self)
 
     @property
     def rotated_axis(self) -> int | None:
@@ -167,8 +166,7 @@ class TernaryPlanes(NamedTuple):
 
         The planes of a rotated kernel are those of the sum before it is rotated back.
         """
-        run = functools.partial(_dequantized, axis=self.rotated_axis, dtype=dtype)
-        return _mesh.in_auto_like(run, self.planes)
+        return _mesh.in_auto_like(functools.partial(dequantize_kernel, dtype=dtype), self)
 
     @property
     def rotated_axis(self) -> int | None:
@@ -353,12 +351,13 @@ def dequantize(codes: Codes, scale: Scale, dtype: DTypeLike = jnp.float32) -> Fl
     )
 
 
-def _dequantized(
-    planes: Sequence[tuple[Codes, Scale]], axis: int | None, dtype: DTypeLike
+def dequantize_kernel(
+    t: Ternary | TernaryPlanes, dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "..."]:
     """The sum of codes times scale of each plane, rotated back once and cast once."""
+    planes = (t,) if isinstance(t, Ternary) else t.planes
     w = sum_in_order([dequantize(codes, scale) for codes, scale in planes])
-    return rotated_back(w, axis).astype(dtype)
+    return rotated_back(w, t.rotated_axis).astype(dtype)
 
 
 def rotated_back(w: Float32[Array, "..."], axis: int | None) -> Float32[Array, "..."]:

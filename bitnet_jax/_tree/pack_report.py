@@ -21,7 +21,7 @@ from bitnet_jax._display import blank_figure, plain, size_text, table
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Stored
 from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax._quantize.ternary import KernelConfig, Ternary, TernaryPlanes
+from bitnet_jax._quantize.ternary import KernelConfig, Ternary, TernaryPlanes, dequantize_kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +199,7 @@ def measure(w: jax.Array, t: Ternary | TernaryPlanes, packed: Stored) -> dict[st
     wide = w.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide))
     unit = 1.0 / jnp.maximum(largest, jnp.float32(1e-30))
-    lost = jnp.square((wide - t.dequantize()) * unit).sum()
+    lost = jnp.square((wide - dequantize_kernel(t)) * unit).sum()
     return {
         "zero": zero,
         "plus": plus,
