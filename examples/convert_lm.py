@@ -79,9 +79,9 @@ class Recipe(NamedTuple):
     equal_tokens: bool = False
 
 
-def grouped(granularity: Any, planes: int = 1) -> bj.TernaryConfig:
+def grouped(granularity: Any, planes: int = 1, **more: Any) -> bj.TernaryConfig:
     """A ternary quantiser by what shares a scale."""
-    return bj.TernaryConfig(granularity=granularity, planes=planes)
+    return bj.TernaryConfig(granularity=granularity, planes=planes, **more)
 
 
 RECIPES = (
@@ -106,9 +106,11 @@ RECIPES = (
     Recipe("64, gptq-act-order", grouped(64), "gptq-act-order"),
     Recipe("192, gptq, equal tokens", grouped(192), "gptq", equal_tokens=True),
     Recipe("64, gptq, equal tokens", grouped(64), "gptq", equal_tokens=True),
+    Recipe("64, rotated, gptq", grouped(64, rotation="hadamard"), "gptq"),
     Recipe("two planes, channel, planes", grouped("channel", 2), "planes"),
     Recipe("two planes, 64, absmean", grouped(64, 2), "absmean"),
     Recipe("two planes, 64, planes", grouped(64, 2), "planes"),
+    Recipe("two planes, 64, rotated, planes", grouped(64, 2, rotation="hadamard"), "planes"),
     Recipe("two planes, 64, gptq", grouped(64, 2), "gptq"),
     Recipe("two planes, 64, gptq, equal tokens", grouped(64, 2), "gptq", equal_tokens=True),
 )
