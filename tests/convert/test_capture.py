@@ -311,7 +311,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"'shred' matches nothing\. Near paths: shared"):
         capture(model.apply, "blocks", "shred")(params, X)
     with pytest.raises(ValueError, match=r"'hiden' matches nothing\. Near paths: hidden"):
-        capture(model.apply, "hiden")(params, X)
+        capture(model.apply, "hiden")(params, X)  # codespell:ignore
     with pytest.raises(ValueError, match="runs no submodule"):
         capture(lambda x: 2 * x, "h")(X)
     with pytest.raises(TypeError, match=r"linen module \(Net\). Pass model.apply"):

@@ -217,7 +217,7 @@ WRONG = {
     "empty": (answers, (X[..., :0], X[..., :0]), {}, ValueError, "`student` must have axes"),
     "cold": (answers, (X, X), {"temperature": 0.0}, ValueError, "`temperature` must be a finite"),
     "nan": (answers, (X, X), {"temperature": np.nan}, ValueError, "`temperature` must be"),
-    "way": (answers, (X, X), {"direction": "foward"}, ValueError, "Did you mean 'forward'"),
+    "way": (answers, (X, X), {"direction": "forwards"}, ValueError, "Did you mean 'forward'"),
     "distance": (states, (X, X), {"distance": "l2"}, ValueError, "`distance` must be one of"),
     "mask": (answers, (X, X), {"where": X[0, :, 0] > 0}, ValueError, "`where` must have the shape"),
     "mask kind": (states, (X, X), {"where": True}, TypeError, "`where` must be an array"),
