@@ -20,8 +20,8 @@ from bitnet_jax import _checks
 from bitnet_jax._display import blank_figure, plain, size_text, table
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Stored
-from bitnet_jax._quantize.int8 import Int8Config
-from bitnet_jax._quantize.ternary import KernelConfig, Ternary, TernaryPlanes, dequantize_kernel
+from bitnet_jax._quantize.config import Int8Config, KernelConfig, stated_fields
+from bitnet_jax._quantize.ternary import Ternary, TernaryPlanes, dequantize_kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,8 @@ class PackReport:
 
         def row(layer: LayerReport) -> dict[str, Any]:
             more = {"shape": list(layer.shape), "ratio": layer.ratio, "kind": layer.kind}
-            return plain(dataclasses.asdict(layer) | more)
+            stated = {"config": stated_fields(layer.config)}
+            return plain(dataclasses.asdict(layer) | more | stated)
 
         def totals(before: int, after: int) -> dict[str, Any]:
             return {"bytes_before": before, "bytes_after": after, "ratio": before / after}

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from bitnet_jax import _display
 from bitnet_jax._checks import describe
 from bitnet_jax._packed.pack import pack_kernel
+from bitnet_jax._quantize.config import stated_fields
 from bitnet_jax._quantize.strength import phase_in
 from bitnet_jax._quantize.ternary import B158, KernelConfig
 from bitnet_jax._tree.leaves import rebox
@@ -61,7 +62,10 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """Every number as plain Python, ready for ``json.dumps``; NaN and Inf are None."""
-        rows = [dataclasses.asdict(x) | {"shape": list(x.shape)} for x in self.rows]
+        rows = [
+            dataclasses.asdict(x) | {"shape": list(x.shape), "config": stated_fields(x.config)}
+            for x in self.rows
+        ]
         return {
             "rows": list(map(_display.plain, rows)),
             **_display.plain({"base": self.base, "all": self.all}),
