@@ -106,7 +106,7 @@ def contract(
     spec: Contraction,
     x: Activations,
     w: CanonicalKernel,
-    phase: Float32[Array, ""] | None,
+    phase: Float32[AnyArray, ""] | None,
     dtype: DTypeLike,
     precision: lax.PrecisionLike,
 ) -> Float[Array, "..."]:
@@ -187,7 +187,7 @@ def input_gradient(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _phased_dot(
-    spec: Contraction, x: Activations, w: CanonicalKernel, strength: Float32[Array, ""]
+    spec: Contraction, x: Activations, w: CanonicalKernel, strength: Float32[AnyArray, ""]
 ) -> Float32[Array, "..."]:
     """The int8 path at strength 1, else a float product of the blends.
 
@@ -204,7 +204,7 @@ def _phased_dot(
 
 
 def _blends(
-    spec: Contraction, x: Activations, w: CanonicalKernel, strength: Float32[Array, ""]
+    spec: Contraction, x: Activations, w: CanonicalKernel, strength: Float32[AnyArray, ""]
 ) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
     """x and w on their way from float to codes."""
     # No gather here: below strength 1 the float kernel itself is needed.
@@ -213,8 +213,8 @@ def _blends(
 
 
 def _phased_dot_forward(
-    spec: Contraction, x: Activations, w: CanonicalKernel, strength: Float32[Array, ""]
-) -> tuple[Float32[Array, "..."], tuple[AnyArray, AnyArray, Float32[Array, ""]]]:
+    spec: Contraction, x: Activations, w: CanonicalKernel, strength: Float32[AnyArray, ""]
+) -> tuple[Float32[Array, "..."], tuple[AnyArray, AnyArray, Float32[AnyArray, ""]]]:
     return _phased_dot(spec, x, w, strength), (x, w, strength)
 
 
@@ -222,7 +222,7 @@ def _phased_dot_backward(
     spec: Contraction,
     residuals: tuple[AnyArray, AnyArray, Float32[AnyArray, ""]],
     g: Gradient,
-) -> tuple[Float[Array, "..."], Float[Array, "..."], Float32[Array, ""]]:
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float32[AnyArray, ""]]:
     x, w, strength = residuals
     # The products of the blends; each blend's own derivative is straight through, that is 1.
     x_mix, w_mix = _blends(spec, x, w, strength)

@@ -86,7 +86,7 @@ def fake_quantize(
 
 
 def fake_quantize_kernel(
-    w: Kernel, phase: Float32[Array, ""] | None, spec: KernelSpec
+    w: Kernel, phase: Float32[AnyArray, ""] | None, spec: KernelSpec
 ) -> Float[Array, "..."]:
     """:func:`fake_quantize` of a checked kernel; ``phase`` None: at strength 1."""
     # Nothing flows through the scale, only through the estimator below.
@@ -130,14 +130,14 @@ def fake_quantize_activations(
     who = "fake_quantize_activations"
     shared = token_axes(who, x, config, axes)
 
-    def run(x: Activations, phase: Float32[Array, ""] | None) -> Float[Array, "..."]:
+    def run(x: Activations, phase: Float32[AnyArray, ""] | None) -> Float[Array, "..."]:
         codes, gamma = activation_codes(lax.stop_gradient(x), config, shared)
         return straight_through(x, dequantize_activations(codes, gamma, config), phase)
 
     return _mesh.in_auto_like(run, x, traced_strength(who, strength))
 
 
-def traced_strength(who: str, strength: Strength) -> Float32[Array, ""] | None:
+def traced_strength(who: str, strength: Strength) -> Float32[AnyArray, ""] | None:
     """None for the static 1.0, which has a path of its own; else a float32 array."""
     if isinstance(strength, (int, float, np.number)):
         _checks.require_static_strength(who, float(strength))
@@ -147,7 +147,7 @@ def traced_strength(who: str, strength: Strength) -> Float32[Array, ""] | None:
 
 
 def blend(
-    latent: Float[AnyArray, "..."], hat: Float[Array, "..."], strength: Float32[Array, ""]
+    latent: Float[AnyArray, "..."], hat: Float[Array, "..."], strength: Float32[AnyArray, ""]
 ) -> Float32[Array, "..."]:
     """``(1 - strength) * latent + strength * hat`` in float32: exactly ``hat`` at 1."""
     # Two products: latent + strength * (hat - latent) would miss hat by a rounding at 1.
@@ -155,7 +155,7 @@ def blend(
 
 
 def straight_through(
-    latent: Float[AnyArray, "..."], hat: Float[Array, "..."], strength: Float32[Array, ""] | None
+    latent: Float[AnyArray, "..."], hat: Float[Array, "..."], strength: Float32[AnyArray, ""] | None
 ) -> Float[Array, "..."]:
     """``hat`` (None: at strength 1) in latent's dtype, with latent's gradient."""
     if strength is not None:

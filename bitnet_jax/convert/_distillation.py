@@ -23,7 +23,7 @@ Direction = Literal["forward", "reverse"]
 Distance = Literal["mse", "cosine"]
 
 # Which tokens count, or how much.
-Where = Bool[AnyArray, "*b"] | Float[AnyArray, "*b"] | Int[AnyArray, "*b"]
+Where = Bool[AnyArray, "*tokens"] | Float[AnyArray, "*tokens"] | Int[AnyArray, "*tokens"]
 
 # A state of a length below this has no direction.
 _SHORTEST = 1e-6

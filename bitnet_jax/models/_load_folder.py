@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +82,7 @@ def quantization_of(
     return quantization(content, asked)
 
 
+@runtime_checkable
 class Texts(Protocol):
     """Text files by name, of a folder or of one file that holds them."""
 
