@@ -293,7 +293,7 @@ def _product_at(spec: _Spec) -> by_platform.Operation:
 
     return by_platform.Operation(
         native=shards.partitioned(
-            shards.Body(functools.partial(_multiply, spec), None, codes="sp", step=0)
+            shards.Body(functools.partial(_multiply, spec), None, codes="sp", static=spec)
         ),
         plain=plain,
         results=lambda x, *_: (
@@ -408,6 +408,7 @@ def _native_product(spec: _Spec) -> Callable[..., jax.Array]:
         whole,
         summed,
         codes=_letters(spec),
+        static=spec,
         step=1 if plain and depth % cut == 0 else 0,
         whole_x=spec.block > 1,
     )

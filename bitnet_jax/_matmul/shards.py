@@ -15,6 +15,7 @@ sharded along; the rows may be.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -39,6 +40,7 @@ class Body(NamedTuple):
       codes: what the axes of codes after B are: ``"kn"``, ``"qkn"`` with planes, which
         the scale has too, ``"nk"`` for a table, or ``"p"`` for a prepared kernel, and
         ``"sp"``, without B, for a stack of them.
+      static: what decides what ``whole`` and ``summed`` compute, told in full by its ``repr``.
       step: the contraction may be cut at multiples of so many bytes; 0: nowhere.
       whole_x: whether each token is whole on every device, to be rotated there.
     """
@@ -46,7 +48,8 @@ class Body(NamedTuple):
     whole: Callable[..., jax.Array]
     summed: Callable[..., jax.Array] | None
     codes: str
-    step: int
+    static: object
+    step: int = 0
     whole_x: bool = False
 
 
@@ -92,7 +95,23 @@ def partitioned(body: Body) -> Callable[..., jax.Array]:
         infer_sharding_from_operands=infer,
         sharding_rule=f"b m k, {codes}, {scale}{', ' if stacked else ''} -> b m n",
     )
-    return product
+    return _named(product, body)
+
+
+def _named(product: Callable[..., jax.Array], body: Body) -> Callable[..., jax.Array]:
+    """The product in a function whose name tells it from those of other bodies.
+
+    A program's text, by which XLA's persistent cache knows it, holds of a custom partitioning no
+    more than the address of an object. Another object may lie there later: two products of equal
+    shapes would be one program, and the second would run as the first.
+    """
+
+    def call(*operands: jax.Array) -> jax.Array:
+        return product(*operands)
+
+    told = repr((body.codes, body.step, body.whole_x, body.static)).encode()
+    call.__name__ = call.__qualname__ = f"product_{hashlib.sha256(told).hexdigest()[:16]}"
+    return jax.jit(call)
 
 
 class _Cuts(NamedTuple):

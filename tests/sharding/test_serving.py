@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -280,3 +281,20 @@ def test_a_layer_of_a_stack_in_shards(kind):
             oracles.assert_same_bits(run(put(mesh, x, P()), one), wanted)
         by_index = jax.jit(lambda x, s, i: bj.matmul(x, s[i]))
         oracles.assert_same_bits(by_index(put(mesh, x, P()), stack, 2), wanted)
+
+
+@pytest.mark.parametrize("group", [None, 32])
+def test_programs_that_compute_different_things_differ_in_their_text(group):
+    """XLA's persistent cache knows a program by its text, addresses of objects included."""
+    mesh = mesh_of("auto")
+    x, packed = gaussian(0, M, K), placed(mesh, bj.pack(gaussian(1, K, N)), P("model", None))
+
+    def text(activations):
+        serve = jax.jit(lambda x, w: bj.matmul(x, w, activations=activations))
+        return re.sub(r'(backend_config = )"\d+"', r"\1", serve.lower(x, packed).as_text())
+
+    other = bj.ActivationConfig(group=4)
+    assert "CustomSPMDPartitioning" in text(other)
+    assert text(other) == text(other)
+    assert text(bj.ActivationConfig(group=group)) != text(other)
+    assert text(bj.ActivationConfig(group=4, eps=1e-3)) != text(other)
