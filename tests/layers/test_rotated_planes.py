@@ -24,7 +24,7 @@ CONFIGS = {
     "channel": bj.TernaryConfig(
         scale="survivors", granularity="channel", planes=3, rotation="hadamard"
     ),
-    "groups": bj.TernaryConfig(granularity=6, planes=4, rotation="hadamard"),
+    "groups": bj.TernaryConfig(granularity=4, planes=4, rotation="hadamard"),
 }
 KERNELS = {
     "dense": ((12, 5), None, ()),
