@@ -77,9 +77,9 @@ def calibrate(
       method: ``"absmean"`` (as ``bj.quantize``), ``"survivors"``, ``"weighted"``, ``"gptq"``,
         ``"gptq-act-order"``, ``"planes"`` (of a config with several), a :class:`Method`, a dict of
         patterns (as ``bj.only`` takes them; the last that matches holds) to these, or a function
-        of path and shape that returns one.
-        Kernels with an ``Int8Config`` keep their own quantiser. If no method needs statistics,
-        the first batch alone is read, for the kernels' axes.
+        of path and shape that returns one. Kernels with an ``Int8Config`` keep their own
+        quantiser. If no method needs statistics, the first batch alone is read, for the kernels'
+        axes.
       equal_tokens: whether every token counts the same: in the sums each x is divided by its root
         mean square. For networks in which a few tokens have inputs many times as large as all
         others, as language models have: the sums, and so the codes, would be those tokens'. The
@@ -93,9 +93,9 @@ def calibrate(
         ``lambda logits, *args: logits`` needs no labels; it predicts half the squared change of
         a logit, and orders kernels well where errors are large too.
       candidates: configs that the report is to compare for :func:`budget`, for example
-        ``bj.convert.CANDIDATES``; those whose groups do not fit a kernel, and for
-        ``"planes"`` those of one plane, are left out for it.
-        Each takes one more conversion of each kernel, by its method.
+        ``bj.convert.CANDIDATES``; those whose groups do not fit a kernel, and for ``"planes"``
+        those of one plane, are left out for it. Each takes one more conversion of each kernel, by
+        its method.
       progress: called with the part that is done, 0 to 1.
 
     Returns:

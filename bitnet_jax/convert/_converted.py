@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -21,14 +20,15 @@ from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.config import Int8Config, KernelConfig, TernaryConfig, planes_of
 from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._quantize.rotation import rotated_kernel
-from bitnet_jax._quantize.ternary import Ternary, TernaryPlanes, of_canonical
+from bitnet_jax._quantize.ternary import of_canonical
 from bitnet_jax._transform.probe import Wanted
 from bitnet_jax._tree.leaves import Leaf
 from bitnet_jax.convert._calibration import CalibratedKernel
 from bitnet_jax.convert._chosen_methods import WHO, takes
 from bitnet_jax.convert._input_statistics import Statistics
 from bitnet_jax.convert._methods import METHODS, Method, Quantized, errors
-from bitnet_jax.convert._options import Option, change, fits, stakes, stored_bytes
+from bitnet_jax.convert._options import Option, change, fits, mean_error, stakes, stored_bytes
+from bitnet_jax.convert._output_square import whole_squares
 
 
 class FloatKernel(NamedTuple):
@@ -98,26 +98,44 @@ def converted(
     made = [_quantized(kernel, w, sides[b], c) for b, c in zip(blocks, configs, strict=True)]
     plain = made[0]
     if method is not None and name != "absmean":
-        plain = METHODS["absmean"].quantize(*own, _ternary(spec.config))
+        plain = METHODS["absmean"].quantize(own.w, own.statistics, _ternary(spec.config))
     plainly, *lost = _errors(sides, [(blocks[0], plain), *zip(blocks, made, strict=True)])
     stake = None if squares is None else stakes(*own, squares)
     packed = pack_kernel(w, spec) if method is None else _packed(w, made[0], spec)
     options = () if kernel.candidates is None else _options(kernel, lost, stake)
-    row = _row(kernel, tokens, _mean(lost[0]), _mean(plainly), made[0].notes)
-    return packed, dataclasses.replace(row, change=change(lost[0], stake), options=options)
+    return packed, CalibratedKernel(
+        path=leaf.where,
+        method=name,
+        shape=tuple(w.shape),
+        config=spec.config,
+        tokens=tokens,
+        error=mean_error(lost[0]),
+        absmean_error=mean_error(plainly),
+        notes=tuple(made[0].notes),
+        change=change(lost[0], stake),
+        options=options,
+    )
 
 
 class _Side(NamedTuple):
-    """A canonical kernel and the statistics of its inputs, in the basis of a config."""
+    """A canonical kernel, the statistics of its inputs, in the basis of a config, and its outputs.
+
+    Attributes:
+      w: (B, K, N).
+      statistics: of its inputs.
+      whole: (B,) its ``whole_squares``.
+    """
 
     w: np.ndarray
     statistics: Statistics
+    whole: np.ndarray
 
 
 def _side(kernel: FloatKernel, statistics: Statistics, block: int) -> _Side:
     """Both rotated by blocks; of the statistics no more than the method needs."""
     matrix = kernel.method is not None and kernel.method.needs == "matrix"
-    return _Side(_canonical_kernel(kernel, block), statistics.rotated(block, matrix))
+    w, statistics = _canonical_kernel(kernel, block), statistics.rotated(block, matrix)
+    return _Side(w, statistics, whole_squares(w, statistics))
 
 
 def _errors(sides: Mapping[int, _Side], made: Sequence[tuple[int, Quantized]]) -> list[np.ndarray]:
@@ -125,7 +143,8 @@ def _errors(sides: Mapping[int, _Side], made: Sequence[tuple[int, Quantized]]) -
     found = {}
     for block, side in sides.items():
         here = [i for i, (b, _) in enumerate(made) if b == block]
-        found |= zip(here, errors(side.w, [made[i][1] for i in here], side.statistics), strict=True)
+        several = [made[i][1] for i in here]
+        found |= zip(here, errors(side.w, several, side.statistics, side.whole), strict=True)
     return [found[i] for i in range(len(made))]
 
 
@@ -139,7 +158,7 @@ def _quantized(kernel: FloatKernel, w: jax.Array, side: _Side, config: KernelCon
     spec, name, method = kernel.spec, kernel.name, kernel.method
     if isinstance(config, Int8Config) or method is None:
         return Quantized(*_canonical_parts(pack_kernel(w, spec._replace(config=config))), ())
-    made = method.quantize(*side, config)
+    made = method.quantize(side.w, side.statistics, config)
     _require_quantized(kernel.leaf.where, name, made, side.w.shape, config)
     return made
 
@@ -158,26 +177,14 @@ def _options(
     w, spec = kernel.leaf.value, kernel.spec
     found = [
         Option(
-            c, stored_bytes(spec._replace(config=c), w.shape, w.dtype), _mean(e), change(e, stake)
+            config=config,
+            bytes=stored_bytes(spec._replace(config=config), w.shape, w.dtype),
+            error=mean_error(error),
+            change=change(error, stake),
         )
-        for c, e in zip(kernel.configs, errors, strict=True)
+        for config, error in zip(kernel.configs, errors, strict=True)
     ]
     return (*found, Option(None, w.nbytes, 0.0, 0.0))
-
-
-def _row(
-    kernel: FloatKernel,
-    tokens: int | None,
-    lost: float,
-    absmean: float,
-    notes: tuple[str, ...],
-) -> CalibratedKernel:
-    leaf = kernel.leaf
-    shape = tuple(leaf.value.shape)
-    config = kernel.spec.config
-    return CalibratedKernel(
-        leaf.where, kernel.name, shape, config, tokens, lost, absmean, tuple(notes)
-    )
 
 
 def _canonical_kernel(kernel: FloatKernel, block: int) -> np.ndarray:
@@ -191,16 +198,9 @@ def _canonical_kernel(kernel: FloatKernel, block: int) -> np.ndarray:
 
 def _canonical_parts(packed: Stored) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scale of a packed kernel, each (B, ., .)."""
-    parts = packed.int8_codes(), packed.scale
-    canonical = [np.asarray(kernel_axes.to_canonical(part, packed.axes)) for part in parts]
-    codes, scale = (part.reshape(-1, *part.shape[-2:]) for part in canonical)
+    parts = map(np.asarray, (packed.canonical_codes(), packed.canonical_scale()))
+    codes, scale = (part.reshape(-1, *part.shape[-2:]) for part in parts)
     return codes, scale
-
-
-def _mean(errors: np.ndarray) -> float:
-    """Over slices; NaN of slices that have no loss to compare with are left out."""
-    known = errors[np.isfinite(errors)]
-    return float(known.mean()) if known.size else math.nan
 
 
 def _packed(w: jax.Array, made: Quantized, spec: KernelSpec) -> Stored:
@@ -214,11 +214,8 @@ def _packed(w: jax.Array, made: Quantized, spec: KernelSpec) -> Stored:
         placed, whole = w.sharding, w.sharding
         if isinstance(placed, NamedSharding):
             whole = NamedSharding(placed.mesh, PartitionSpec())
-        each = [t] if isinstance(t, Ternary) else t.planes
-        codes, scale = ([one[i] for one in each] for i in (0, 1))
-        codes, scale = jax.device_put(codes, placed), jax.device_put(scale, whole)
-        each = tuple(map(Ternary, codes, scale))
-        t = each[0] if isinstance(t, Ternary) else TernaryPlanes(each)
+        where = jax.tree.map(lambda part: placed if part.dtype == np.int8 else whole, t)
+        t = jax.device_put(t, where)
     run = functools.partial(stored, spec=spec, dtype=np.dtype(w.dtype))
     return _mesh.in_auto_like(jax.jit(run), t, more=spec.plane_axis)
 

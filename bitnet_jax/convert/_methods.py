@@ -36,7 +36,7 @@ from bitnet_jax.convert import _second_moment
 from bitnet_jax.convert._best_scale import group_size
 from bitnet_jax.convert._gptq import column_blocks, gptq_codes, planned
 from bitnet_jax.convert._input_statistics import Statistics
-from bitnet_jax.convert._output_square import output_square
+from bitnet_jax.convert._output_square import output_square, whole_squares
 from bitnet_jax.convert._plane_grid import grid_of, largest_first
 from bitnet_jax.convert._plane_scales import plane_scales
 from bitnet_jax.convert._refit import refitted
@@ -290,19 +290,26 @@ def error(w: np.ndarray, quantized: Quantized, statistics: Statistics) -> np.nda
     return errors(w, [quantized], statistics)[0]
 
 
-def errors(w: np.ndarray, several: Sequence[Quantized], statistics: Statistics) -> list[np.ndarray]:
-    """:func:`error` of several conversions of one kernel, whose outputs are squared once."""
+def errors(
+    w: np.ndarray,
+    several: Sequence[Quantized],
+    statistics: Statistics,
+    whole: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """:func:`error` of several conversions of one kernel, whose outputs are squared once.
+
+    ``whole``: these squares, of :func:`whole_squares`, where they are known.
+    """
     _second_moment.require_kernel("error", w)
     _second_moment.require_statistics("error", w, statistics, "nothing")
     for quantized in several:
         _require_quantized_of(w, quantized)
-    lost, whole = np.empty((len(several), len(w))), np.empty(len(w))
+    lost = np.empty((len(several), len(w)))
+    whole = whole_squares(w, statistics) if whole is None else whole
     for b in range(len(w)):
         h = _second_moment.value(statistics, b, w.shape[1])
         for i, (codes, scale, _) in enumerate(several):
             lost[i, b] = output_square(h, w[b], codes[b], scale[b])
-        nothing = np.zeros(w[b].shape, np.int8), np.zeros((1, 1), np.float32)
-        whole[b] = output_square(h, w[b], *nothing)
     relative = np.where(lost > 0, np.inf, 0.0)
     np.divide(lost, whole, out=relative, where=whole > 0)
     return list(relative)

@@ -19,10 +19,8 @@ from bitnet_jax._quantize.kernel_spec import KernelSpec, require_kernel_config
 from bitnet_jax._quantize.rotation import SMALLEST_BLOCK, has_blocks
 from bitnet_jax._tree.pack_report import kind
 from bitnet_jax.convert import _second_moment
+from bitnet_jax.convert._chosen_methods import WHO
 from bitnet_jax.convert._input_statistics import Statistics
-from bitnet_jax.convert._output_square import output_square
-
-WHO = "calibrate"
 
 # Configs to choose from, coarse to fine. A kernel's own config and float join them.
 CANDIDATES: tuple[KernelConfig, ...] = (
@@ -100,7 +98,9 @@ def stored_bytes(spec: KernelSpec, shape: tuple[int, ...], dtype: Any) -> int:
     return jax.eval_shape(run, jax.ShapeDtypeStruct(shape, dtype))[1].nbytes
 
 
-def stakes(w: np.ndarray, statistics: Statistics, squares: np.ndarray) -> np.ndarray:
+def stakes(
+    w: np.ndarray, statistics: Statistics, whole: np.ndarray, squares: np.ndarray
+) -> np.ndarray:
     """What a relative error of 1 of each slice would add to the loss, to second order.
 
     The loss is taken to grow by ``1/2 E[(d . g)**2]``, with d an error of the outputs and g the
@@ -111,25 +111,26 @@ def stakes(w: np.ndarray, statistics: Statistics, squares: np.ndarray) -> np.nda
     Args:
       w: (B, K, N) float32.
       statistics: of its inputs.
+      whole: (B,) its ``whole_squares``, ``tr(W^T H W)``.
       squares: (B,) the mean over losses of the squared gradient of the kernel.
 
     Returns:
       (B,) float64: ``1/2 tr(W^T H W) / tr(H) squares / N``.
     """
-    found = np.zeros(len(w))
-    nothing = np.zeros(w.shape[1:], np.int8), np.zeros((1, 1), np.float32)
-    for b in range(len(w)):
-        h = _second_moment.value(statistics, b, w.shape[1])
-        trace = h.sum() if h.ndim == 1 else h.trace()
-        whole = output_square(h, w[b], *nothing)
-        found[b] = 0.5 * whole / trace * squares[b] / w.shape[2]
-    return found
+    moments = (_second_moment.value(statistics, b, w.shape[1]) for b in range(len(w)))
+    trace = np.array([h.sum() if h.ndim == 1 else h.trace() for h in moments])
+    return 0.5 * whole / trace * squares / w.shape[2]
+
+
+def mean_error(errors: np.ndarray) -> float:
+    """Over slices; NaN of slices that have no loss to compare with are left out."""
+    known = errors[np.isfinite(errors)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def change(errors: np.ndarray, stake: np.ndarray | None) -> float:
     """The predicted change of the loss, summed over slices; without stakes, the mean error."""
     if stake is None:
-        known = errors[np.isfinite(errors)]
-        return float(known.mean()) if known.size else math.nan
+        return mean_error(errors)
     at_stake = stake > 0  # the others were never seen, or give 0
     return float((errors[at_stake] * stake[at_stake]).sum())

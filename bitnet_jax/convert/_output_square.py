@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.linalg import blas
 
+from bitnet_jax.convert import _second_moment
+from bitnet_jax.convert._input_statistics import Statistics
+
 _AT_ONCE = 2**22  # weights that are worked on together
 _LARGE = 2**33  # products from which on float32 takes them; their sums stay float64
 
@@ -36,6 +39,13 @@ def output_square(h: np.ndarray, w: np.ndarray, codes: np.ndarray, scale: np.nda
         column = h[j, j:] * gram[j:, j]
         total += 2 * column.sum() - column[0]
     return float(max(total, 0.0))
+
+
+def whole_squares(w: np.ndarray, statistics: Statistics) -> np.ndarray:
+    """``tr(W^T H W)`` of each slice of a kernel (B, K, N): the squares of its own outputs."""
+    nothing = np.zeros(w.shape[1:], np.int8), np.zeros((1, 1), np.float32)
+    moments = (_second_moment.value(statistics, b, w.shape[1]) for b in range(len(w)))
+    return np.array([output_square(h, own, *nothing) for h, own in zip(moments, w, strict=True)])
 
 
 def _rests(

@@ -20,6 +20,7 @@ import bitnet_jax as bj
 from bitnet_jax.convert import _knapsack, budget, calibrate
 from bitnet_jax.convert._input_statistics import Statistics
 from bitnet_jax.convert._options import stakes
+from bitnet_jax.convert._output_square import whole_squares
 
 CHANNEL = bj.TernaryConfig(granularity="channel")
 GROUPS = bj.TernaryConfig(granularity=8)
@@ -207,7 +208,8 @@ def test_a_stake_of_inputs_that_go_together():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(2, 30, 6)), rng.normal(size=(2, 6, 4)).astype(np.float32)
     h = np.einsum("bti,btj->bij", x, x)
-    found = stakes(w, Statistics(np.array([30, 30]), h), np.array([2.0, 5.0]))
+    seen = Statistics(np.array([30, 30]), h)
+    found = stakes(w, seen, whole_squares(w, seen), np.array([2.0, 5.0]))
     y = np.einsum("bti,bin->btn", x, w.astype(np.float64))
     wanted = 0.5 * np.square(y).sum((1, 2)) / np.square(x).sum((1, 2)) * [2.0, 5.0] / 4
     np.testing.assert_allclose(found, wanted, rtol=1e-12)

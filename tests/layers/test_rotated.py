@@ -22,6 +22,7 @@ from bitnet_jax.io import FormatError
 
 ROTATED = bj.TernaryConfig(granularity="channel", rotation="hadamard")
 PLAIN = bj.TernaryConfig(granularity="channel")
+PLANES = bj.TernaryConfig(planes=2, rotation="hadamard")
 X = normal(2, 6, 8, 12)
 LAYERS = {
     "dense": bj.linen.BitDense(5, weights=ROTATED),
@@ -88,12 +89,12 @@ def test_gradients_are_those_of_a_layer_that_is_given_what_is_rotated(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), got, want)
 
 
-def test_nnx_layers_and_scans_over_stacks():
-    layer = bj.nnx.BitLinear(12, 12, weights=ROTATED, rngs=nnx.Rngs(0))
-    x = X.reshape(-1, 12)
-    w = layer.kernel.get_value()
-    oracles.assert_same_bits(layer(x), bj.ternary_dot(x, w, ROTATED))
-    stack = bj.pack(jnp.stack([w, -w, w.T]), ROTATED, batch_axes=0)
+@pytest.mark.parametrize("config", [ROTATED, PLANES], ids=["one plane", "planes"])
+def test_nnx_layers_and_scans_over_stacks(config):
+    layer = bj.nnx.BitLinear(12, 12, weights=config, rngs=nnx.Rngs(0))
+    x, w = X.reshape(-1, 12), layer.kernel.get_value()
+    oracles.assert_same_bits(layer(x), bj.ternary_dot(x, w, config))
+    stack = bj.pack(jnp.stack([w, -w, w.T]), config, batch_axes=0)
     want = functools.reduce(lambda h, i: bj.matmul(h, stack[i]), range(3), x)
     for kernels in (stack, bj.prepare(stack)):
 

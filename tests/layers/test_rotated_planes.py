@@ -10,7 +10,6 @@ import pytest
 from cases import cases
 from convert_kernels import dequantized
 from draws import normal, params_of
-from flax import nnx
 from meshes import both_kinds, mesh_of
 
 import bitnet_jax as bj
@@ -106,22 +105,6 @@ def test_packed_gives_the_bits_of_training(name):
     prepared = jax.jit(run)(bj.prepare(packed))
     if name != "conv":  # a convolution has no prepared form of its own
         oracles.assert_same_bits(prepared, trained)
-
-
-def test_nnx_layers_and_scans_over_stacks():
-    layer = bj.nnx.BitLinear(12, 12, weights=BOTH, rngs=nnx.Rngs(0))
-    x, w = X.reshape(-1, 12), layer.kernel.get_value()
-    oracles.assert_same_bits(layer(x), bj.ternary_dot(x, w, BOTH))
-    stack = bj.pack(jnp.stack([w, -w, w.T]), BOTH, batch_axes=0)
-    want = functools.reduce(lambda h, i: bj.matmul(h, stack[i]), range(3), x)
-    for kernels in (stack, bj.prepare(stack)):
-
-        @jax.jit
-        def run(kernels, x):
-            body = lambda h, i: (bj.matmul(h, kernels[i]), None)  # noqa: E731
-            return jax.lax.scan(body, x, jnp.arange(3))[0]
-
-        oracles.assert_same_bits(run(kernels, x), want)
 
 
 def test_weight_only_products_are_those_of_the_kernel_that_came_back():
