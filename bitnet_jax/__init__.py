@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from bitnet_jax import io, lora
 from bitnet_jax._matmul import matmul, prepare
 from bitnet_jax._ops.ternary_dot import ternary_dot
-from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, is_packed
+from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._packed.pack import pack, unpack
+from bitnet_jax._packed.stored import PackedInt8, PackedTernary
 from bitnet_jax._quantize.config import (
     B158,
     PHASE4,

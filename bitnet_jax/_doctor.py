@@ -28,8 +28,10 @@ import numpy as np
 from bitnet_jax import _native
 from bitnet_jax._matmul import IMPLEMENTATIONS, Name, choose, cpu, limits, matmul, prepare
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import Packed, PackedTernary, Prepared
+from bitnet_jax._packed.kernel import Packed
 from bitnet_jax._packed.pack import pack
+from bitnet_jax._packed.prepared import Prepared
+from bitnet_jax._packed.stored import PackedTernary
 from bitnet_jax._quantize.config import B158, PHASE4, Int8Config, TernaryConfig
 
 Line = tuple[str, str]  # a label and a finding

@@ -20,7 +20,7 @@ import numpy as np
 from bitnet_jax import _display, _native
 from bitnet_jax._doctor import make_kernel, native_serves, seconds_of
 from bitnet_jax._matmul import matmul, prepare
-from bitnet_jax._packed.kernel import Prepared
+from bitnet_jax._packed.prepared import Prepared
 
 _WHOLE = 1 << 40  # a step as long as the kernel, or as what is unpacked at most
 

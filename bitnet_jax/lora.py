@@ -31,18 +31,11 @@ from bitnet_jax import _checks, _display
 from bitnet_jax._matmul import require_usable
 from bitnet_jax._packed import trits
 from bitnet_jax._packed.adapted import Adapted, is_adapted
-from bitnet_jax._packed.kernel import (
-    Packed,
-    PackedTernary,
-    Prepared,
-    Stored,
-    block,
-    is_packed,
-    is_stored,
-    split,
-)
+from bitnet_jax._packed.kernel import Packed, Stored, block, is_packed, is_stored, split
 from bitnet_jax._packed.pack import pack_kernel
+from bitnet_jax._packed.prepared import Prepared
 from bitnet_jax._packed.static_data import register_export
+from bitnet_jax._packed.stored import PackedTernary
 from bitnet_jax._quantize import kernel_axes, statistics
 from bitnet_jax._quantize.kernel_spec import KernelSpec
 from bitnet_jax._quantize.rotation import rotated_kernel

@@ -21,7 +21,7 @@ import pytest
 
 import bitnet_jax as bj
 from bitnet_jax._matmul import IMPLEMENTATIONS
-from bitnet_jax._packed.kernel import PreparedInt8, PreparedTernary
+from bitnet_jax._packed.prepared import PreparedInt8, PreparedTernary
 
 INT8 = bj.ActivationConfig()
 ROWS = (1, 2, 5, 33)

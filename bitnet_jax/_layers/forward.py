@@ -21,7 +21,9 @@ from bitnet_jax._ops.gather import gathering
 from bitnet_jax._ops.product import Product
 from bitnet_jax._ops.ternary_dot import ternary_conv, ternary_dot
 from bitnet_jax._packed.adapted import Adapted
-from bitnet_jax._packed.kernel import Packed, PackedInt8, PreparedInt8
+from bitnet_jax._packed.kernel import Packed
+from bitnet_jax._packed.prepared import PreparedInt8
+from bitnet_jax._packed.stored import PackedInt8
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.arrays import Activations, AnyArray, DTypeLike, Kernel
 from bitnet_jax._quantize.config import B158, INT8, ActivationConfig, KernelConfig

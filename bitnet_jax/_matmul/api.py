@@ -21,20 +21,9 @@ from bitnet_jax._ops.convolution import Convolution
 from bitnet_jax._ops.product import Product
 from bitnet_jax._packed import intact
 from bitnet_jax._packed.adapted import Adapted
-from bitnet_jax._packed.kernel import (
-    Packed,
-    PackedInt8,
-    PackedTernary,
-    Prepared,
-    PreparedInt8,
-    PreparedTernary,
-    block,
-    is_packed,
-    is_stored,
-    look_up,
-    split,
-    without_planes,
-)
+from bitnet_jax._packed.kernel import Packed, block, is_packed, is_stored, split
+from bitnet_jax._packed.prepared import Prepared, PreparedInt8, PreparedTernary
+from bitnet_jax._packed.stored import PackedInt8, PackedTernary, look_up, without_planes
 from bitnet_jax._quantize.arrays import (
     Activations,
     CanonicalCodes,

@@ -39,19 +39,10 @@ from bitnet_jax._ops.codes_product import (
 )
 from bitnet_jax._ops.product import Product, group_epilogue
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import (
-    Packed,
-    PackedInt8,
-    Prepared,
-    PreparedInt8,
-    Stored,
-    block,
-    canonical_bytes,
-    lay_out,
-    split,
-    without_planes,
-)
+from bitnet_jax._packed.kernel import Packed, Stored, block, canonical_bytes, lay_out, split
+from bitnet_jax._packed.prepared import Prepared, PreparedInt8
 from bitnet_jax._packed.slice_of import SliceOf, cut
+from bitnet_jax._packed.stored import PackedInt8, without_planes
 from bitnet_jax._quantize import by_library, kernel_axes
 from bitnet_jax._quantize.arrays import Activations, CanonicalScale, DTypeLike, PlaneScale
 from bitnet_jax._quantize.config import ActivationConfig

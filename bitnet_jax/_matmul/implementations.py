@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple, cast
 import jax
 
 from bitnet_jax._matmul import cpu, panels, reference, xla
-from bitnet_jax._packed.kernel import Packed, Prepared, PreparedInt8
+from bitnet_jax._packed.kernel import Packed
+from bitnet_jax._packed.prepared import Prepared, PreparedInt8
 from bitnet_jax._quantize.config import ActivationConfig
 
 Name = Literal["cpu", "xla", "reference"]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Int8, UInt8
 
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import Prepared, PreparedInt8
+from bitnet_jax._packed.prepared import Prepared, PreparedInt8
 from bitnet_jax._packed.slice_of import cut
 
 # Outputs of a panel, bytes and rows, panels side by side.

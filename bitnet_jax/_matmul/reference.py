@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from bitnet_jax._ops.codes_product import contract_codes
 from bitnet_jax._ops.product import Product
-from bitnet_jax._packed.kernel import Packed, Prepared, Stored, block
+from bitnet_jax._packed.kernel import Packed, Stored, block
+from bitnet_jax._packed.prepared import Prepared
 from bitnet_jax._quantize.arrays import Activations, DTypeLike
 from bitnet_jax._quantize.config import ActivationConfig
 from bitnet_jax._quantize.int8 import plain_activation_codes

@@ -31,16 +31,9 @@ from bitnet_jax._ops.product import (
     rows_padded,
 )
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import (
-    Packed,
-    PackedInt8,
-    PackedTernary,
-    Prepared,
-    block,
-    canonical_bytes,
-    lay_out,
-    split,
-)
+from bitnet_jax._packed.kernel import Packed, block, canonical_bytes, lay_out, split
+from bitnet_jax._packed.prepared import Prepared
+from bitnet_jax._packed.stored import PackedInt8, PackedTernary
 from bitnet_jax._quantize.arrays import Activations, DTypeLike
 from bitnet_jax._quantize.config import ActivationConfig
 from bitnet_jax._quantize.int8 import plain_activation_codes

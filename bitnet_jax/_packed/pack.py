@@ -13,7 +13,9 @@ from jaxtyping import Array, Float
 
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._packed import intact, trits
-from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Prepared, Stored
+from bitnet_jax._packed.kernel import Stored
+from bitnet_jax._packed.prepared import Prepared
+from bitnet_jax._packed.stored import PackedInt8, PackedTernary
 from bitnet_jax._quantize.arrays import AnyArray, DTypeLike, Kernel
 from bitnet_jax._quantize.config import B158, Int8Config, KernelConfig
 from bitnet_jax._quantize.kernel_axes import AxesLike

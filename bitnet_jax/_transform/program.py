@@ -19,7 +19,8 @@ from bitnet_jax import _mesh
 from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._layers.stated import reading
 from bitnet_jax._packed.adapted import Adapted, is_adapted
-from bitnet_jax._packed.kernel import is_packed, is_stored, without_planes
+from bitnet_jax._packed.kernel import is_packed, is_stored
+from bitnet_jax._packed.stored import without_planes
 from bitnet_jax._quantize.arrays import AnyArray
 from bitnet_jax._quantize.strength import phase_in, phased
 from bitnet_jax._transform import decide, results

@@ -19,7 +19,8 @@ import numpy as np
 from bitnet_jax import _checks
 from bitnet_jax._display import blank_figure, plain, size_text, table
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Stored
+from bitnet_jax._packed.kernel import Stored
+from bitnet_jax._packed.stored import PackedInt8, PackedTernary
 from bitnet_jax._quantize.config import Int8Config, KernelConfig, stated_fields
 from bitnet_jax._quantize.ternary import Ternary, TernaryPlanes, dequantize_kernel
 

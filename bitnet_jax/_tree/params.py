@@ -19,8 +19,9 @@ from bitnet_jax import _checks, _mesh
 from bitnet_jax._checks import describe
 from bitnet_jax._packed import intact
 from bitnet_jax._packed.adapted import is_adapted
-from bitnet_jax._packed.kernel import Prepared, Stored, is_packed, is_stored
+from bitnet_jax._packed.kernel import Stored, is_packed, is_stored
 from bitnet_jax._packed.pack import pack_quantized, packing_spec, require_one_plane, unpack_kernel
+from bitnet_jax._packed.prepared import Prepared
 from bitnet_jax._quantize.config import B158, KernelConfig
 from bitnet_jax._quantize.kernel_axes import AxesLike
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec, require_kernel_config

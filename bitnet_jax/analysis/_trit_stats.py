@@ -28,8 +28,8 @@ from jaxtyping import PyTree
 
 from bitnet_jax import _checks, _display, _mesh
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import PackedTernary, with_planes
 from bitnet_jax._packed.pack import pack_quantized
+from bitnet_jax._packed.stored import PackedTernary, with_planes
 from bitnet_jax._quantize import kernel_axes
 from bitnet_jax._quantize.config import planes_of
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, quantize_activations

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from bitnet_jax import _checks
-from bitnet_jax._packed.kernel import Prepared, is_packed, is_stored
+from bitnet_jax._packed.kernel import is_packed, is_stored
+from bitnet_jax._packed.prepared import Prepared
 from bitnet_jax._tree.leaves import is_box, unbox
 from bitnet_jax.io import _chunks, _manifest, _safetensors, _tensors
 from bitnet_jax.io._manifest import Leaf

@@ -16,7 +16,9 @@ import numpy as np
 
 from bitnet_jax import _checks
 from bitnet_jax._packed import intact
-from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Prepared, Stored, is_stored
+from bitnet_jax._packed.kernel import Stored, is_stored
+from bitnet_jax._packed.prepared import Prepared
+from bitnet_jax._packed.stored import PackedInt8, PackedTernary
 from bitnet_jax._quantize.config import YOUNGER, Int8Config, TernaryConfig, stated_fields
 from bitnet_jax._quantize.rotation import has_blocks
 from bitnet_jax.io import _safetensors

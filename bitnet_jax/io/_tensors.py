@@ -19,7 +19,7 @@ from jax import core
 
 from bitnet_jax._packed import intact, trits
 from bitnet_jax._packed.adapted import is_adapted
-from bitnet_jax._packed.kernel import with_planes
+from bitnet_jax._packed.stored import with_planes
 from bitnet_jax.io import _safetensors
 
 _RAW = ("complex128", "int4", "uint4", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz")

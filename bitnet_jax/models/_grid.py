@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax._packed.kernel import PackedTernary
+from bitnet_jax._packed.stored import PackedTernary
 from bitnet_jax._quantize.ternary import TernaryConfig
 from bitnet_jax.models import _codes
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, is_packed
+from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._packed.pack import pack
+from bitnet_jax._packed.stored import PackedInt8, PackedTernary
 from bitnet_jax._packed.trits import ZEROS
 from bitnet_jax._quantize.int8 import INT8, ActivationConfig, Int8Config
 from bitnet_jax._quantize.ternary import B158, KernelConfig

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax._packed.kernel import PackedTernary
+from bitnet_jax._packed.stored import PackedTernary
 from bitnet_jax._quantize.int8 import INT8
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.io._gguf import Gguf

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from bitnet_jax._matmul import matmul
 from bitnet_jax._ops.ternary_dot import ternary_dot
-from bitnet_jax._packed.kernel import PackedTernary, is_packed
+from bitnet_jax._packed.kernel import is_packed
+from bitnet_jax._packed.stored import PackedTernary
 from bitnet_jax._quantize.int8 import ActivationConfig
 from bitnet_jax._quantize.straight_through import fake_quantize
 from bitnet_jax._quantize.ternary import KernelConfig, TernaryConfig

@@ -13,7 +13,9 @@ from flax import nnx
 
 from bitnet_jax import _checks
 from bitnet_jax._matmul import prepare
-from bitnet_jax._packed.kernel import PackedTernary, Prepared, is_packed
+from bitnet_jax._packed.kernel import is_packed
+from bitnet_jax._packed.prepared import Prepared
+from bitnet_jax._packed.stored import PackedTernary
 from bitnet_jax._quantize.int8 import check_activations
 from bitnet_jax._quantize.ternary import KernelConfig
 from bitnet_jax.io import _memory

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax._packed.kernel import PackedInt8, PackedTernary, Prepared
 from bitnet_jax._packed.pack import pack
+from bitnet_jax._packed.prepared import Prepared
+from bitnet_jax._packed.stored import PackedInt8, PackedTernary
 from bitnet_jax._packed.trits import PER_BYTE
 from bitnet_jax._quantize.int8 import INT8, Int8Config
 from bitnet_jax._quantize.ternary import TernaryConfig

@@ -17,7 +17,9 @@ from jaxtyping import PyTree
 from bitnet_jax import _checks, _mesh
 from bitnet_jax._checks import describe
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import PackedTernary, Prepared, Stored, is_stored, with_planes
+from bitnet_jax._packed.kernel import Stored, is_stored
+from bitnet_jax._packed.prepared import Prepared
+from bitnet_jax._packed.stored import PackedTernary, with_planes
 from bitnet_jax._tree.leaves import Leaf, flatten, placement, rebox
 from bitnet_jax._tree.select import Path, match
 

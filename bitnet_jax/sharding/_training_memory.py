@@ -31,8 +31,9 @@ from jaxtyping import PyTree
 from bitnet_jax import _checks, _display, _mesh
 from bitnet_jax._ops.gather import gather_of
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import PackedTernary, Stored, is_stored, with_planes
+from bitnet_jax._packed.kernel import Stored, is_stored
 from bitnet_jax._packed.pack import pack_quantized
+from bitnet_jax._packed.stored import PackedTernary, with_planes
 from bitnet_jax._quantize.int8 import (
     INT8,
     ActivationConfig,

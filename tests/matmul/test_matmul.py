@@ -12,7 +12,7 @@ from cases import cases
 
 import bitnet_jax as bj
 from bitnet_jax._matmul import IMPLEMENTATIONS, api, implementations
-from bitnet_jax._packed.kernel import PreparedTernary
+from bitnet_jax._packed.prepared import PreparedTernary
 
 pytestmark = pytest.mark.optimised
 

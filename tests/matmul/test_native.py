@@ -18,7 +18,7 @@ from native_paths import PATHS, needs_it, random_product
 import bitnet_jax as bj
 from bitnet_jax import _native as native
 from bitnet_jax._matmul import cpu, embedding_rows
-from bitnet_jax._packed.kernel import PreparedInt8
+from bitnet_jax._packed.prepared import PreparedInt8
 
 pytestmark = pytest.mark.optimised
 

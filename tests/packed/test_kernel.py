@@ -16,7 +16,7 @@ from cases import cases
 import bitnet_jax as bj
 from bitnet_jax._matmul import xla
 from bitnet_jax._packed import trits
-from bitnet_jax._packed.kernel import PreparedTernary
+from bitnet_jax._packed.prepared import PreparedTernary
 
 INT8 = bj.ActivationConfig()
 KERNELS = {

@@ -9,7 +9,7 @@ from draws import normal
 from oracles import assert_same_bits
 
 import bitnet_jax as bj
-from bitnet_jax._packed.kernel import PreparedTernary
+from bitnet_jax._packed.prepared import PreparedTernary
 
 INT8 = bj.Int8Config()
 W = normal(24, 10) * np.linspace(0.01, 3.0, 10, dtype=np.float32)[None]

@@ -14,7 +14,7 @@ from flax import nnx
 from flax.core import meta
 
 import bitnet_jax as bj
-from bitnet_jax._packed.kernel import PreparedTernary
+from bitnet_jax._packed.prepared import PreparedTernary
 from bitnet_jax._tree import leaves as _boxes
 
 VALUE = np.arange(12.0, dtype=np.float32).reshape(4, 3)

@@ -13,7 +13,7 @@ from oracles import assert_same_bits
 from trees import CONTAINERS, array, tree
 
 import bitnet_jax as bj
-from bitnet_jax._packed.kernel import PreparedTernary
+from bitnet_jax._packed.prepared import PreparedTernary
 
 
 def packed_paths(packed):
