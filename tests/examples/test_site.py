@@ -1,5 +1,6 @@
 """The site: its own pages run, lead somewhere, and hold every public name."""
 
+import html
 import importlib
 import importlib.util
 import inspect
@@ -91,11 +92,51 @@ def test_commands_are_there():
     assert all(f'"{name}"' in help_text for name in used)
 
 
-def test_the_figure_is_of_the_record():
+def figures():
     spec = importlib.util.spec_from_file_location("figures", DOCS / "_figures.py")
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
-    drawn = re.findall(r'width:([\d.]+)%.*"value">([\d.]+)<', figures.costs())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def drawn(name):
+    """Width of each bar, in percent, and the value beside it."""
+    text = html.unescape(figures().drawn(name))
+    return re.findall(r'style="width:([\d.]+)%.*"value">([^<]+)<', text)
+
+
+def number(value):
+    return float(value.lstrip("> ").replace(",", ""))
+
+
+def test_costs_are_drawn_as_recorded():
     ratios = [row[2] for row in load_example("results").costs("").rows if row[2]]
-    assert [value for _, value in drawn] == ratios
-    assert all(float(width) == pytest.approx(50 * float(ratio), abs=0.1) for width, ratio in drawn)
+    bars = drawn("costs")
+    assert [value for _, value in bars] == ratios
+    assert all(float(width) == pytest.approx(50 * float(ratio), abs=0.1) for width, ratio in bars)
+
+
+@pytest.mark.parametrize("name", sorted(figures().FIGURES))
+def test_figures_show_cells_of_their_table_and_none_leaves_the_page(name):
+    cells = {
+        word
+        for row in load_example("results").table(name).rows
+        for cell in row
+        for word in (cell, cell.split(" ±")[0])
+    }
+    bars = drawn(name)
+    assert len(bars) > 2
+    assert {value for _, value in bars} <= cells
+    assert all(0 < float(width) <= 100 for width, _ in bars)
+    by_width = sorted(bars, key=lambda bar: (float(bar[0]), number(bar[1])))
+    assert by_width == sorted(bars, key=lambda bar: (number(bar[1]), float(bar[0])))
+
+
+def test_a_table_without_a_figure_has_none():
+    assert figures().drawn("digits") == ""
+
+
+def test_every_figure_stands_on_a_page():
+    text = "".join(page.read_text() for page in (EXAMPLES / "guides").glob("*.md"))
+    marks = re.findall(r"<!-- table: ([\w.]+) -->", text)
+    assert all(marks.count(name) == 1 for name in figures().FIGURES)
