@@ -25,7 +25,9 @@ ROOMS = [
 ]
 # A user's session: optax and Flax promote dtypes.
 pytestmark = pytest.mark.standard_promotion
-OWN = [DOCS / "index.md", DOCS / "coming_from.md"]
+OWN = [DOCS / "index.md", DOCS / "coming_from.md", DOCS / "gallery.md"]
+ALL = [*sorted(DOCS.rglob("*.md")), *sorted((EXAMPLES / "guides").glob("*.md"))]
+PICTURE = re.compile(r"!\[(.*?)\]\((.+?)\)", flags=re.DOTALL)
 
 
 @pytest.mark.full
@@ -73,6 +75,36 @@ def test_links_lead_somewhere(page):
         if place.parent == DOCS / "guides":  # the guides, which the build brings in
             place = EXAMPLES / "guides" / place.name
         assert link.startswith("https://") or place.exists(), link
+
+
+def test_home_says_it_in_ten_lines_and_links_the_five_tasks():
+    text = (DOCS / "index.md").read_text()
+    first, rest = text.split("## ", maxsplit=1)
+    (block,) = re.findall(r"```python\n(.*?)```", first, flags=re.DOTALL)
+    assert len(block.splitlines()) <= 10
+    for page in ("training", "converting", "cpu", "files", "meshes"):
+        assert f"](guides/{page}.md)" in first
+    assert "```python" not in rest
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.stem)
+def test_pictures_are_there_and_say_what_they_show(page):
+    for alt, link in PICTURE.findall(page.read_text()):
+        assert len(alt.split()) > 4, link
+        assert (page.parent / link).stat().st_size < 200_000, link
+
+
+def test_gallery_has_every_picture_and_a_command_for_each():
+    text = (DOCS / "gallery.md").read_text()
+    shown = [link for _, link in PICTURE.findall(text)]
+    assert sorted(shown) == sorted(f"pictures/{p.name}" for p in (DOCS / "pictures").iterdir())
+    for section in text.split("\n## ")[1:]:
+        assert (
+            len(PICTURE.findall(section)) == len(re.findall(r"^```\w", section, re.MULTILINE)) == 1
+        )
+    scripts = re.findall(r"^python (\S+)", text, flags=re.MULTILINE)
+    assert scripts
+    assert all((ROOT / script).exists() for script in scripts)
 
 
 def test_names_that_the_pages_give_are_there():
