@@ -1,5 +1,6 @@
 """The site: its own pages run, lead somewhere, and hold every public name."""
 
+import functools
 import html
 import importlib
 import importlib.util
@@ -124,11 +125,15 @@ def test_commands_are_there():
     assert all(f'"{name}"' in help_text for name in used)
 
 
-def figures():
-    spec = importlib.util.spec_from_file_location("figures", DOCS / "_figures.py")
+def loaded(name):
+    """A module of the site's build."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+figures = functools.cache(lambda: loaded("_figures"))
 
 
 def drawn(name):
@@ -172,3 +177,49 @@ def test_every_figure_stands_on_a_page():
     text = "".join(page.read_text() for page in (EXAMPLES / "guides").glob("*.md"))
     marks = re.findall(r"<!-- table: ([\w.]+) -->", text)
     assert all(marks.count(name) == 1 for name in figures().FIGURES)
+
+
+SOUND = """<link rel="stylesheet" href="../style.css"><h1 id="top">A</h1><img src="a.png" alt="A">
+<a href="#top">1</a><a href="../">2</a><a href="/page/#top">3</a><a href="https://example.org/x">4</a>
+<script src="data:,1"></script>"""
+FAULTS = {
+    '<a href="b/">x</a>': "leads nowhere: b/",
+    '<a href="#other">x</a>': "no such anchor: #other",
+    '<a href="../#top">x</a>': "no such anchor: ../#top",
+    '<img src="a.png">': "no alternative text: a.png",
+    '<img src="b.png" alt="B">': "leads nowhere: b.png",
+    '<p id="top">x</p>': "identifier twice: top",
+    '<a href="http://example.org">x</a>': "no https address: http://example.org",
+    '<a href="https://example">x</a>': "no https address: https://example",
+    '<script src="https://cdn.org/a.js"></script>': "fetches https://cdn.org/a.js",
+    '<link rel="stylesheet" href="//cdn.org/a.css">': "fetches //cdn.org/a.css",
+}
+
+
+def built(folder, page, style=""):
+    (folder / "page").mkdir()
+    (folder / "index.html").write_text("<p>home</p>")
+    (folder / "style.css").write_text(style)
+    (folder / "page" / "a.png").write_bytes(b"")
+    (folder / "page" / "index.html").write_text(page)
+    return folder
+
+
+def test_a_sound_site_has_no_fault(tmp_path):
+    site = built(tmp_path, SOUND, "a { background: url(data:image/png;base64,aa) }")
+    assert loaded("_check").faults(site) == []
+
+
+@pytest.mark.parametrize(("tag", "says"), FAULTS.items(), ids=FAULTS.values())
+def test_faults_of_a_built_site_are_found(tmp_path, tag, says):
+    assert loaded("_check").faults(built(tmp_path, SOUND + tag)) == [f"page/index.html: {says}"]
+
+
+@pytest.mark.parametrize("style", ["@import 'https://cdn.org/a';", "a { b: url(//cdn.org/a) }"])
+def test_styles_that_fetch_are_found(tmp_path, style):
+    (fault,) = loaded("_check").faults(built(tmp_path, SOUND, style))
+    assert fault.startswith("style.css: fetches ")
+
+
+def test_an_empty_site_is_a_fault(tmp_path):
+    assert loaded("_check").faults(tmp_path) == [f"{tmp_path}: no page"]
