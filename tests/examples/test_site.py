@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 import types
 
 import jax
@@ -131,6 +132,49 @@ def loaded(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+DOCSTRING = """Sums, exact below 2**24, and beyond 2**-17 as ``a**2`` and `b**2`::
+
+    code
+
+Args:
+  x: see :func:`~jax.jit`.
+
+Example:
+  >>> 2**3
+
+  8
+
+References:
+  A paper.
+"""
+MARKDOWN = r"""Sums, exact below 2\*\*24, and beyond 2\*\*-17 as ``a**2`` and `b**2`:
+
+    code
+
+Examples:
+  >>> 2**3
+
+  8
+
+Args:
+  x: see `jax.jit`.
+
+References:
+  A paper."""
+
+
+def test_docstrings_become_markdown(monkeypatch):
+    monkeypatch.setitem(sys.modules, "griffe", types.SimpleNamespace(Extension=object))
+    assert loaded("_docstrings").markdown(DOCSTRING) == MARKDOWN
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.stem)
+def test_powers_stand_in_code(page):
+    """``**`` in prose is the beginning of bold text."""
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    assert not re.findall(r".*\w\*\*-?\d.*", prose)
 
 
 figures = functools.cache(lambda: loaded("_figures"))
