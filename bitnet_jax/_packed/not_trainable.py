@@ -30,6 +30,7 @@ _TREE_UTIL, _TREE, _FLATTREE, _API = (
 _DERIVATIVES = {
     "value_and_grad_f": "jax.grad",
     "vjp": "jax.vjp",
+    "_vjp": "jax.vjp",
     "linearize": "jax.linearize",
     "_jvp": "jax.jvp",
     "jacfun": "the Jacobian",
@@ -81,8 +82,8 @@ def _refuse_derivative(asker: FrameType, codes: object) -> None:
     while caller is not None and caller.f_globals.get("__name__") == "jax._src.traceback_util":
         caller = caller.f_back
     # grad and Jacobians are made of these, and have looked already, with their allow_int.
-    inner = name in ("vjp", "linearize", "_jvp") and caller is not None
-    if not (inner and caller.f_globals is _API and caller.f_code.co_name != "jvp"):
+    inner = name in ("vjp", "_vjp", "linearize", "_jvp") and caller is not None
+    if not (inner and caller.f_globals is _API and caller.f_code.co_name not in ("jvp", "vjp")):
         raise_not_trainable(who)
 
 
