@@ -11,8 +11,9 @@ from bitnet_jax.convert._distillation import (
 )
 from bitnet_jax.convert._finetune_recipe import FinetuneRecipe, Losses, finetune_recipe
 from bitnet_jax.convert._input_statistics import Statistics
-from bitnet_jax.convert._methods import Method, Quantized
+from bitnet_jax.convert._methods import Method
 from bitnet_jax.convert._options import CANDIDATES, Option
+from bitnet_jax.convert._quantized import Quantized
 
 __all__ = [
     "CANDIDATES",

@@ -7,10 +7,9 @@ network. A method then chooses codes and scales of one kernel after another.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,10 +21,10 @@ from bitnet_jax._checks import describe
 from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._quantize.config import B158, KernelConfig
 from bitnet_jax._transform.decide import UNREACHED
-from bitnet_jax._transform.slopes import Losses
 from bitnet_jax._tree.leaves import Leaf, flatten, rebox
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
-from bitnet_jax._tree.select import Kernels, Path, axes_for
+from bitnet_jax._tree.select import Kernels, axes_for
+from bitnet_jax.convert._batches import examples, fitting, raise_no_batch
 from bitnet_jax.convert._calibration import Calibration
 from bitnet_jax.convert._chosen_methods import (
     WHO,
@@ -35,9 +34,9 @@ from bitnet_jax.convert._chosen_methods import (
     require_methods,
     require_planes,
 )
+from bitnet_jax.convert._collect import collected
 from bitnet_jax.convert._converted import FloatKernel, converted, possible
-from bitnet_jax.convert._front_ends import Args, FrontEnd, front_end
-from bitnet_jax.convert._input_statistics import Statistics
+from bitnet_jax.convert._front_ends import front_end
 from bitnet_jax.convert._options import require_candidates, require_fitting
 
 
@@ -135,11 +134,11 @@ def calibrate(
     _require_values(net.params)
     require_methods(method)
     configs = require_candidates(candidates)
-    rest = _examples(batches)
+    rest = examples(batches)
     first = next(rest, None)
     if first is None:
-        _raise_no_batch()
-    with _fitting(0):
+        raise_no_batch()
+    with fitting(0):
         uses = net.packable(first)
         unreached = tuple(r.path for r in net.coverage(first).rows if r.why == UNREACHED)
     chosen, treedef = chosen_leaves(WHO, net.params, B158, uses, values=True)
@@ -152,7 +151,7 @@ def calibrate(
     length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
     losses = None if loss is None else net.losses(loss)
     every = itertools.chain([first], rest)
-    found, slopes = _collected(net, kernels, every, losses, length, progress)
+    found, slopes = collected(net, kernels, every, losses, length, progress)
     done, rows = {}, []
     for number, kernel in enumerate(kernels, start=1):
         path = kernel.leaf.path
@@ -162,35 +161,6 @@ def calibrate(
     leaves = [rebox(leaf.boxed, done.get(leaf.path, leaf.value)) for leaf, _ in chosen]
     report = Calibration(tuple(rows), unreached, "error" if loss is None else "loss")
     return net.result(jax.tree.unflatten(treedef, leaves)), report
-
-
-@contextlib.contextmanager
-def _fitting(number: int) -> Iterator[None]:
-    """Names the batch in whose call the network fails."""
-    try:
-        yield
-    except Exception as failure:
-        if str(failure).startswith((f"{WHO}:", "ternarize:", "pack:")):
-            raise
-        text = " ".join(str(failure).split()).rstrip(".")
-        text = text if len(text) <= 500 else f"{text[:497]}..."
-        raise ValueError(
-            f"{WHO}: the network does not run on batch {number}: {type(failure).__name__}: {text}. "
-            "A batch is a tuple of all positional arguments but the params, or the one argument; "
-            "keywords go into call=."
-        ) from failure
-
-
-def _examples(batches: Iterable[Any]) -> Iterator[Args]:
-    """The positional arguments of each call."""
-    single = hasattr(batches, "shape") or isinstance(batches, (str, bytes, Mapping))
-    if single or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"{WHO}: `batches` must be an iterable of batches, got {describe(batches)}. Pass "
-            "[batch] for a single one."
-        )
-    # A named tuple is one argument with fields.
-    return (batch if type(batch) is tuple else (batch,) for batch in batches)
 
 
 def _kernels(
@@ -209,78 +179,6 @@ def _kernels(
         require_planes(leaf.where, chosen, spec.config)
         kernels.append(FloatKernel(leaf, spec, name, chosen, equal_tokens, probed))
     return kernels
-
-
-def _collected(
-    net: FrontEnd,
-    kernels: Sequence[FloatKernel],
-    batches: Iterable[Args],
-    losses: Losses | None,
-    length: int | None,
-    progress: Callable[[float], None],
-) -> tuple[dict[Path, Statistics], dict[Path, np.ndarray]]:
-    """What each kernel that asks for it met in all batches, and its mean squared gradient."""
-    wanted = {kernel.leaf.path: kernel.wanted for kernel in kernels if kernel.wanted is not None}
-    if not wanted:
-        return {}, {}
-    sums: dict[Path, list[np.ndarray]] = {}
-    slopes = None if losses is None else _Slopes(net, kernels, losses)
-    for number, args in enumerate(batches):
-        with _fitting(number):
-            for path, probe in net.moments(wanted, args).items():
-                parts = jax.device_get(probe)
-                _require_finite(path, parts.moments, number)
-                if path in sums:
-                    for total, part in zip(sums[path], parts, strict=True):
-                        total += part
-                else:
-                    sums[path] = [np.array(part, np.float64) for part in parts]
-            if slopes is not None:
-                slopes.add(args, number)
-        if length:
-            progress(0.5 * (number + 1) / length)
-    if not any(tokens.any() for tokens, _ in sums.values()):
-        _raise_no_tokens()
-    means = {} if slopes is None else slopes.means()
-    return {path: _canonical(*sums[path]) for path in sums}, means
-
-
-class _Slopes:
-    """The squared gradients of kernels, summed over batches."""
-
-    def __init__(self, net: FrontEnd, kernels: Sequence[FloatKernel], losses: Losses):
-        self._net, self._losses, self._count = net, losses, 0.0
-        self._axes = {kernel.leaf.path: len(kernel.spec.axes.batch) for kernel in kernels}
-        self._sums: dict[Path, np.ndarray] = {}
-
-    def add(self, args: Args, number: int) -> None:
-        """Another batch."""
-        key = jax.random.key(number)
-        squares, count = jax.device_get(self._net.slopes(self._axes, self._losses, key, args))
-        self._count += float(count)
-        for path, square in squares.items():
-            if not np.isfinite(square).all():
-                _raise_steep(path, number)
-            wide = square.astype(np.float64).reshape(-1)
-            self._sums[path] = self._sums.get(path, 0.0) + wide
-
-    def means(self) -> dict[Path, np.ndarray]:
-        """The mean over losses, (B,) of each kernel."""
-        return {path: total / self._count for path, total in self._sums.items()}
-
-
-def _canonical(tokens: np.ndarray, moments: np.ndarray) -> Statistics:
-    """Statistics with the batch axes as one."""
-    each = moments.shape[tokens.ndim :]
-    return Statistics(tokens.reshape(-1).astype(np.int64), moments.reshape(-1, *each))
-
-
-def _raise_no_batch() -> NoReturn:
-    """Reports an empty iterable."""
-    raise ValueError(
-        f"{WHO}: `batches` is empty. Pass at least one batch; an iterator that was read before "
-        "has none left."
-    )
 
 
 def _require_callback(progress: object) -> None:
@@ -314,30 +212,3 @@ def _require_values(params: PyTree) -> None:
             raise TypeError(
                 f"{WHO}: {leaf.where} is packed already, and has an adapter. Pass float params."
             )
-
-
-def _require_finite(path: Path, moments: np.ndarray, number: int) -> None:
-    """Raises for statistics that are NaN or Inf; of several kernels, the program's first."""
-    if not np.isfinite(moments).all():
-        count = int((~np.isfinite(moments)).sum())
-        raise ValueError(
-            f"{WHO}: the inputs of {'/'.join(path)} have {count} NaN or Inf second moments in "
-            f"batch {number}. Look for NaN in that batch, and for what overflows on the way to "
-            "this kernel."
-        )
-
-
-def _raise_steep(path: Path, number: int) -> NoReturn:
-    """Reports gradients that are NaN or Inf."""
-    raise ValueError(
-        f"{WHO}: the gradient of `loss` for {'/'.join(path)} is NaN or Inf in batch {number}. Look "
-        "for a logarithm or a root of 0 in `loss`, and for what overflows after this kernel."
-    )
-
-
-def _raise_no_tokens() -> NoReturn:
-    """Reports batches in which no kernel met anything."""
-    raise ValueError(
-        f"{WHO}: no kernel met an input in `batches`: they are empty, or all that reaches the "
-        "kernels is 0. Pass examples of real inputs."
-    )

@@ -26,9 +26,11 @@ from bitnet_jax._tree.leaves import Leaf
 from bitnet_jax.convert._calibration import CalibratedKernel
 from bitnet_jax.convert._chosen_methods import WHO, takes
 from bitnet_jax.convert._input_statistics import Statistics
-from bitnet_jax.convert._methods import METHODS, Method, Quantized, errors
+from bitnet_jax.convert._methods import METHODS, Method
 from bitnet_jax.convert._options import Option, change, fits, mean_error, stakes, stored_bytes
 from bitnet_jax.convert._output_square import whole_squares
+from bitnet_jax.convert._quantized import Quantized
+from bitnet_jax.convert._relative_error import errors
 
 
 class FloatKernel(NamedTuple):

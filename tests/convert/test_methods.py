@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 import bitnet_jax as bj
 from bitnet_jax.convert import _best_scale, _gptq, _methods, _output_square, _refit
 from bitnet_jax.convert._input_statistics import Statistics
-from bitnet_jax.convert._methods import METHODS, Quantized, error, gptq, survivors, weighted
+from bitnet_jax.convert._methods import METHODS, gptq, survivors, weighted
+from bitnet_jax.convert._quantized import Quantized
+from bitnet_jax.convert._relative_error import error
 
 GRANULARITIES = ("tensor", "channel", 8, 4, 1)
 ONE_PLANE = [name for name in METHODS if name != "planes"]

@@ -11,8 +11,9 @@ from convert_kernels import NOTHING, config, dequantized, diagonal, inputs, kern
 import bitnet_jax as bj
 from bitnet_jax.convert import _best_scale, _gptq, _plane_scales, _refit
 from bitnet_jax.convert._input_statistics import Statistics
-from bitnet_jax.convert._methods import METHODS, error, gptq, planes, survivors, weighted
+from bitnet_jax.convert._methods import METHODS, gptq, planes, survivors, weighted
 from bitnet_jax.convert._plane_grid import grid_of, largest_first, solved
+from bitnet_jax.convert._relative_error import error
 
 
 def combos(count):
