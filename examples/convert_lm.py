@@ -70,13 +70,14 @@ class Recipe(NamedTuple):
     """A row of the table: how kernels are quantised, and what chooses codes and scales.
 
     ``method``: of ``bj.convert.calibrate``; None: kernels keep their own quantiser.
-    ``equal_tokens``: as there.
+    ``equal_tokens``, ``sequential``: as there.
     """
 
     name: str
     weights: bj.TernaryConfig | bj.Int8Config | None
     method: str | None = None
     equal_tokens: bool = False
+    sequential: bool = False
 
 
 def grouped(granularity: Any, planes: int = 1, **more: Any) -> bj.TernaryConfig:
@@ -113,7 +114,11 @@ RECIPES = (
     Recipe("two planes, 64, rotated, planes", grouped(64, 2, rotation="hadamard"), "planes"),
     Recipe("two planes, 64, gptq", grouped(64, 2), "gptq"),
     Recipe("two planes, 64, gptq, equal tokens", grouped(64, 2), "gptq", equal_tokens=True),
+    Recipe("64, gptq, sequential", grouped(64), "gptq", equal_tokens=True, sequential=True),
+    Recipe("two planes, 64, planes, sequential", grouped(64, 2), "planes", True, True),
+    Recipe("two planes, 64, gptq, sequential", grouped(64, 2), "gptq", True, True),
 )
+OPTIONS = ("method", "equal_tokens", "sequential")  # of ``calibrate``
 BEST = "64, gptq, equal tokens"  # the row that is taken apart and trained
 QUICK_ROWS = ("int8", "tensor, absmean", "192, weighted", "two planes, 64, planes", BEST)
 INPUTS = (
@@ -344,7 +349,7 @@ def convert(subject: Subject, recipe: Recipe) -> tuple[bj.models.Decoder, Any, f
     else:
         windows = subject.calibration
         batches = jnp.split(windows, len(windows) // ROWS_AT_ONCE)
-        options = {"method": recipe.method, "equal_tokens": recipe.equal_tokens}
+        options = {name: getattr(recipe, name) for name in OPTIONS}
         packed, report = bj.convert.calibrate(model, None, batches, **options)
     return packed, report, time.perf_counter() - begin
 

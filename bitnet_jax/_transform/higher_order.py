@@ -38,16 +38,17 @@ class Rule(NamedTuple):
     run: Callable[..., list[Any]]
 
 
-def _body(params: dict[str, Any]) -> Any:
+def body_of(params: dict[str, Any]) -> Any:
+    """The jaxpr that a call runs."""
     return next(params[k] for k in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr") if k in params)
 
 
 def _analyse_call(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
-    return survey.walk(_body(eqn.params), marks, times)
+    return survey.walk(body_of(eqn.params), marks, times)
 
 
 def _analyse_custom(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
-    outs = survey.walk(_body(eqn.params), marks, times)
+    outs = survey.walk(body_of(eqn.params), marks, times)
     plain = all(m.view is None or _as_stored(m.view) for m in (*marks, *outs))
     # A kernel that it hands on otherwise than as stored has lost the derivative given for it.
     return outs if plain else [_kept_or_changed(survey, eqn, mark) for mark in outs]
@@ -62,7 +63,7 @@ def _as_stored(view: View) -> bool:
 
 
 def _inline(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
-    return interpreter.body(_body(eqn.params), operands)
+    return interpreter.body(body_of(eqn.params), operands)
 
 
 class _Wrapped:

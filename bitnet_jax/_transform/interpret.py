@@ -66,7 +66,7 @@ class Interpreter:
         """Refuses code in which no statistics can be collected of the probed operands."""
         for o in operands:
             if isinstance(o, Tracked) and isinstance(o.value, Probed):
-                _raise_not_collectable(self._chosen[o.view.leaf].where, what)
+                raise_not_collectable(self._chosen[o.view.leaf].where, what)
 
     def alike(self, views: Sequence[View | None]) -> Any:
         """A key that is the same for operands that are quantised and seen the same way."""
@@ -127,7 +127,7 @@ class Interpreter:
         return Tracked(view, kernel.value, strength[0] if strength else eqn.params["strength"])
 
 
-def _raise_not_collectable(path: str, what: str) -> NoReturn:
+def raise_not_collectable(path: str, what: str) -> NoReturn:
     """Refuses to collect what a kernel meets where that cannot be counted."""
     raise NotImplementedError(
         f"calibrate: the kernel at {path} enters {what}, in which no statistics of its inputs can "
@@ -160,7 +160,7 @@ class _Run:
         self._waiting: list[Any] = []
         self._casts: dict[Any, tuple[Any, str]] = {}
         self._products: set[Any] = set()
-        self._last = _last_uses(jaxpr)
+        self._last = last_uses(jaxpr)
 
     def results(self) -> list[Any]:
         """Runs all of it."""
@@ -178,10 +178,9 @@ class _Run:
 
     def _note(self, eqn: Eqn) -> None:
         """What later equations ask of a plain one: was it a cast, is it still a product."""
-        name = eqn.primitive.name
-        if name == "convert_element_type" and _between_floats(eqn):
+        if is_cast(eqn):
             self._casts[eqn.outvars[0]] = eqn.invars[0], jaxprs.scope(eqn)
-        if name in _MOVES and self._products & {*_variables(eqn)}:
+        if eqn.primitive.name in _MOVES and self._products & {*_variables(eqn)}:
             self._products.update(eqn.outvars)
 
     def _bias(self, at: int, eqn: Eqn) -> None:
@@ -216,30 +215,13 @@ class _Run:
             elif name in RULES:
                 outs = RULES[name].run(self._interpreter, eqn, operands)
             elif name == "optimization_barrier":
-                outs = _barrier(operands)
-            elif name in MEETS and self._is_met(operands):
+                outs = barrier(operands)
+            elif name in MEETS and is_met(operands):
                 outs = self._interpreter.meet(eqn, operands, self._uncast(eqn, operands))
                 self._products.update(eqn.outvars if name in MULTIPLIES else ())
             else:
-                outs = self._moved(eqn, operands) or self._interpreter.computed(eqn, operands)
+                outs = moved(eqn, operands) or self._interpreter.computed(eqn, operands)
         self._values.update(zip(eqn.outvars, outs, strict=True))
-
-    @staticmethod
-    def _is_met(operands: list[Any]) -> bool:
-        return sum(isinstance(o, Tracked) for o in operands) == 1
-
-    def _moved(self, eqn: Eqn, operands: list[Any]) -> list[Any] | None:
-        kernels = [i for i, o in enumerate(operands) if isinstance(o, Tracked)]
-        if len(kernels) != 1:
-            return None
-        view, value, strength = operands[kernels[0]]
-        steps = layout.follow(eqn, kernels[0], view)
-        if steps is None:
-            return None
-        return [
-            Tracked(s.view, value if s.change is None else s.change(value, operands), strength)
-            for s in steps
-        ]
 
     def _uncast(self, eqn: Eqn, operands: list[Any]) -> jax.Array | None:
         """The input before the cast that its own layer made: it is quantised as the kernel is."""
@@ -265,13 +247,16 @@ def _variables(eqn: Eqn) -> list[Any]:
     return [v for v in eqn.invars if jaxprs.is_variable(v)]
 
 
-def _between_floats(eqn: Eqn) -> bool:
+def is_cast(eqn: Eqn) -> bool:
+    """Whether an equation casts floats to floats."""
+    if eqn.primitive.name != "convert_element_type":
+        return False
     (v,) = eqn.invars
     kinds = jaxprs.dtype_of(v), eqn.params["new_dtype"]
     return jaxprs.is_variable(v) and all(jnp.issubdtype(k, jnp.floating) for k in kinds)
 
 
-def _last_uses(jaxpr: core.Jaxpr) -> dict[Any, int]:
+def last_uses(jaxpr: core.Jaxpr) -> dict[Any, int]:
     """Where each variable is read last; the input of a cast as long as its result."""
     last: dict[Any, int] = {}
     casts: dict[Any, Any] = {}
@@ -286,7 +271,27 @@ def _last_uses(jaxpr: core.Jaxpr) -> dict[Any, int]:
     return last
 
 
-def _barrier(operands: list[Any]) -> list[Any]:
+def is_met(operands: list[Any]) -> bool:
+    """Whether one of the operands is a kernel, and one alone."""
+    return sum(isinstance(o, Tracked) for o in operands) == 1
+
+
+def moved(eqn: Eqn, operands: list[Any]) -> list[Any] | None:
+    """The results of an equation that only moves a kernel; None: it computes."""
+    kernels = [i for i, o in enumerate(operands) if isinstance(o, Tracked)]
+    if len(kernels) != 1:
+        return None
+    view, value, strength = operands[kernels[0]]
+    steps = layout.follow(eqn, kernels[0], view)
+    if steps is None:
+        return None
+    return [
+        Tracked(s.view, value if s.change is None else s.change(value, operands), strength)
+        for s in steps
+    ]
+
+
+def barrier(operands: list[Any]) -> list[Any]:
     """The barrier over what is no kernel: a kernel is quantised after it all the same."""
     rest = [o for o in operands if not _is_kernel(o)]
     held = iter(jax.lax.optimization_barrier(rest) if rest else ())

@@ -22,8 +22,10 @@ from bitnet_jax._transform.marks import Mark, Walker
 from bitnet_jax._transform.tracked import Interpreter, Tracked, tracked, values_of, views_of
 from bitnet_jax._transform.view import View
 
+WHILE = "a `while` loop whose length is not known"  # in errors
 
-def _unchanged(jaxpr: Jaxpr, first: int, count: int) -> list[bool]:
+
+def unchanged(jaxpr: Jaxpr, first: int, count: int) -> list[bool]:
     """Which of what a loop carries its body hands on as it is."""
     return [at == first + i for i, at in enumerate(handed_on(jaxpr)[:count])]
 
@@ -54,7 +56,7 @@ def _around(
     return [*ends, *outs[len(carried) :]]
 
 
-def _step(view: View) -> View | None:
+def step_view(view: View) -> View | None:
     """A stacked kernel as one step of a scan sees it; None: it is not stacked along an axis."""
     one = view if view.shape[0] == 1 and not view.parts[0] else view.take(0)
     return None if one is None else one.squeeze((0,))
@@ -64,10 +66,10 @@ def analyse_scan(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> l
     """What comes out of a scan; see ``higher_order.Rule``."""
     jaxpr, length = eqn.params["jaxpr"], eqn.params["length"]
     n, m = scan_parts(eqn.params)
-    carried = _carried(survey, eqn, marks[n : n + m], _unchanged(jaxpr, n, m))
+    carried = _carried(survey, eqn, marks[n : n + m], unchanged(jaxpr, n, m))
     steps = []
     for mark in marks[n + m :]:
-        view = None if mark.view is None else _step(mark.view)
+        view = None if mark.view is None else step_view(mark.view)
         if mark.view is not None and view is None:
             mark = Mark(None, survey.sources(eqn, mark), mark.live)
         steps.append(Mark(view, mark.changed, mark.live))
@@ -90,19 +92,19 @@ def run_scan(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[An
     params = eqn.params
     n, m = scan_parts(params)
     fixed, carry = operands[:n], operands[n : n + m]
-    kept = _kept(carry, _unchanged(params["jaxpr"], n, m))
+    kept = _kept(carry, unchanged(params["jaxpr"], n, m))
     start = interpreter.arrays(_left(carry, kept), eqn)
-    through = _through(eqn, operands)
+    through = handed_through(eqn, operands)
     steps, xs, stacks = [], [], []
     for operand in operands[n + m :]:
-        view = _step(operand.view) if isinstance(operand, Tracked) else None
+        view = step_view(operand.view) if isinstance(operand, Tracked) else None
         steps.append(view)
         if view is None:
             through = [None if t is operand else t for t in through]
             xs += interpreter.arrays([operand], eqn)
             stacks.append(None)
         else:
-            stacks.append(_stacked(operand, view))
+            stacks.append(stack_of(operand, view))
             xs.append(sliced_by_scan(stacks[-1]))
 
     def body(carry: list[Any], at_and_x: tuple[Any, list[Any]]) -> tuple[list[Any], Any]:
@@ -124,7 +126,7 @@ def run_scan(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[An
     return [*_filled(kept, end), *_filled(through[m:], ys)]
 
 
-def _through(eqn: Eqn, operands: Sequence[Any]) -> list[Any]:
+def handed_through(eqn: Eqn, operands: Sequence[Any]) -> list[Any]:
     """The kernels among operands that an equation hands on in whole, by result; None else."""
     through = [None if at is None else operands[at] for at in forwarded(eqn)]
     return [o if isinstance(o, Tracked) else None for o in through]
@@ -135,7 +137,7 @@ def _left(outs: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
     return [o for o, k in zip(outs, kept, strict=True) if k is None]
 
 
-def _stacked(kernel: Tracked, step: View) -> Any:
+def stack_of(kernel: Tracked, step: View) -> Any:
     """A kernel with the axis first that a scan steps along."""
     for axis in {*kernel.view.kept} - {*step.kept}:
         return leading(kernel.value, kernel.view.position(axis))
@@ -159,7 +161,7 @@ def analyse_while(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> 
     """What comes out of a while loop, whose body counts once; see ``higher_order.Rule``."""
     params = eqn.params
     c, b = params["cond_nconsts"], params["body_nconsts"]
-    same = _unchanged(params["body_jaxpr"], b, len(marks) - c - b)
+    same = unchanged(params["body_jaxpr"], b, len(marks) - c - b)
     carried = _carried(survey, eqn, marks[c + b :], same)
     survey.walk(params["cond_jaxpr"], [*marks[:c], *carried], times)
 
@@ -171,11 +173,11 @@ def analyse_while(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> 
 
 def run_while(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
     """A while loop with its condition and its body interpreted."""
-    interpreter.require_collectable(operands, "a `while` loop whose length is not known")
+    interpreter.require_collectable(operands, WHILE)
     params = eqn.params
     c, b = params["cond_nconsts"], params["body_nconsts"]
     of_cond, of_body, carry = operands[:c], operands[c : c + b], operands[c + b :]
-    kept = _kept(carry, _unchanged(params["body_jaxpr"], b, len(carry)))
+    kept = _kept(carry, unchanged(params["body_jaxpr"], b, len(carry)))
     start = interpreter.arrays(_left(carry, kept), eqn)
 
     def condition(carry: list[Any]) -> Any:
@@ -206,7 +208,7 @@ def analyse_cond(survey: Walker, eqn: Eqn, marks: list[Mark], times: float) -> l
 
 def run_cond(interpreter: Interpreter, eqn: Eqn, operands: list[Any]) -> list[Any]:
     """A conditional with its branches interpreted."""
-    through = _through(eqn, operands)
+    through = handed_through(eqn, operands)
     index, *operands = operands
     views, values = views_of(operands), values_of(operands)
 

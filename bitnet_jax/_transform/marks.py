@@ -61,6 +61,8 @@ class Use(NamedTuple):
       stated: the config of the layer that multiplies it; None: it is one of no layer of ours.
       channels_last: whether the leaf's last contracting axis meets the features of the input;
         of a convolution it may be an axis of space.
+      times: how often it is run.
+      taken: the leaf's axes off which slices were taken.
     """
 
     leaf: int
@@ -73,6 +75,8 @@ class Use(NamedTuple):
     multiplications: float
     stated: LayerConfig | None = None
     channels_last: bool = True
+    times: float = 1.0
+    taken: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass

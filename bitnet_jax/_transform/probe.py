@@ -13,6 +13,7 @@ costs a backward pass; a callback, which does not know the slice that it is call
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -103,12 +104,57 @@ def toll(x: Float[AnyArray, "*shared t k"], probe: Probe, alone: tuple[int, ...]
     return owed.tokens + owed.moments
 
 
+class Paired(NamedTuple):
+    """Sums over the rows y of an input, and over the rows x that it stands for.
+
+    Attributes:
+      tokens: how many rows of y are not all 0.
+      moments: sums of ``y_i**2``, or of ``y_i y_j``.
+      cross: sums of ``y_i x_j``; None: they are not asked for.
+    """
+
+    tokens: Float32[Array, "*b"]
+    moments: Float32[Array, "*b k"] | Float32[Array, "*b k k"]
+    cross: Float32[Array, "*b k k"] | None
+
+
+@functools.partial(jax.jit, static_argnames=("matrix", "equal"))
+def paired(
+    y: Float[AnyArray, "*b t k"], x: Float[AnyArray, "*b t k"] | None, *, matrix: bool, equal: bool
+) -> Paired:
+    """Sums over rows, at once.
+
+    Args:
+      y: what a kernel meets.
+      x: what y stands for; None: no cross sums.
+      matrix: whether all of ``y_i y_j``, or ``y_i**2`` alone.
+      equal: whether each pair of rows is divided by the root mean square of y's.
+    """
+    y, x = (None if part is None else part.astype(jnp.float32) for part in (y, x))
+    if equal:
+        size = _sizes(y)
+        y, x = (None if part is None else part / size for part in (y, x))
+    sums = _statistics(y, matrix)
+    if x is None:
+        return Paired(*sums, None)
+    cross = jnp.einsum("...ti,...tj->...ij", y, x, precision=lax.Precision.HIGHEST)
+    return Paired(*sums, cross)
+
+
 def _equal_rows(x: Float32[Array, "*shared t k"]) -> jax.Array:
     """Rows over their root mean squares; rows of zeros stay, and NaN and Inf come out as NaN."""
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     x = x / jnp.where(largest == 0, jnp.float32(1), largest)  # so that no square overflows
     mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return x / jnp.sqrt(jnp.where(largest == 0, jnp.float32(1), mean))
+
+
+def _sizes(x: Float32[Array, "*b t k"]) -> Float32[Array, "*b t 1"]:
+    """The root mean squares of rows; 1 of rows of zeros."""
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scaled = x / jnp.where(largest == 0, jnp.float32(1), largest)
+    size = largest * jnp.sqrt(jnp.mean(jnp.square(scaled), axis=-1, keepdims=True))
+    return jnp.where(largest == 0, jnp.float32(1), size)
 
 
 def _statistics(x: Float32[Array, "*shared t k"], matrix: bool) -> Probe:

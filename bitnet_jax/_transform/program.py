@@ -7,6 +7,7 @@ in JAX's own caches, by the function, the shapes and the contexts that they were
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,6 +35,7 @@ from bitnet_jax._transform.slopes import Losses, Slopes, slopes
 from bitnet_jax._transform.survey import Survey
 from bitnet_jax._transform.tracked import Operand, Tracked, shown
 from bitnet_jax._transform.view import of_leaf
+from bitnet_jax._transform.walk import Start, Walk
 from bitnet_jax._tree.leaves import Leaf, rebox
 from bitnet_jax._tree.select import Select
 
@@ -173,6 +175,21 @@ class Program:
                 operands[i] = operands[i]._replace(value=Probed(values[i], probe))
         _, tolls = Interpreter(chosen, probing=True).closed(plan.jaxpr, [*operands, *rest])
         return tolls[0]
+
+    def walk(self, plan: Plan, values: list[Any], rest: list[Any]) -> Walk:
+        """A call, ready to be run step by step."""
+        chosen, operands = self._tracked(plan, values)
+        starts = {}
+        for i, one in chosen.items():
+            uses = [use for use in plan.found.uses if use.leaf == i]
+            shape, path = plan.candidates[i].leaf.shape, plan.candidates[i].path
+            batch = tuple(shape[a] for a in uses[0].batch)
+            often = sum(use.times / math.prod(shape[a] for a in use.taken) for use in uses)
+            looked_up = any(use.primitive == "gather" for use in uses)
+            several = looked_up or often > 1 + 1e-6
+            starts[i] = Start(path, batch, values[i], several)
+            del one
+        return Walk(plan.jaxpr, [*operands, *rest], starts, chosen)
 
     @functools.cached_property
     def slopes(self) -> Callable[..., Slopes]:

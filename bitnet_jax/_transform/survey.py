@@ -162,6 +162,8 @@ class Survey:
                     stated=mark.view.stated,
                     channels_last=not isinstance(plan, ConvPlan)
                     or plan.convolution.has_channels_last,
+                    times=times,
+                    taken=mark.view.taken,
                 )
             )
         if not lookup and all(mark.leaves for mark in marks) and not _is_input(marks):

@@ -31,6 +31,7 @@ from bitnet_jax._transform.probe import Probe, Wanted
 from bitnet_jax._transform.program import Bound, Plan, Program, Spec, static_leaves
 from bitnet_jax._transform.results import given_back
 from bitnet_jax._transform.slopes import Losses
+from bitnet_jax._transform.walk import Walk
 from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
@@ -252,6 +253,20 @@ class Ternarized:
         met = [use.leaf for use in plan.found.uses]
         order = sorted(found, key=lambda i: met.index(i) if i in met else len(met))
         return {paths[i]: found[i] for i in order}
+
+    def walk(self, *args: PyTree, **kwargs: PyTree) -> Walk:
+        """One call of the float function, ready to be run step by step; see ``walk``.
+
+        Args:
+          *args: as for the function.
+          **kwargs: as for the function.
+
+        Raises:
+          ValueError: as a call does.
+        """
+        bound = self._bind("calibrate", args, kwargs)
+        _require_values(bound.values, bound.rest)
+        return bound.program.walk(self._checked_plan(bound), bound.values, bound.rest)
 
     def slopes(
         self,

@@ -38,6 +38,7 @@ from bitnet_jax.convert._collect import collected
 from bitnet_jax.convert._converted import FloatKernel, converted, possible
 from bitnet_jax.convert._front_ends import front_end
 from bitnet_jax.convert._options import require_candidates, require_fitting
+from bitnet_jax.convert._sequential import in_sequence
 
 
 def calibrate(
@@ -47,6 +48,7 @@ def calibrate(
     *,
     method: AnyMethod | Mapping[str, AnyMethod] | MethodOf = "gptq",
     equal_tokens: bool = False,
+    sequential: bool = False,
     call: Mapping[str, Any] | None = None,
     loss: Callable[..., Any] | None = None,
     candidates: Sequence[KernelConfig] | None = None,
@@ -83,6 +85,16 @@ def calibrate(
         mean square. For networks in which a few tokens have inputs many times as large as all
         others, as language models have: the sums, and so the codes, would be those tokens'. The
         errors of the report are then of such x, too.
+      sequential: whether kernels are converted in the order of the program, each for what the
+        converted ones before it give: their errors are among its inputs, and it makes up for
+        what it can of them. With y its inputs then and x those in the float network, the method
+        converts ``(H + damping)^-1 (C + damping) W`` for W, with ``H = sum y y^T``,
+        ``C = sum y x^T`` and a damping of .01 of the mean of H's diagonal; methods that need
+        nothing convert W. Loops are stepped through, and each slice of a stack has its turn. A
+        kernel that is met more than once (a shared layer, a recurrence) is converted first, from
+        float inputs. It takes one pass more over the batches, in the packed network; passes are
+        not compiled, and what all batches hold between two kernels is in memory at once, twice.
+        The errors of the report are of y and of what was converted.
       call: keyword arguments of every call. For a linen model also ``method``, ``rngs`` and
         ``variables``, as ``bj.linen.pack`` takes them; for an NNX model ``method``.
       loss: a function of what the network returns and of the call's positional arguments, but
@@ -109,7 +121,8 @@ def calibrate(
         statistics or gradients, by its number; no tokens at all; a candidate that fits no kernel;
         a pattern that matches nothing, or a kernel that none matches; as ``ternary.pack``.
       NotImplementedError: statistics of a kernel in a ``while`` loop of unknown length, in a
-        ``shard_map`` with ``check_vma=False``, or in a convolution with feature groups.
+        ``shard_map`` with ``check_vma=False``, or in a convolution with feature groups; with
+        ``sequential``, a kernel in any ``shard_map``.
 
     Example:
       >>> import jax, bitnet_jax as bj
@@ -125,9 +138,11 @@ def calibrate(
       (32, 8)
 
     References:
-      Frantar et al., GPTQ, arXiv:2210.17323, for the loss and ``"gptq"``.
+      Frantar et al., GPTQ, arXiv:2210.17323, for the loss and ``"gptq"``; for the target of
+      ``sequential`` Li et al., GPTAQ, arXiv:2504.02692.
     """
     _checks.require_instance(WHO, "equal_tokens", equal_tokens, bool, "Use True or False.")
+    _checks.require_instance(WHO, "sequential", sequential, bool, "Use True or False.")
     net = front_end(WHO, ternary, params, call)
     _require_callback(progress)
     _require_loss(loss)
@@ -151,13 +166,16 @@ def calibrate(
     length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
     losses = None if loss is None else net.losses(loss)
     every = itertools.chain([first], rest)
-    found, slopes = collected(net, kernels, every, losses, length, progress)
-    done, rows = {}, []
-    for number, kernel in enumerate(kernels, start=1):
-        path = kernel.leaf.path
-        done[path], row = converted(kernel, found.pop(path, None), slopes.get(path))
-        rows.append(row)
-        progress(0.5 + 0.5 * number / len(kernels))
+    if sequential:
+        done, rows = in_sequence(net, kernels, list(every), losses, progress)
+    else:
+        found, slopes = collected(net, kernels, every, losses, length, progress)
+        done, rows = {}, []
+        for number, kernel in enumerate(kernels, start=1):
+            path = kernel.leaf.path
+            done[path], row = converted(kernel, found.pop(path, None), slopes.get(path))
+            rows.append(row)
+            progress(0.5 + 0.5 * number / len(kernels))
     leaves = [rebox(leaf.boxed, done.get(leaf.path, leaf.value)) for leaf, _ in chosen]
     report = Calibration(tuple(rows), unreached, "error" if loss is None else "loss")
     return net.result(jax.tree.unflatten(treedef, leaves)), report

@@ -35,7 +35,7 @@ def collected(
         with fitting(number):
             for path, probe in net.moments(wanted, args).items():
                 parts = jax.device_get(probe)
-                _require_finite(path, parts.moments, number)
+                require_finite(path, parts.moments, number)
                 if path in sums:
                     for total, part in zip(sums[path], parts, strict=True):
                         total += part
@@ -46,9 +46,22 @@ def collected(
         if length:
             progress(0.5 * (number + 1) / length)
     if not any(tokens.any() for tokens, _ in sums.values()):
-        _raise_no_tokens()
+        raise_no_tokens()
     means = {} if slopes is None else slopes.means()
     return {path: _canonical(*sums[path]) for path in sums}, means
+
+
+def squared_gradients(
+    net: FrontEnd, kernels: Sequence[FloatKernel], batches: Iterable[Args], losses: Losses | None
+) -> dict[Path, np.ndarray]:
+    """The mean squared gradient of each kernel over all batches; nothing without losses."""
+    if losses is None:
+        return {}
+    slopes = _Slopes(net, kernels, losses)
+    for number, args in enumerate(batches):
+        with fitting(number):
+            slopes.add(args, number)
+    return slopes.means()
 
 
 class _Slopes:
@@ -81,7 +94,7 @@ def _canonical(tokens: np.ndarray, moments: np.ndarray) -> Statistics:
     return Statistics(tokens.reshape(-1).astype(np.int64), moments.reshape(-1, *each))
 
 
-def _require_finite(path: Path, moments: np.ndarray, number: int) -> None:
+def require_finite(path: Path, moments: np.ndarray, number: int) -> None:
     """Raises for statistics that are NaN or Inf; of several kernels, the program's first."""
     if not np.isfinite(moments).all():
         count = int((~np.isfinite(moments)).sum())
@@ -100,7 +113,7 @@ def _raise_steep(path: Path, number: int) -> NoReturn:
     )
 
 
-def _raise_no_tokens() -> NoReturn:
+def raise_no_tokens() -> NoReturn:
     """Reports batches in which no kernel met anything."""
     raise ValueError(
         f"{WHO}: no kernel met an input in `batches`: they are empty, or all that reaches the "

@@ -45,6 +45,7 @@ class FloatKernel(NamedTuple):
       probed: whether its inputs are looked at though its method needs nothing.
       candidates: other configs to measure, each of which it can have; None: none are asked for,
         and no options are reported.
+      target: (B, K, N) float32, what a method is to come near to; None: the kernel.
     """
 
     leaf: Leaf
@@ -54,6 +55,7 @@ class FloatKernel(NamedTuple):
     equal: bool = False
     probed: bool = False
     candidates: tuple[KernelConfig, ...] | None = None
+    target: np.ndarray | None = None
 
     @property
     def wanted(self) -> Wanted | None:
@@ -87,6 +89,23 @@ def converted(
       statistics: of its inputs; None: nothing is known.
       squares: (B,) the mean of its squared gradient; None: no loss is known.
     """
+    made, row = measured(kernel, statistics, squares)
+    return packed_kernel(kernel, made), row
+
+
+def packed_kernel(kernel: FloatKernel, made: Quantized) -> Stored:
+    """A kernel packed, with the codes and scales that were made of it."""
+    w = kernel.leaf.value
+    w = w if isinstance(w, jax.Array) else jnp.asarray(w)
+    return pack_kernel(w, kernel.spec) if kernel.method is None else _packed(w, made, kernel.spec)
+
+
+def measured(
+    kernel: FloatKernel,
+    statistics: Statistics | None,
+    squares: np.ndarray | None = None,
+) -> tuple[Quantized, CalibratedKernel]:
+    """Codes and scales of one kernel, and its row of the report; see :func:`converted`."""
     leaf, spec, name, method = kernel[:4]
     w = leaf.value if isinstance(leaf.value, jax.Array) else jnp.asarray(leaf.value)
     tokens = None if statistics is None else int(statistics.tokens.min())
@@ -103,9 +122,8 @@ def converted(
         plain = METHODS["absmean"].quantize(own.w, own.statistics, _ternary(spec.config))
     plainly, *lost = _errors(sides, [(blocks[0], plain), *zip(blocks, made, strict=True)])
     stake = None if squares is None else stakes(*own, squares)
-    packed = pack_kernel(w, spec) if method is None else _packed(w, made[0], spec)
     options = () if kernel.candidates is None else _options(kernel, lost, stake)
-    return packed, CalibratedKernel(
+    return made[0], CalibratedKernel(
         path=leaf.where,
         method=name,
         shape=tuple(w.shape),
@@ -193,6 +211,8 @@ def _canonical_kernel(kernel: FloatKernel, block: int) -> np.ndarray:
     """A kernel as float32 (B, K, N), rotated by blocks."""
     w: Any = np.asarray(kernel.leaf.value).astype(np.float32)
     w = kernel_axes.to_canonical(w, kernel.spec.axes)
+    if kernel.target is not None:
+        w = kernel.target.reshape(w.shape)
     if block > 1:  # as the quantiser rotates, to the bit
         w = np.asarray(rotated_kernel(jnp.asarray(w), block))
     return np.ascontiguousarray(w.reshape(-1, *w.shape[-2:]))

@@ -14,6 +14,7 @@ from bitnet_jax._checks import describe
 from bitnet_jax._transform import ProgramCoverage, Ternarized
 from bitnet_jax._transform.probe import Probe, Wanted
 from bitnet_jax._transform.slopes import Losses
+from bitnet_jax._transform.walk import Walk
 from bitnet_jax._tree.select import Kernels, Path
 from bitnet_jax.linen._examples import Asked, Example, example_losses
 from bitnet_jax.nnx import _conversion
@@ -42,6 +43,10 @@ class FrontEnd(Protocol):
 
     def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
         """What they meet in a call."""
+        ...
+
+    def walk(self, args: Args) -> Walk:
+        """A call, to be run step by step."""
         ...
 
     def losses(self, loss: Callable[..., Any]) -> Losses:
@@ -77,6 +82,9 @@ class _Function:
 
     def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
         return self._ternary.moments(wanted, *self._arguments(args), **self._call)
+
+    def walk(self, args: Args) -> Walk:
+        return self._ternary.walk(*self._arguments(args), **self._call)
 
     def losses(self, loss: Callable[..., Any]) -> Losses:
         def losses(result: Any, params: Any, others: Args, kwargs: dict[str, Any]) -> Any:
@@ -118,6 +126,9 @@ class _Linen:
     def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
         return self._asked.moments(wanted, self.params, self._variables, args, self._kwargs)
 
+    def walk(self, args: Args) -> Walk:
+        return self._asked.walk(self.params, self._variables, args, self._kwargs)
+
     def losses(self, loss: Callable[..., Any]) -> Losses:
         return example_losses(loss)
 
@@ -147,6 +158,9 @@ class _Nnx:
 
     def moments(self, wanted: Mapping[Path, Wanted], args: Args) -> dict[Path, Probe]:
         return _conversion.moments(self._model, wanted, (self._method, args, self._kwargs))
+
+    def walk(self, args: Args) -> Walk:
+        return _conversion.walk(self._model, (self._method, args, self._kwargs))
 
     def losses(self, loss: Callable[..., Any]) -> Losses:
         return call_losses(loss)

@@ -21,6 +21,7 @@ from bitnet_jax._transform.explain import ProgramCoverage
 from bitnet_jax._transform.probe import Probe, Wanted
 from bitnet_jax._transform.slopes import Losses
 from bitnet_jax._transform.ternarize import Ternarized
+from bitnet_jax._transform.walk import Walk
 from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import combine, pack_params
@@ -270,6 +271,16 @@ class Asked:
     ) -> dict[Path, Probe]:
         """What kernels meet in a call as the one example, of other arguments."""
         return self._ternary.moments(wanted, params, variables or {}, [(args, kwargs)])
+
+    def walk(
+        self,
+        params: PyTree,
+        variables: Mapping[str, PyTree] | None,
+        args: Args,
+        kwargs: Kwargs,
+    ) -> Walk:
+        """A call as the one example, of other arguments, to be run step by step."""
+        return self._ternary.walk(params, variables or {}, [(args, kwargs)])
 
     def slopes(
         self,

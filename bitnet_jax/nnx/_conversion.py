@@ -29,6 +29,7 @@ from bitnet_jax._transform import ProgramCoverage
 from bitnet_jax._transform.decide import NOT_SELECTED, UNREACHED
 from bitnet_jax._transform.probe import Probe, Wanted
 from bitnet_jax._transform.slopes import Losses
+from bitnet_jax._transform.walk import Walk
 from bitnet_jax._tree.pack_report import PackReport
 from bitnet_jax._tree.params import pack_params
 from bitnet_jax._tree.select import Kernels, KernelUse, Path, Patterns, Select, decide, matched
@@ -443,6 +444,12 @@ def moments(
         inside = {path: wanted[where] for path, where in own.items() if where in wanted}
         found = split.function.moments(inside, *split.operands)
     return {own[path]: probe for path, probe in found.items()}
+
+
+def walk(model: nnx.Module, example: Example) -> Walk:
+    """One call of the float model, to be run step by step, with the model's paths."""
+    with _split("calibrate", model, example, layers=True) as split:
+        return split.function.walk(*split.operands).renamed(_paths_in_model(model, split))
 
 
 def slopes(
