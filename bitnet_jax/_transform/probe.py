@@ -130,14 +130,13 @@ def paired(
       matrix: whether all of ``y_i y_j``, or ``y_i**2`` alone.
       equal: whether each pair of rows is divided by the root mean square of y's.
     """
-    y, x = (None if part is None else part.astype(jnp.float32) for part in (y, x))
-    if equal:
-        size = _sizes(y)
-        y, x = (None if part is None else part / size for part in (y, x))
-    sums = _statistics(y, matrix)
+    y = y.astype(jnp.float32)
+    size = _sizes(y) if equal else jnp.float32(1)
+    sums = _statistics(y / size, matrix)
     if x is None:
         return Paired(*sums, None)
-    cross = jnp.einsum("...ti,...tj->...ij", y, x, precision=lax.Precision.HIGHEST)
+    pair = y / size, x.astype(jnp.float32) / size
+    cross = jnp.einsum("...ti,...tj->...ij", *pair, precision=lax.Precision.HIGHEST)
     return Paired(*sums, cross)
 
 

@@ -180,15 +180,15 @@ class Program:
         """A call, ready to be run step by step."""
         chosen, operands = self._tracked(plan, values)
         starts = {}
-        for i, one in chosen.items():
+        for i, one in enumerate(plan.candidates):
             uses = [use for use in plan.found.uses if use.leaf == i]
-            shape, path = plan.candidates[i].leaf.shape, plan.candidates[i].path
+            if i not in chosen or one is None or not uses:
+                continue
+            shape = one.leaf.shape
             batch = tuple(shape[a] for a in uses[0].batch)
             often = sum(use.times / math.prod(shape[a] for a in use.taken) for use in uses)
-            looked_up = any(use.primitive == "gather" for use in uses)
-            several = looked_up or often > 1 + 1e-6
-            starts[i] = Start(path, batch, values[i], several)
-            del one
+            several = often > 1 + 1e-6 or any(use.primitive == "gather" for use in uses)
+            starts[i] = Start(one.path, batch, values[i], several)
         return Walk(plan.jaxpr, [*operands, *rest], starts, chosen)
 
     @functools.cached_property

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from bitnet_jax._layers.stated import STATED
 from bitnet_jax._packed.kernel import Stored
@@ -137,7 +138,7 @@ class _Steps:
         last, casts = last_uses(inner), {}
 
         def read(atom: jaxprs.Atom) -> Any:
-            return values[atom] if jaxprs.is_variable(atom) else atom.val
+            return atom.val if isinstance(atom, core.Literal) else values[atom]
 
         self.place.append(0)
         for at, eqn in enumerate(inner.eqns):
