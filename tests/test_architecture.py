@@ -248,6 +248,8 @@ def test_exports_are_frozen():
         "Method",
         "Option",
         "Quantized",
+        "SmoothedKernel",
+        "Smoothing",
         "Statistics",
         "attention_relation",
         "budget",
@@ -256,6 +258,7 @@ def test_exports_are_frozen():
         "finetune_recipe",
         "hidden_distillation",
         "logit_distillation",
+        "smooth",
     ]
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         bj.nope  # noqa: B018
@@ -321,7 +324,7 @@ def test_what_always_raises_says_so():
 REPORTS = {
     "bitnet_jax": ["PackReport"],
     "bitnet_jax.analysis": ["Comparison", "GradientFlow", "Sensitivity", "TritStats"],
-    "bitnet_jax.convert": ["Budget", "Calibration"],
+    "bitnet_jax.convert": ["Budget", "Calibration", "Smoothing"],
     "bitnet_jax.sharding": ["Collectives", "TrainingMemory"],
     "bitnet_jax.nnx._coverage": ["Coverage"],
     "bitnet_jax._transform.explain": ["ProgramCoverage"],

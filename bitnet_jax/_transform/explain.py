@@ -10,6 +10,7 @@ from bitnet_jax._display import table
 from bitnet_jax._quantize.config import KernelConfig
 from bitnet_jax._transform.decide import Candidate, Decision
 from bitnet_jax._transform.marks import Found
+from bitnet_jax._transform.norms import Norms
 from bitnet_jax._tree.pack_report import kind
 
 
@@ -48,10 +49,12 @@ class ProgramCoverage:
       rows: one :class:`Reached` for each float leaf of two and more axes.
       flops: of all products of the program, two for each multiplication. A loop of unknown
         length counts once, a conditional as the mean of its branches.
+      norms: whose scales :func:`bitnet_jax.convert.smooth` may divide, and why it may not.
     """
 
     rows: tuple[Reached, ...]
     flops: float
+    norms: Norms
 
     @property
     def ternary(self) -> tuple[str, ...]:
@@ -117,7 +120,10 @@ def _flops_text(flops: float) -> str:
 
 
 def coverage(
-    candidates: Sequence[Candidate | None], decisions: Sequence[Decision | None], found: Found
+    candidates: Sequence[Candidate | None],
+    decisions: Sequence[Decision | None],
+    found: Found,
+    norms: Norms,
 ) -> ProgramCoverage:
     """The table of what a survey found and was decided."""
     rows = []
@@ -141,4 +147,4 @@ def coverage(
             )
         )
     rows.sort(key=lambda row: row.primitive == "-")  # what reaches no product comes last
-    return ProgramCoverage(tuple(rows), 2 * found.multiplications)
+    return ProgramCoverage(tuple(rows), 2 * found.multiplications, norms)

@@ -251,3 +251,8 @@ RULES: dict[str, Rule] = {
     "while": Rule(loops.analyse_while, loops.run_while),
     "cond": Rule(loops.analyse_cond, loops.run_cond),
 }
+
+# What runs one body once, on its operands: a mark goes in and comes out as it is.
+CALLS = frozenset(
+    k for k, rule in RULES.items() if rule.analyse in (_analyse_call, _analyse_custom)
+)

@@ -23,6 +23,20 @@ class Changed(NamedTuple):
     size: int
 
 
+class Channels(NamedTuple):
+    """A vector among the parameters that an array is proportional to; see ``channels``.
+
+    Attributes:
+      vector: the leaf.
+      axis: of the array, along which the vector lies.
+      lost: whether it has ended: the array is computed from one that was proportional.
+    """
+
+    vector: int
+    axis: int
+    lost: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Mark:
     """What is known of one array of the program.
@@ -31,11 +45,13 @@ class Mark:
       view: the leaf that it is.
       changed: the leaves that it was computed from, and may stand for.
       live: whether it depends on anything but parameters and constants.
+      channels: what scales it channel by channel, in a walk that asks for it.
     """
 
     view: View | None = None
     changed: dict[int, Changed] = dataclasses.field(default_factory=dict)
     live: bool = True
+    channels: Channels | None = None
 
     @property
     def leaves(self) -> set[int]:

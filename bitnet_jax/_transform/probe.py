@@ -50,6 +50,15 @@ class EqualProbe(Probe):
     __slots__ = ()
 
 
+class PeakProbe(Probe):
+    """A probe whose moments are the largest ``|x_i|`` of the rows of a product.
+
+    Of a kernel that several products meet, or a loop, they would be summed.
+    """
+
+    __slots__ = ()
+
+
 class Probed(NamedTuple):
     """A float kernel on its way with its probe; batch axes come first in both."""
 
@@ -65,19 +74,21 @@ class Wanted(NamedTuple):
       axes: of the kernel; the batch axes come first.
       matrix: whether all of ``x_i x_j``, or ``x_i**2`` alone.
       equal: whether each row is divided by its root mean square.
+      peak: whether the largest ``|x_i|`` instead.
     """
 
     shape: tuple[int, ...]
     axes: KernelAxes
     matrix: bool
     equal: bool = False
+    peak: bool = False
 
     def probe(self) -> Probe:
         """The zeros."""
         batch, contraction, _ = self.axes.split(self.shape)
         length = math.prod(contraction)
         each = (length, length) if self.matrix else (length,)
-        kind = EqualProbe if self.equal else Probe
+        kind = PeakProbe if self.peak else EqualProbe if self.equal else Probe
         return kind(jnp.zeros(batch, jnp.float32), jnp.zeros((*batch, *each), jnp.float32))
 
 
@@ -94,6 +105,8 @@ def toll(x: Float[AnyArray, "*shared t k"], probe: Probe, alone: tuple[int, ...]
 
     def run(x: jax.Array) -> Probe:
         x = x.astype(jnp.float32)
+        if kind is PeakProbe:
+            return kind(_tokens(x), jnp.max(jnp.abs(x), axis=-2, initial=0))
         return kind(*_statistics(_equal_rows(x) if kind is EqualProbe else x, matrix))
 
     def whole(_: Any) -> Probe:
@@ -156,8 +169,13 @@ def _sizes(x: Float32[Array, "*b t k"]) -> Float32[Array, "*b t 1"]:
     return jnp.where(largest == 0, jnp.float32(1), size)
 
 
+def _tokens(x: Float32[Array, "*shared t k"]) -> jax.Array:
+    """How many rows are not all 0."""
+    return jnp.any(x != 0, axis=-1).astype(jnp.float32).sum(axis=-1)
+
+
 def _statistics(x: Float32[Array, "*shared t k"], matrix: bool) -> Probe:
-    tokens = jnp.any(x != 0, axis=-1).astype(jnp.float32).sum(axis=-1)
+    tokens = _tokens(x)
     if matrix:
         pairs = jnp.einsum("...ti,...tj->...ij", x, x, precision=lax.Precision.HIGHEST)
         return Probe(tokens, pairs)

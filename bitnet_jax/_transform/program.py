@@ -6,6 +6,7 @@ in JAX's own caches, by the function, the shapes and the contexts that they were
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -24,11 +25,12 @@ from bitnet_jax._packed.kernel import is_packed, is_stored
 from bitnet_jax._packed.stored import without_planes
 from bitnet_jax._quantize.arrays import AnyArray
 from bitnet_jax._quantize.strength import phase_in, phased
-from bitnet_jax._transform import decide, results
+from bitnet_jax._transform import channels, decide, jaxprs, results
 from bitnet_jax._transform.interpret import Interpreter
 from bitnet_jax._transform.jaxprs import Jaxpr
 from bitnet_jax._transform.layout import Value
-from bitnet_jax._transform.marks import KNOWN, LIVE, Found, Mark
+from bitnet_jax._transform.marks import KNOWN, LIVE, Channels, Found, Mark
+from bitnet_jax._transform.norms import Norms, NormSurvey
 from bitnet_jax._transform.probe import Probe, Probed, Wanted
 from bitnet_jax._transform.site import Chosen
 from bitnet_jax._transform.slopes import Losses, Slopes, slopes
@@ -133,17 +135,12 @@ class Program:
         with reading.set(True, True), phased() as inside:
             jaxpr, result = jax.make_jaxpr(self.float_fn, return_shape=True)(floats, rest)
         self._phased |= bool(inside)  # not seen again where JAX has the trace in its cache
-        paths = [path for i, path in enumerate(self._paths) if i not in self.static]
         candidates = [
             _candidate(path, v) if _is_kernel(v) else None
-            for path, v in zip(paths, floats, strict=True)
+            for path, v in zip(self._array_paths(), floats, strict=True)
         ]
-        marks: list[Mark] = [
-            KNOWN if c is None else Mark(of_leaf(i, c.leaf.shape), live=False)
-            for i, c in enumerate(candidates)
-        ]
-        survey = Survey(KNOWN if any(map(_is_input, rest)) else LIVE)
-        outs = survey.walk(jaxpr, [*marks, *[LIVE] * len(rest)], 1.0)
+        survey = Survey(_constants(rest))
+        outs = survey.walk(jaxpr, [*_marks(candidates), *[LIVE] * len(rest)], 1.0)
         for mark in outs:
             if mark.view is not None and mark.view != of_leaf(mark.view.leaf, mark.view.shape):
                 survey.read(mark, "return")
@@ -154,6 +151,22 @@ class Program:
         if self._phased:
             _require_own(candidates, decisions)
         return Plan(jaxpr, result, candidates, survey.found, decisions)
+
+    def norms(self, plan: Plan, rest: list[Any]) -> Norms:
+        """The norms whose scales the quantised kernels of a plan can take up."""
+        survey = NormSurvey(_constants(rest))
+        marks = _marks(plan.candidates)
+        inner, _ = jaxprs.opened(plan.jaxpr)
+        for i, leaf in enumerate(inner.invars[: len(marks)]):
+            axis = channels.axis_of_vector(jaxprs.shape_of(leaf))
+            if axis is not None and jnp.issubdtype(jaxprs.dtype_of(leaf), jnp.floating):
+                marks[i] = dataclasses.replace(marks[i], channels=Channels(i, axis))
+        survey.returned(survey.walk(plan.jaxpr, [*marks, *[LIVE] * len(rest)], 1.0))
+        return survey.norms(self._array_paths(), plan.decisions, self._spec.layer)
+
+    def _array_paths(self) -> list[tuple[str, ...]]:
+        """The paths of the leaves that are arrays."""
+        return [path for i, path in enumerate(self._paths) if i not in self.static]
 
     @functools.cached_property
     def moments(self) -> Callable[..., dict[int, Probe]]:
@@ -244,6 +257,19 @@ class Program:
                 value = Tracked(of_leaf(i, one.leaf.shape), value)
             operands.append(value)
         return chosen, operands
+
+
+def _constants(rest: Sequence[Any]) -> Mark:
+    """What a program's constants are: inputs, where it has no others."""
+    return KNOWN if any(map(_is_input, rest)) else LIVE
+
+
+def _marks(candidates: Sequence[decide.Candidate | None]) -> list[Mark]:
+    """What is known of the leaves before the program has run."""
+    return [
+        KNOWN if c is None else Mark(of_leaf(i, c.leaf.shape), live=False)
+        for i, c in enumerate(candidates)
+    ]
 
 
 def _candidate(path: tuple[str, ...], value: Like) -> decide.Candidate:

@@ -169,7 +169,8 @@ class Ternarized:
         plan = bound.program.plan(bound.values, bound.rest)
         if self._spec.extent != "part":
             decide.check_patterns(plan.candidates, self._spec.select)
-        return coverage(plan.candidates, plan.decisions, plan.found)
+        norms = bound.program.norms(plan, bound.rest)
+        return coverage(plan.candidates, plan.decisions, plan.found, norms)
 
     def kernels(self, *args: PyTree, **kwargs: PyTree) -> Kernels:
         """The quantised leaves with their configs and axes: what ``select=`` takes elsewhere.

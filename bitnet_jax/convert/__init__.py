@@ -14,6 +14,8 @@ from bitnet_jax.convert._input_statistics import Statistics
 from bitnet_jax.convert._methods import Method
 from bitnet_jax.convert._options import CANDIDATES, Option
 from bitnet_jax.convert._quantized import Quantized
+from bitnet_jax.convert._smooth import smooth
+from bitnet_jax.convert._smoothing import SmoothedKernel, Smoothing
 
 __all__ = [
     "CANDIDATES",
@@ -27,6 +29,8 @@ __all__ = [
     "Method",
     "Option",
     "Quantized",
+    "SmoothedKernel",
+    "Smoothing",
     "Statistics",
     "attention_relation",
     "budget",
@@ -35,4 +39,5 @@ __all__ = [
     "finetune_recipe",
     "hidden_distillation",
     "logit_distillation",
+    "smooth",
 ]

@@ -115,8 +115,9 @@ def splitting(
 ) -> Iterator[Split]:
     """A call, split, while Flax remembers which node inside is which outside.
 
-    ``layers``: whether the parameters of layers of this package are among those of the call; they
-    quantise by themselves, so a call that is to be computed leaves them out.
+    ``layers``: whether the parameters of layers of this package, and vectors such as norms'
+    scales, are among those of the call; such layers quantise by themselves, so a call that is to
+    be computed leaves them out.
     """
     with nnx.update_context(_TAG):
         yield Split(plan, module, method, args, kwargs, layers)
@@ -318,7 +319,8 @@ def _owned(
 ) -> Iterator[tuple[int, tuple[Path, nnx.Module]]]:
     """The parameters of a plan: by identity, their paths and the modules that hold them.
 
-    ``layers``: those of this package's layers in the called module, too.
+    ``layers``: those of this package's layers in the called module, too, and its vectors: the
+    scales of its norms.
     """
     nodes = [n for n in jax.tree.leaves(inputs, is_leaf=_is_node) if _is_node(n)]
     states = [
@@ -335,7 +337,11 @@ def _owned(
                 continue
             if place is not None and place.plan == plan:
                 yield id(variable), ((*place.path, *names), owner)
-            elif layers and node is inputs[0] and isinstance(owner, TernaryLayer):
+            elif (
+                layers
+                and node is inputs[0]
+                and (isinstance(owner, TernaryLayer) or _ndim(variable) == 1)
+            ):
                 yield id(variable), (tuple(map(str, path)), owner)
 
 
