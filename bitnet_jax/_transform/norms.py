@@ -19,10 +19,11 @@ from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._transform import channels
 from bitnet_jax._transform.decide import Decision
 from bitnet_jax._transform.higher_order import CALLS, RULES
-from bitnet_jax._transform.jaxprs import Eqn, is_variable
+from bitnet_jax._transform.jaxprs import Eqn, Jaxpr, is_variable, scan_parts
 from bitnet_jax._transform.marks import Channels, Mark
 from bitnet_jax._transform.products import MEETS, MULTIPLIES
 from bitnet_jax._transform.survey import Survey
+from bitnet_jax._transform.view import of_leaf
 from bitnet_jax._tree.select import Path
 
 
@@ -32,10 +33,12 @@ class Norm(NamedTuple):
     Attributes:
       vectors: paths of leaves (K,), perhaps with axes of length 1: a scale, a bias.
       kernels: paths of the kernels, each with the axis of the leaf, of length K, that meets them.
+      stacked: whether a scan steps through the first axis of all of them: there are so many norms.
     """
 
     vectors: tuple[Path, ...]
     kernels: tuple[tuple[Path, int], ...]
+    stacked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,22 @@ class _Meeting(NamedTuple):
     axis: int
 
 
+class _Loop(NamedTuple):
+    """A loop, a branch or a shard.
+
+    Attributes:
+      name: of the primitive.
+      body: the jaxpr of a scan.
+      first: how many operands of that body come before those that the scan steps through.
+      leaves: what it steps through as it is stored, and sees in no other way.
+    """
+
+    name: str
+    body: Any = None
+    first: int = 0
+    leaves: frozenset[int] = frozenset()
+
+
 class NormSurvey(Survey):
     """A walk that also follows vectors, up to the kernels that they meet."""
 
@@ -69,7 +88,35 @@ class NormSurvey(Survey):
         self._scales: set[int] = set()  # vectors that something was multiplied with
         self._meetings: list[_Meeting] = []
         self._beyond: dict[int, Channels] = {}  # kernel to the lost vector that it meets
+        self._products: Counter[int] = Counter()  # kernel to how many products meet it
         self._looped: dict[int, str] = {}  # kernel to the loop around its product
+        self._loops: tuple[_Loop, ...] = ()  # around what is walked
+        self._stacked: set[int] = set()  # vectors of a scan, one for each of its steps
+        self._whole: dict[int, str] = {}  # leaf to the first primitive that reads all of it
+
+    @property
+    def _scan(self) -> _Loop | None:
+        """The scan around what is walked, if it is the one loop."""
+        return self._loops[0] if [loop.name for loop in self._loops] == ["scan"] else None
+
+    def walk(self, jaxpr: Jaxpr, marks: Sequence[Mark], times: float) -> list[Mark]:
+        scan = self._scan
+        if scan is None or jaxpr is not scan.body:
+            return super().walk(jaxpr, marks, times)
+        steps = [self._step(scan, mark) for mark in marks[scan.first :]]
+        outs = super().walk(jaxpr, [*marks[: scan.first], *steps], times)
+        for mark in outs:
+            self._end(mark.channels, "scan")  # what leaves a step is of no one vector
+        return [dataclasses.replace(mark, channels=None) for mark in outs]
+
+    def _step(self, scan: _Loop, mark: Mark) -> Mark:
+        """What a scan steps through, as one step sees it."""
+        view = mark.view
+        axis = None if view is None else channels.axis_of_vector(view.shape)
+        if view is None or axis is None or view.leaf not in scan.leaves:
+            return mark
+        self._stacked.add(view.leaf)
+        return dataclasses.replace(mark, channels=Channels(view.leaf, axis))
 
     def _equation(self, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
         name = eqn.primitive.name
@@ -78,22 +125,34 @@ class NormSurvey(Survey):
         if name in RULES:
             return self._loop(eqn, marks, times)
         made = super()._equation(eqn, marks, times)
+        for mark in marks:
+            if mark.view is not None and mark.channels is None:
+                self._whole.setdefault(mark.view.leaf, name)
+            if mark.view is not None and name in MULTIPLIES:
+                self._note_product(mark.view.leaf, times)
         if all(mark.channels is None for mark in marks):
             return made
         each_as_it_was = name == "optimization_barrier"
         found = [m.channels for m in marks] if each_as_it_was else self._channels(eqn, marks)
         return [dataclasses.replace(m, channels=c) for m, c in zip(made, found, strict=True)]
 
+    def _note_product(self, kernel: int, times: float) -> None:
+        """Counts a product, unless it is walked again, and notes the loop that it is in."""
+        self._products[kernel] += times > 0
+        if self._loops and (self._scan is None or kernel not in self._scan.leaves):
+            self._looped.setdefault(kernel, self._loops[-1].name)
+
     def _loop(self, eqn: Eqn, marks: list[Mark], times: float) -> list[Mark]:
-        """A loop, a branch or a shard: nothing is followed inside."""
+        """A loop, a branch or a shard. Inside, what a scan steps through is followed."""
         for mark in marks:
             self._lose(eqn, mark.channels)
         bare = [dataclasses.replace(mark, channels=None) for mark in marks]
-        before = len(self.found.uses)
-        made = super()._equation(eqn, bare, times)
-        inside = (use.leaf for use in self.found.uses[before:])
-        self._looped.update(dict.fromkeys(inside, eqn.primitive.name))
-        return made
+        outer = self._loops
+        self._loops = (*outer, _loop_of(eqn, marks))
+        try:
+            return super()._equation(eqn, bare, times)
+        finally:
+            self._loops = outer
 
     def _channels(self, eqn: Eqn, marks: list[Mark]) -> Sequence[Channels | None]:
         """What scales each result of a plain equation, some of whose operands are scaled."""
@@ -146,6 +205,8 @@ class NormSurvey(Survey):
         axis = None if mark.view is None else mark.view.whole(met)
         if mark.view is None or axis is None:
             return False
+        if vector in self._stacked and (not self._scan or mark.view.leaf not in self._scan.leaves):
+            return False  # one kernel for the vectors of all steps
         self._meetings.append(_Meeting(vector, mark.view.leaf, axis))
         return True
 
@@ -158,15 +219,20 @@ class NormSurvey(Survey):
         """Notes that a vector has another use; returns what its result is scaled by."""
         if own is None or own.lost:
             return own
-        self._lost.setdefault(own.vector, eqn.primitive.name)
+        self._end(own, eqn.primitive.name)
         return own._replace(lost=True) if own.vector in self._scales else None
+
+    def _end(self, own: Channels | None, name: str) -> None:
+        if own is not None and not own.lost:
+            self._lost.setdefault(own.vector, name)
 
     def returned(self, outs: Sequence[Mark]) -> None:
         """Notes what scales a result of the program, and the kernels among its results."""
         for mark in outs:
             self.read(mark, "return")
-            if mark.channels is not None and not mark.channels.lost:
-                self._lost.setdefault(mark.channels.vector, "return")
+            self._end(mark.channels, "return")
+            if mark.view is not None:
+                self._whole.setdefault(mark.view.leaf, "return")
 
     def _first(self, vector: int) -> int:
         while self._joined.get(vector, vector) != vector:
@@ -193,7 +259,8 @@ class NormSurvey(Survey):
             kernels = dict.fromkeys((m.kernel, m.axis) for m in meetings)
             if not problems:
                 pairs = tuple((paths[kernel], axis) for kernel, axis in kernels)
-                found.append(Norm(tuple(paths[v] for v in vectors), pairs))
+                stacked = first in self._stacked
+                found.append(Norm(tuple(paths[v] for v in vectors), pairs, stacked))
                 continue
             one, how = next(iter(problems.items()))
             for kernel, _ in kernels:
@@ -207,18 +274,18 @@ class NormSurvey(Survey):
         self, meetings: Sequence[_Meeting], names: _Names, chosen: set[int], layer: LayerConfig
     ) -> dict[int, str]:
         """Kernel to why what scales its inputs cannot be divided by anything, "it" left out."""
-        lost = next((self._lost[v] for v in names.vectors if v in self._lost), None)
+        others = [self._whole.get(v) if v in self._stacked else None for v in names.vectors]
+        lost = next(filter(None, (*map(self._lost.get, names.vectors), *others)), None)
         if lost is not None:
             why = f"is not all that reads {names.all} or what is scaled by it: `{lost}` does, too"
             return dict.fromkeys((m.kernel for m in meetings), why)
-        uses = Counter(use.leaf for use in self.found.uses)
         stated = {use.leaf: use.stated for use in self.found.uses if use.stated is not None}
         problems = {}
         for kernel in dict.fromkeys(m.kernel for m in meetings):
             if kernel not in chosen:
                 problems[kernel] = "stays in float"
-            elif uses[kernel] > 1:
-                problems[kernel] = f"is multiplied in {uses[kernel]} places"
+            elif self._products[kernel] != 1:
+                problems[kernel] = f"is multiplied in {self._products[kernel]} places"
             elif kernel in self.found.read or kernel in self.found.changed:
                 problems[kernel] = "is also read as float"
             elif (stated.get(kernel) or layer).norm:
@@ -250,6 +317,18 @@ class _Names(NamedTuple):
     def all(self) -> str:
         """The vectors."""
         return " and ".join(map(self.of, self.vectors))
+
+
+def _loop_of(eqn: Eqn, marks: Sequence[Mark]) -> _Loop:
+    """A loop, and what it steps through."""
+    name = eqn.primitive.name
+    if name != "scan":
+        return _Loop(name)
+    first = sum(scan_parts(eqn.params))
+    views = [mark.view for mark in marks]
+    also = {v.leaf for v in views[:first] if v is not None}
+    stored = {v.leaf for v in views[first:] if v is not None and v == of_leaf(v.leaf, v.shape)}
+    return _Loop(name, eqn.params["jaxpr"], first, frozenset(stored - also))
 
 
 def _is_zero(atom: Any) -> bool:

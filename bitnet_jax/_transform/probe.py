@@ -53,7 +53,7 @@ class EqualProbe(Probe):
 class PeakProbe(Probe):
     """A probe whose moments are the largest ``|x_i|`` of the rows of a product.
 
-    Of a kernel that several products meet, or a loop, they would be summed.
+    Of a kernel that several products meet, or one in all steps of a loop, they would be summed.
     """
 
     __slots__ = ()

@@ -56,9 +56,10 @@ def smooth(
 
     Which norm belongs to which kernels is read from the program of a call and not from names: a
     vector of the parameters that multiplies something, perhaps with another one added, of which
-    every use ends in products with quantised kernels that have no other use. A norm whose output
-    is read by anything else (a residual, a float layer, a nonlinearity), one without a scale, and
-    what is inside a ``scan``, a branch or a ``shard_map`` is left, and the report says why. What
+    every use ends in products with quantised kernels that have no other use. Stacked layers that
+    one ``scan`` steps through have factors for each step. A norm whose output is read by anything
+    else (a residual, a float layer, a nonlinearity), one without a scale, and what is in another
+    loop, a branch or a ``shard_map`` is left, and the report says why. What
     is proved is so for the calls that the batches make, and not for other methods of a model.
 
     It changes what the quantisers see, and is no method by itself: pack or calibrate afterwards.
@@ -116,8 +117,8 @@ class _Fold(NamedTuple):
 
     Attributes:
       norm: its vectors and its kernels.
-      peaks: (K,) float64, the largest ``|x_j|``.
-      factors: (K,) float64.
+      peaks: (K,) float64, or (L, K) of stacked ones, the largest ``|x_j|``.
+      factors: as the peaks.
     """
 
     norm: Norm
@@ -256,13 +257,14 @@ def _fold(
     alpha: float,
 ) -> _Fold:
     """The factors of one norm."""
-    inputs, rows = [], []
+    inputs, rows, stack = [], [], norm.stacked
     for path, axis in norm.kernels:
         contracting = wanted[path].axes.contracting
         lengths = [wanted[path].shape[a] for a in contracting]
-        each = peaks[path].reshape(-1, *lengths)
-        inputs.append(_largest(each, 1 + contracting.index(axis)))
-        rows.append(_largest(np.abs(np.asarray(leaves[path].value, np.float64)), axis))
+        lead = wanted[path].shape[:1] if norm.stacked else (1,)
+        each = peaks[path].reshape(*lead, -1, *lengths)
+        inputs.append(_largest(each, stack, 2 + contracting.index(axis)))
+        rows.append(_largest(np.abs(np.asarray(leaves[path].value, np.float64)), stack, axis))
     x, w = np.max(inputs, axis=0), np.max(rows, axis=0)
     alive = (x > 0) & (w > 0)
     factors = np.ones(x.shape)
@@ -270,9 +272,10 @@ def _fold(
     return _Fold(norm, x, factors)
 
 
-def _largest(values: np.ndarray, axis: int) -> np.ndarray:
-    """The largest along every axis but one."""
-    return values.max(axis=tuple(a for a in range(values.ndim) if a != axis))
+def _largest(values: np.ndarray, stacked: bool, axis: int) -> np.ndarray:
+    """The largest along every axis but one, and the first of stacked ones."""
+    kept = (0, axis) if stacked else (axis,)
+    return values.max(axis=tuple(a for a in range(values.ndim) if a not in kept))
 
 
 def _changed(folds: Iterable[_Fold], leaves: Mapping[Path, Leaf]) -> dict[Path, Any]:
@@ -283,8 +286,8 @@ def _changed(folds: Iterable[_Fold], leaves: Mapping[Path, Leaf]) -> dict[Path, 
             shape = leaves[path].value.shape
             changed[path] = _cast(leaves[path], 1 / factors.reshape(shape))
         for path, axis in norm.kernels:
-            ndim = leaves[path].value.ndim
-            along = tuple(a for a in range(ndim) if a != axis)
+            kept = (0, axis) if norm.stacked else (axis,)
+            along = tuple(a for a in range(leaves[path].value.ndim) if a not in kept)
             changed[path] = _cast(leaves[path], np.expand_dims(factors, along))
     return changed
 
@@ -327,9 +330,9 @@ def _report(
 
 
 def _spread(peaks: np.ndarray) -> float:
-    """How many times the median the largest of those that are not 0 is."""
-    alive = peaks[peaks > 0]
-    return float(alive.max() / np.median(alive)) if alive.size else math.nan
+    """How many times the median the largest of those that are not 0 is; of a stack, at most."""
+    alive = [row[row > 0] for row in np.atleast_2d(peaks)]
+    return max((float(row.max() / np.median(row)) for row in alive if row.size), default=math.nan)
 
 
 def _alpha(alpha: object) -> float:

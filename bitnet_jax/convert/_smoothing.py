@@ -19,10 +19,11 @@ class SmoothedKernel:
       shape: of the kernel.
       norm: the paths of the vectors that were divided: a scale, and a bias if there is one. Empty:
         the kernel was left as it was.
-      factors: (K,) float64, what they were divided by and the kernel's rows multiplied with; None
-        where it was left.
+      factors: (K,) float64, what they were divided by and the kernel's rows multiplied with, or
+        (L, K) of stacked layers; None where it was left.
       spread: how many times the median channel the largest one of the inputs was, by their largest
-        absolute values; channels that were always 0 are left out. None where it was left.
+        absolute values; channels that were always 0 are left out. Of stacked layers, the largest.
+        None where it was left.
       smoothed: the same of the inputs now.
       why: why it was left; empty where it was not.
     """

@@ -115,9 +115,8 @@ def splitting(
 ) -> Iterator[Split]:
     """A call, split, while Flax remembers which node inside is which outside.
 
-    ``layers``: whether the parameters of layers of this package, and vectors such as norms'
-    scales, are among those of the call; such layers quantise by themselves, so a call that is to
-    be computed leaves them out.
+    ``layers``: whether the parameters of layers of this package are among those of the call, and
+    of norms; such layers quantise by themselves, so a call that is to be computed leaves them out.
     """
     with nnx.update_context(_TAG):
         yield Split(plan, module, method, args, kwargs, layers)
@@ -319,8 +318,7 @@ def _owned(
 ) -> Iterator[tuple[int, tuple[Path, nnx.Module]]]:
     """The parameters of a plan: by identity, their paths and the modules that hold them.
 
-    ``layers``: those of this package's layers in the called module, too, and its vectors: the
-    scales of its norms.
+    ``layers``: those of this package's layers in the called module, too, and what its norms have.
     """
     nodes = [n for n in jax.tree.leaves(inputs, is_leaf=_is_node) if _is_node(n)]
     states = [
@@ -330,18 +328,17 @@ def _owned(
         if isinstance(node, nnx.Variable):
             continue
         modules = {path: m for path, m in nnx.iter_modules(node) if not is_container(m)}
+        own = layers and node is inputs[0]
         for path, variable in nnx.to_flat_state(split.state):
             owner, names = owner_of(modules, path)
             place = place_of(owner)
+            # Of a model that is not ternarised nothing is selected: all of it may be looked at.
+            plain = place is None and place_of(node) is None
             if not isinstance(variable, nnx.Param):
                 continue
             if place is not None and place.plan == plan:
                 yield id(variable), ((*place.path, *names), owner)
-            elif (
-                layers
-                and node is inputs[0]
-                and (isinstance(owner, TernaryLayer) or _ndim(variable) == 1)
-            ):
+            elif own and (isinstance(owner, TernaryLayer) or _ndim(variable) == 1 or plain):
                 yield id(variable), (tuple(map(str, path)), owner)
 
 

@@ -333,24 +333,25 @@ def small_decoder(**how):
     return bj.models.Decoder(config, rngs=nnx.Rngs(0))
 
 
-def test_the_decoder():
-    model = small_decoder(weights=bj.B158)
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_decoder(scan):
+    model = small_decoder(weights=bj.B158, scan=scan)
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 64)
-    plain = small_decoder(weights=None)
+    plain = small_decoder(weights=None, scan=scan)
     nnx.update(plain, nnx.state(model, nnx.Param))
     want = plain(tokens)
     new, report = smooth(model, None, [tokens])
     rows = by_path(report)
+    at = "layers" if scan else "layers/1"
     for name in ("query", "key", "value"):
-        row = rows[f"layers/0/attention/{name}/linear/kernel"]
-        assert row.norm == ("layers/0/attention_norm/scale",)
+        row = rows[f"{at}/attention/{name}/linear/kernel"]
+        assert row.norm == (f"{at}/attention_norm/scale",)
+        assert row.factors.shape == ((2, 32) if scan else (32,))
     for name in ("gate", "up"):
-        assert rows[f"layers/1/mlp/{name}/linear/kernel"].norm == ("layers/1/mlp_norm/scale",)
+        assert rows[f"{at}/mlp/{name}/linear/kernel"].norm == (f"{at}/mlp_norm/scale",)
     # The sub-norms of this architecture stand right before these.
-    assert rows["layers/0/mlp/down/linear/kernel"].norm == ("layers/0/mlp/sub_norm/scale",)
-    assert rows["layers/0/attention/out/linear/kernel"].norm == (
-        "layers/0/attention/sub_norm/scale",
-    )
+    assert rows[f"{at}/mlp/down/linear/kernel"].norm == (f"{at}/mlp/sub_norm/scale",)
+    assert rows[f"{at}/attention/out/linear/kernel"].norm == (f"{at}/attention/sub_norm/scale",)
     nnx.update(plain, nnx.state(new, nnx.Param))
     same(plain(tokens), want)
     packed, _ = calibrate(new, None, [tokens], method="survivors")
@@ -469,6 +470,102 @@ def test_what_cannot_be_proved_is_left(case):
     used |= {"b": jnp.ones(16)} if "after a bias" in case else {}
     used |= {"v": ONE["v"]} if "float kernel" in case else {}
     assert why in why_not(bj.ternarize(net, select=bj.only("w")), used)
+
+
+L = 3
+STACK = {
+    "scale": 1 + 0.1 * normal(1, L, 16),
+    "bias": 0.1 * normal(2, L, 16),
+    "w": normal(3, L, 16, 24, scale=0.2),
+    "v": normal(4, L, 24, 16, scale=0.2),
+}
+
+
+def scanned(params, x, step):
+    """Layers over stacked parameters."""
+    return jax.lax.scan(lambda x, p: (step(p, x), None), x, params)[0]
+
+
+def layer(p, x):
+    h = rms(x) * vector(p["scale"], x) + vector(p["bias"], x)
+    return x + jnp.tanh(h @ p["w"]) @ p["v"]
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit])
+def test_a_scan_has_factors_for_each_step(wrap):
+    def net(params, x):
+        return scanned(params, x, wrap(layer))
+
+    batches = [X, outliers(9, 2, 7, 16)]
+    new, report = smooth(bj.ternarize(net), STACK, batches)
+    every = [[] for _ in range(L)]
+    for x in batches:
+        for i in range(L):
+            p = {name: v[i] for name, v in STACK.items()}
+            every[i].append((wide(rms(x)) * wide(p["scale"]) + wide(p["bias"])).reshape(-1, 16))
+            x = layer(p, x)
+    s = np.stack([factors(np.concatenate(every[i]), STACK["w"][i]) for i in range(L)])
+    row = by_path(report)["w"]
+    assert row.norm == ("bias", "scale")
+    np.testing.assert_allclose(row.factors, s, rtol=1e-5)
+    np.testing.assert_allclose(new["scale"], wide(STACK["scale"]) / s, rtol=1e-5)
+    np.testing.assert_allclose(new["w"], wide(STACK["w"]) * s[:, :, None], rtol=1e-5)
+    peaks = np.stack([np.abs(np.concatenate(h)).max(0) for h in every])
+    assert row.spread == pytest.approx((peaks.max(1) / np.median(peaks, 1)).max(), rel=1e-5)
+    same(net(new, X), net(STACK, X))
+    packed, _ = calibrate(bj.ternarize(net), new, batches, method="survivors")
+    assert packed["w"].shape == (L, 16, 24)
+
+
+SCANS = {
+    "the steps' results": (
+        lambda p, x: jax.lax.scan(lambda x, p: (layer(p, x), rms(x) * vector(p["scale"], x)), x, p),
+        "`scan` does, too",
+    ),
+    "what is carried": (
+        lambda p, x: scanned(p, x, lambda p, x: (h := scaled(p, x), h + layer(p, x))[1]),
+        "`add` does, too",
+    ),
+    "a penalty": (
+        lambda p, x: (scanned(p, x, layer), jnp.square(p["scale"]).sum()),
+        "`square` does, too",
+    ),
+    "one that is returned": (lambda p, x: (scanned(p, x, layer), p["bias"]), "`return` does, too"),
+    "the kernel of one step": (
+        lambda p, x: scanned({"scale": p["scale"]}, x, lambda q, x: x + scaled(q, x) @ p["u"][1]),
+        "u: it is multiplied in a `scan`, where norms are not followed",
+    ),
+    "the kernel of one step, stepped through too": (
+        lambda p, x: scanned(
+            {"scale": p["scale"], "u": p["u"]}, x, lambda q, x: x + scaled(q, x) @ p["u"][1]
+        ),
+        "u: it is multiplied in a `scan`, where norms are not followed",
+    ),
+    "steps in another order": (
+        lambda p, x: scanned({**p, "scale": p["scale"][::-1]}, x, layer),
+        "w: no norm with a scale comes right before it",
+    ),
+    "a sliced scale": (
+        lambda p, x: scanned(p, x, layer) * vector(p["scale"][0], x),
+        "does, too",
+    ),
+    "a scan in a loop": (
+        lambda p, x: jax.lax.fori_loop(0, 2, lambda i, x: scanned(p, x, layer), x),
+        "w: it is multiplied in a `scan`, where norms are not followed",
+    ),
+    "two scans": (
+        lambda p, x: scanned(p, scanned(p, x, layer), layer),
+        "w: it is multiplied in 2 places",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCANS)
+def test_what_a_scan_does_besides_is_seen(case):
+    net, why = SCANS[case]
+    params = {**STACK, "u": normal(5, L, 16, 16)} if "kernel" in case else STACK
+    ternary = bj.ternarize(net, select=lambda path, _: path == (why[0] if why[0] == "u" else "w",))
+    assert why in why_not(ternary, params)
 
 
 def test_one_refusal_leaves_the_other_norms():
