@@ -16,7 +16,8 @@ from mkdocs.structure.files import File, Files
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import _figures
 
-GUIDES = pathlib.Path(__file__).parents[1] / "examples" / "guides"
+ROOT = pathlib.Path(__file__).parents[1]
+GUIDES = ROOT / "examples" / "guides"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -30,5 +31,14 @@ def page(guide: pathlib.Path) -> str:
     """A guide's text as a page: above a table there is its figure, if it has one."""
     text = guide.read_text().replace("](../../docs/", "](../")
     text = text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")  # one line on a phone
+    text = text.replace("<!-- dependencies -->\n", bounds((ROOT / "pyproject.toml").read_text()))
     text = re.sub(r"<!-- table: ([\w.]+) -->\n", lambda mark: _figures.drawn(mark[1]), text)
     return re.sub(r"<!-- .*? -->\n", "", text)
+
+
+def bounds(pyproject: str) -> str:
+    """A table of the dependencies, with the comment behind each, which says why it is there."""
+    (listed,) = re.findall(r"^dependencies = \[\n(.*?)^\]", pyproject, re.DOTALL | re.MULTILINE)
+    lines = re.findall(r"""^ *"([^">=]+)>=([^"]+)",?(?: *# *(.*))?$""", listed, re.MULTILINE)
+    rows = "".join(f"| {name} | {version} | {why} |\n" for name, version, why in lines)
+    return f"| package | from | why not older |\n|---|---|---|\n{rows}"

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import tomllib
 import types
 
 import jax
@@ -168,6 +169,19 @@ References:
 def test_docstrings_become_markdown(monkeypatch):
     monkeypatch.setitem(sys.modules, "griffe", types.SimpleNamespace(Extension=object))
     assert loaded("_docstrings").markdown(DOCSTRING) == MARKDOWN
+
+
+def test_dependencies_are_those_of_the_project(monkeypatch):
+    names = ("mkdocs", "mkdocs.structure", "mkdocs.structure.files")  # the build has them, not we
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(File=None, Files=None))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    site, text = loaded("_site"), (ROOT / "pyproject.toml").read_text()
+    wanted = [line.split(">=") for line in tomllib.loads(text)["project"]["dependencies"]]
+    _, _, *rows = site.bounds(text).splitlines()
+    assert [[cell.strip() for cell in row.split("|")[1:3]] for row in rows] == wanted
+    one = 'dependencies = [\n  "a>=1.0", # before, it fails\n  "b>=2"\n]\n'
+    assert site.bounds(one).endswith("| a | 1.0 | before, it fails |\n| b | 2 |  |\n")
 
 
 @pytest.mark.parametrize("page", ALL, ids=lambda page: page.stem)
