@@ -124,7 +124,8 @@ def _gather(eqn: Eqn, axis: int) -> int | None:
     """Windows that have the whole of the axis."""
     numbers, shape = eqn.params["dimension_numbers"], shape_of(eqn.invars[0])
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    if axis in gone or eqn.params["slice_sizes"][axis] != shape[axis]:
+    fill = eqn.params["fill_value"]  # of rows that are not there: NaN by default
+    if axis in gone or eqn.params["slice_sizes"][axis] != shape[axis] or fill not in (None, 0):
         return None
     return numbers.offset_dims[[a for a in range(len(shape)) if a not in gone].index(axis)]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -90,7 +89,7 @@ def smooth(
       >>> import jax, jax.numpy as jnp, bitnet_jax as bj
       >>> def fn(params, x):
       ...     mean = jnp.square(x).mean(-1, keepdims=True)
-      ...     return x * jax.lax.rsqrt(mean + 1e-6) * params["scale"] @ params["w"]
+      ...     return x * jax.lax.rsqrt(mean + 1e-6) * params["scale"][None] @ params["w"]
       >>> keys = jax.random.split(jax.random.key(0), 2)
       >>> params = {
       ...     "scale": jnp.ones(16).at[3].set(30),
@@ -144,9 +143,9 @@ def _smoothed(
     with _calibrate._fitting(0):
         uses = net.packable(first)
         norms = net.coverage(first).norms
+    _require_found(norms)
     chosen, treedef = chosen_leaves(CALIBRATE, net.params, B158, uses, values=True)
     leaves = {leaf.path: leaf for leaf, _ in chosen}
-    _require_found(norms)
     wanted = _wanted(uses, leaves, norms)
     length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
     proof = _Proof(lambda: front_end(CALIBRATE, ternary, params, call), first, norms)
@@ -159,8 +158,9 @@ def _smoothed(
         if length:
             progress(0.5 * (number + 1) / length)
     _require_found(proof.norms)
-    folds = [_fold(norm, peaks, wanted, leaves, alpha) for norm in proof.norms.found]
-    if not any(fold.peaks.any() for fold in folds):
+    every = [_fold(norm, peaks, wanted, leaves, alpha) for norm in proof.norms.found]
+    folds = [fold for fold in every if fold.peaks.any()]
+    if not folds:
         _calibrate._raise_no_tokens()
     changed = _changed(folds, leaves)
     progress(1.0)
@@ -316,11 +316,11 @@ def _report(
 ) -> Smoothing:
     """One row for each kernel, in the order of the parameters."""
     folded = {path: fold for fold in folds for path, _ in fold.norm.kernels}
-    rows = []
+    unseen, rows = "its inputs are 0 in all batches", []
     for path in sorted(uses.uses, key=list(leaves).index):
         where, shape = leaves[path].where, tuple(leaves[path].value.shape)
         if path not in folded:
-            rows.append(SmoothedKernel(where, shape, why=refused[path]))
+            rows.append(SmoothedKernel(where, shape, why=refused.get(path, unseen)))
             continue
         norm, peaks, factors = folded[path]
         names = tuple(leaves[vector].where for vector in norm.vectors)
@@ -332,7 +332,7 @@ def _report(
 def _spread(peaks: np.ndarray) -> float:
     """How many times the median the largest of those that are not 0 is; of a stack, at most."""
     alive = [row[row > 0] for row in np.atleast_2d(peaks)]
-    return max((float(row.max() / np.median(row)) for row in alive if row.size), default=math.nan)
+    return max(float(row.max() / np.median(row)) for row in alive if row.size)
 
 
 def _alpha(alpha: object) -> float:

@@ -445,6 +445,12 @@ REFUSED = {
         ),
         "w: `reshape` lies between scale and it",
     ),
+    "rows that are filled": (
+        lambda p, x: (
+            jnp.take(scaled(p, x), jnp.array([1, 9]), axis=1, mode="fill", fill_value=1) @ p["w"]
+        ),
+        "w: `gather` lies between scale and it",
+    ),
     "a sorted axis": (
         lambda p, x: jnp.sort(scaled(p, x), axis=-1) @ p["w"],
         "w: `sort` lies between scale and it",
@@ -691,6 +697,20 @@ def test_no_tokens():
         smooth(TERNARY, params, [jnp.zeros_like(X)])
     with pytest.raises(ValueError, match="smooth: no kernel met an input in `batches`"):
         smooth(TERNARY, PARAMS, [X[:0]])
+
+
+def test_a_norm_that_saw_no_token_is_left():
+    def net(params, x, y):
+        a = rms(x) * vector(params["first"], x) @ params["a"]
+        return a + rms(y) * vector(params["second"], y) @ params["b"]
+
+    params = {"first": jnp.ones(16), "second": jnp.ones(16), "a": ONE["w"], "b": ONE["v"]}
+    new, report = smooth(bj.ternarize(net), params, [(X, 0 * X)])
+    rows = by_path(report)
+    assert rows["a"].norm == ("first",)
+    assert rows["b"].why == "its inputs are 0 in all batches"
+    assert new["second"] is params["second"]
+    same(net(new, X, X), net(params, X, X))
 
 
 @pytest.mark.standard_promotion
