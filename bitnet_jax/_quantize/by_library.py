@@ -24,7 +24,7 @@ from bitnet_jax._quantize.arrays import (
     CanonicalKernel,
     CanonicalScale,
 )
-from bitnet_jax._quantize.config import ActivationConfig, KernelConfig, TernaryConfig
+from bitnet_jax._quantize.config import ActivationConfig, KernelConfig, TernaryConfig, rule_of
 from bitnet_jax._quantize.pinned import widened
 from bitnet_jax._quantize.rotation import factor_of
 
@@ -41,7 +41,7 @@ def call(target: str, results: Any, *operands: jax.Array, **attributes: Any) -> 
 
 def quantizes(config: KernelConfig) -> bool:
     """Whether the library has a quantiser and is the faster one here."""
-    return isinstance(config, TernaryConfig) and config.scale != "absmedian" and _native.preferred()
+    return isinstance(config, TernaryConfig) and rule_of(config).native and _native.preferred()
 
 
 def kernel_codes(
@@ -74,7 +74,7 @@ def _kernel_quantizer(config: TernaryConfig, plain: Callable[..., Codes]) -> by_
             w if w.dtype in FLOATS else widened(w),
             threshold=np.float32(config.threshold),
             eps=np.float32(config.eps),
-            survivors=config.scale == "survivors",
+            survivors=rule_of(config).of_kept,
         )
 
     return by_platform.Operation(native, functools.partial(plain, config=config), results)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 from bitnet_jax import _checks
+from bitnet_jax._quantize.scale_rules import SCALE_RULES, ScaleRule, scale_rule
 
 LARGEST_INT8 = 127  # the largest code of an int8 kernel
 
@@ -103,8 +104,7 @@ got 'absmaen'. Did you mean 'absmean'?
     rotation: Literal["hadamard"] | None = None
 
     def __post_init__(self) -> None:
-        scales = ("absmean", "absmedian", "survivors")
-        _checks.require_one_of("TernaryConfig", "scale", self.scale, scales)
+        _checks.require_one_of("TernaryConfig", "scale", self.scale, tuple(SCALE_RULES))
         _checks.require_positive("TernaryConfig", "threshold", self.threshold)
         _require_granularity(self.granularity)
         _checks.require_epsilon("TernaryConfig", self.eps)
@@ -192,6 +192,11 @@ class ActivationConfig:
 
 
 KernelConfig = TernaryConfig | Int8Config
+
+
+def rule_of(config: TernaryConfig) -> ScaleRule:
+    """How the scale of a config is made."""
+    return scale_rule(config.scale)
 
 
 def planes_of(config: KernelConfig) -> int:

@@ -15,6 +15,7 @@ quantiser's own operations (``latent_mean`` has the search for a mean).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,20 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from bitnet_jax._quantize import kernel_axes
+from bitnet_jax._quantize import kernel_axes, statistics
 from bitnet_jax._quantize.arrays import CanonicalCodes, CanonicalScale, Codes, DTypeLike, Scale
-from bitnet_jax._quantize.config import LARGEST_INT8, Int8Config, KernelConfig, TernaryConfig
+from bitnet_jax._quantize.config import (
+    LARGEST_INT8,
+    Int8Config,
+    KernelConfig,
+    TernaryConfig,
+    rule_of,
+)
 from bitnet_jax._quantize.latent_group import Group, Steps
 from bitnet_jax._quantize.latent_mean import magnitudes_of_mean
 from bitnet_jax._quantize.latent_rotated import unrotated_latent
 from bitnet_jax._quantize.rotation import block_of
+from bitnet_jax._quantize.scale_rules import Statistic
 from bitnet_jax._quantize.ternary import dequantize, rotated_back
 
 _SEARCHED = ("float32", "bfloat16", "float16")
@@ -75,7 +83,7 @@ def _latent(
     if isinstance(config, Int8Config):
         w = _int8(group)
     else:
-        steps = _median(group) if config.scale == "absmedian" else magnitudes_of_mean(group)
+        steps = _magnitudes(rule_of(config).statistic)(group)
         w = jnp.where(group.codes < 0, -group.floats(steps), group.floats(steps))
     # A scale that is not finite has no inverse; it stays visible.
     w = jnp.where(jnp.isfinite(group.scale), w, group.scale.astype(dtype))
@@ -87,16 +95,27 @@ def _clear(
     codes: CanonicalCodes, scale: CanonicalScale, config: TernaryConfig
 ) -> Float32[Array, "*b k n"]:
     """A float32 kernel of these scales, up to rounding, with no weight near a threshold."""
-    if config.scale == "absmedian":
+    if rule_of(config).statistic is not statistics.mean:
         return _latent(codes, scale, config, jnp.dtype(jnp.float32))
     groups = scale.shape[-2]
     parts = codes.reshape(*codes.shape[:-2], groups, -1, codes.shape[-1])
-    if config.scale == "absmean":  # N weights share s, n of them are not 0
+    if not rule_of(config).of_kept:  # N weights share s, n of them are not 0
         over = (-2, -1) if scale.shape[-1] == 1 else (-2,)
         nonzero = jnp.abs(parts).astype(jnp.float32).sum(over, keepdims=True)[..., 0, :]
         size = codes.size // scale.size * 1.0
         scale = scale * (size / jnp.maximum(nonzero, 1))
     return (parts.astype(jnp.float32) * scale[..., None, :]).reshape(codes.shape)
+
+
+def _magnitudes(statistic: Statistic) -> Callable[[Group], Steps]:
+    """Magnitudes whose statistic is the scale of their group."""
+    inverses = {statistics.mean: magnitudes_of_mean, statistics.median: _median}
+    if statistic not in inverses:
+        raise NotImplementedError(
+            f"unpack: magnitudes of a given {statistic.__name__} are not known. A statistic of "
+            "SCALE_RULES needs an entry here."
+        )
+    return inverses[statistic]
 
 
 # Medians ------------------------------------------------------------------------------------

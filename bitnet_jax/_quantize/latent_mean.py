@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from bitnet_jax._quantize import statistics
-from bitnet_jax._quantize.config import KernelConfig, TernaryConfig
+from bitnet_jax._quantize.config import KernelConfig, TernaryConfig, rule_of
 from bitnet_jax._quantize.latent_group import Group, Steps
 
 _SINGLE = 3  # weights of one kind that may have a magnitude of their own
@@ -177,7 +177,7 @@ class _Search(NamedTuple):
 
 
 def _survive(config: KernelConfig) -> bool:
-    return isinstance(config, TernaryConfig) and config.scale == "survivors"
+    return isinstance(config, TernaryConfig) and rule_of(config).of_kept
 
 
 def _climb(

@@ -49,6 +49,7 @@ from bitnet_jax._quantize.config import (
     KernelConfig,
     TernaryConfig,
     planes_of,
+    rule_of,
 )
 from bitnet_jax._quantize.int8 import quantize_channels
 from bitnet_jax._quantize.kernel_spec import KernelSpec, kernel_spec
@@ -300,7 +301,7 @@ def _quantize(w: CanonicalKernel, config: TernaryConfig) -> tuple[CanonicalCodes
     # Not |r| > threshold: a NaN is kept, and its code is not 0.
     keep = ~(jnp.abs(r) <= np.float32(config.threshold))
     codes = jnp.where(keep, jnp.where(r < 0, jnp.int8(-1), jnp.int8(1)), jnp.int8(0))
-    if config.scale == "survivors":
+    if rule_of(config).of_kept:
         # The codes stay as the mean set them; only the scale is of the kept weights.
         mean = statistics.mean_of_kept(jnp.abs(wide) * statistics.SHIFT, keep, across)
         floor = jnp.maximum(mean * statistics.UNSHIFT, config.eps)
@@ -329,7 +330,7 @@ def _ratio(
     # (*b, K, N) -> (*b, G, K/G, N): a group is a run of adjacent weights of one output.
     wide = wide.reshape(*w.shape[:-2], w.shape[-2] // group, group, w.shape[-1])
     across = config.granularity == "tensor"
-    statistic = statistics.median if config.scale == "absmedian" else statistics.mean
+    statistic = rule_of(config).statistic
     magnitude = statistic(jnp.abs(wide) * statistics.SHIFT, across) * statistics.UNSHIFT
     floor = jnp.maximum(magnitude, config.eps)
     return wide, over_statistic(wide, floor), floor
