@@ -109,7 +109,10 @@ def _clear(
 
 def _magnitudes(statistic: Statistic) -> Callable[[Group], Steps]:
     """Magnitudes whose statistic is the scale of their group."""
-    inverses = {statistics.mean: magnitudes_of_mean, statistics.median: _median}
+    inverses: dict[Statistic, Callable[[Group], Steps]] = {
+        statistics.mean: magnitudes_of_mean,
+        statistics.median: _median,
+    }
     if statistic not in inverses:
         raise NotImplementedError(
             f"unpack: magnitudes of a given {statistic.__name__} are not known. A statistic of "

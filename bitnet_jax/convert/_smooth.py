@@ -61,10 +61,21 @@ def smooth(
     loop, a branch or a ``shard_map`` is left, and the report says why. What
     is proved is so for the calls that the batches make, and not for other methods of a model.
 
-    It changes what the quantisers see, and is no method by itself: pack or calibrate afterwards.
-    Inputs with few large channels get more of their int8 levels into the other channels, and the
-    kernel's rows pay: a row that is larger than the others by s sets the scale that they share.
-    {MEASURED}
+    It changes what the quantisers see, and is no method by itself: calibrate afterwards. Where a
+    few channels are much larger than the others, these get more of the inputs' int8 levels, and
+    the kernels pay: rows that became large set the scale that they share with all others.
+    In three blocks of a norm and a gated perceptron, width 64, with four channels of each norm 30
+    times as large (groups of 32, int8 inputs, alpha 0.5), the relative squared error of what the
+    blocks add went so, if the kernels' rows of these channels are as the others, or are small::
+
+                        rows as the others              rows 30 times smaller
+                        plain           rotated         plain           rotated
+        absmean         0.73 to 0.98    0.74 to 0.65    0.76 to 0.70    20.8 to 0.70
+        survivors       0.52 to 0.46    0.55 to 0.31    0.57 to 0.50    104  to 0.48
+        gptq            .110 to .108    .044 to .038    0.48 to 0.39    0.68 to 0.39
+
+    So a rotation wants it, ``"gptq"`` gains a little, and ``"absmean"`` without a rotation can
+    lose. Of the int8 levels little was seen: weight-only errors were the same to a percent.
 
     Args:
       ternary: as for :func:`calibrate`.
