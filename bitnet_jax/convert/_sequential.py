@@ -21,7 +21,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -66,9 +66,10 @@ def in_sequence(
     for kernel in early:
         state = states[kernel.leaf.path]
         state.convert(range(state.count), found.get(kernel.leaf.path), None)
-    queue = _Queue(states, progress)
+    waiting = states.keys() - {kernel.leaf.path for kernel in early}
+    queue = _Queue(states, waiting, progress)
     queue.serve(runs)
-    if len(early) < len(kernels) and not found and not queue.met:
+    if waiting and not found and not queue.met:
         raise_no_tokens()
     done = {path: state.packed() for path, state in states.items()}
     return done, [state.row(losses is not None) for state in states.values()]
@@ -90,8 +91,11 @@ class _Run:
         with fitting(self.number):
             self.met = _next(self._own, given, begun=self.met is not None)
 
-    def float_rows(self) -> jax.Array:
-        """What the float network brings to this meeting; y where it does not come by."""
+    def float_rows(self, waiting: Collection[Path]) -> jax.Array:
+        """What the float network brings to this meeting; y where it does not come by.
+
+        ``waiting``: the kernels whose inputs will be asked for.
+        """
         assert self.met is not None  # it is asked at a meeting
         key = _key(self.met)
         while key not in self._passed:
@@ -99,7 +103,7 @@ class _Run:
                 other = _next(self._float, None, begun=True)
             if other is None:
                 break
-            if other.path not in self.several:
+            if other.path in waiting:
                 self._passed[_key(other)] = other.rows
         y, rows = self.own_rows(), self._passed.pop(key, None)
         x = y if rows is None else rows()
@@ -148,9 +152,10 @@ class _Queue:
     def __init__(
         self,
         states: dict[Path, ConversionState],
+        waiting: Collection[Path],
         progress: Callable[[float], None],
     ):
-        self._states, self._progress = states, progress
+        self._states, self._waiting, self._progress = states, waiting, progress
         self._total = sum(state.count for state in states.values())
         self.met = False  # any input that is not 0
         self._known: tuple[dict[str, bool], list[_Pair], _Sums] | None = None
@@ -215,7 +220,9 @@ class _Queue:
         assert wanted is not None
         matched = kernel.method is not None and kernel.method.needs != "nothing"
         how = {"matrix": wanted.matrix or matched, "equal": kernel.equal}
-        rows = [(run.own_rows(), run.float_rows() if matched else None) for run in runs]
+        rows = [
+            (run.own_rows(), run.float_rows(self._waiting) if matched else None) for run in runs
+        ]
         if self._known is not None and self._known[0] == how and _alike(rows, self._known[1]):
             return self._known[2]
         total: list[np.ndarray] | None = None
