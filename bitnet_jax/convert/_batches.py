@@ -7,42 +7,50 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from bitnet_jax._checks import describe
-from bitnet_jax.convert._chosen_methods import WHO
 from bitnet_jax.convert._front_ends import Args
 
 
 @contextlib.contextmanager
-def fitting(number: int) -> Iterator[None]:
+def fitting(who: str, number: int) -> Iterator[None]:
     """Names the batch in whose call the network fails."""
     try:
         yield
     except Exception as failure:
-        if str(failure).startswith((f"{WHO}:", "ternarize:", "pack:")):
+        if str(failure).startswith((f"{who}:", "calibrate:", "ternarize:", "pack:")):
             raise
         text = " ".join(str(failure).split()).rstrip(".")
         text = text if len(text) <= 500 else f"{text[:497]}..."
         raise ValueError(
-            f"{WHO}: the network does not run on batch {number}: {type(failure).__name__}: {text}. "
+            f"{who}: the network does not run on batch {number}: {type(failure).__name__}: {text}. "
             "A batch is a tuple of all positional arguments but the params, or the one argument; "
             "keywords go into call=."
         ) from failure
 
 
-def examples(batches: Iterable[Any]) -> Iterator[Args]:
+def examples(who: str, batches: Iterable[Any]) -> Iterator[Args]:
     """The positional arguments of each call."""
     single = hasattr(batches, "shape") or isinstance(batches, (str, bytes, Mapping))
     if single or not isinstance(batches, Iterable):
         raise TypeError(
-            f"{WHO}: `batches` must be an iterable of batches, got {describe(batches)}. Pass "
+            f"{who}: `batches` must be an iterable of batches, got {describe(batches)}. Pass "
             "[batch] for a single one."
         )
     # A named tuple is one argument with fields.
     return (batch if type(batch) is tuple else (batch,) for batch in batches)
 
 
-def raise_no_batch() -> NoReturn:
+def raise_no_batch(who: str) -> NoReturn:
     """Reports an empty iterable."""
     raise ValueError(
-        f"{WHO}: `batches` is empty. Pass at least one batch; an iterator that was read before "
+        f"{who}: `batches` is empty. Pass at least one batch; an iterator that was read before "
         "has none left."
     )
+
+
+def require_callback(who: str, progress: object) -> None:
+    """Raises unless ``progress`` can be called."""
+    if not callable(progress):
+        raise TypeError(
+            f"{who}: `progress` must be a function of the part that is done, got "
+            f"{describe(progress)}."
+        )

@@ -13,18 +13,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import core
 from jaxtyping import PyTree
 
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
-from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._quantize.config import B158, KernelConfig
 from bitnet_jax._transform.decide import UNREACHED
-from bitnet_jax._tree.leaves import Leaf, flatten, rebox
+from bitnet_jax._tree.leaves import Leaf, rebox
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import Kernels, axes_for
-from bitnet_jax.convert._batches import examples, fitting, raise_no_batch
+from bitnet_jax.convert._batches import examples, fitting, raise_no_batch, require_callback
 from bitnet_jax.convert._calibration import Calibration
 from bitnet_jax.convert._chosen_methods import (
     WHO,
@@ -36,7 +34,7 @@ from bitnet_jax.convert._chosen_methods import (
 )
 from bitnet_jax.convert._collect import collected
 from bitnet_jax.convert._converted import FloatKernel, converted, possible
-from bitnet_jax.convert._front_ends import front_end
+from bitnet_jax.convert._front_ends import front_end, require_values
 from bitnet_jax.convert._options import require_candidates, require_fitting
 from bitnet_jax.convert._sequential import in_sequence
 
@@ -144,16 +142,16 @@ def calibrate(
     _checks.require_instance(WHO, "equal_tokens", equal_tokens, bool, "Use True or False.")
     _checks.require_instance(WHO, "sequential", sequential, bool, "Use True or False.")
     net = front_end(WHO, ternary, params, call)
-    _require_callback(progress)
+    require_callback(WHO, progress)
     _require_loss(loss)
-    _require_values(net.params)
+    require_values(WHO, net.params)
     require_methods(method)
     configs = require_candidates(candidates)
-    rest = examples(batches)
+    rest = examples(WHO, batches)
     first = next(rest, None)
     if first is None:
-        raise_no_batch()
-    with fitting(0):
+        raise_no_batch(WHO)
+    with fitting(WHO, 0):
         uses = net.packable(first)
         unreached = tuple(r.path for r in net.coverage(first).rows if r.why == UNREACHED)
     chosen, treedef = chosen_leaves(WHO, net.params, B158, uses, values=True)
@@ -199,15 +197,6 @@ def _kernels(
     return kernels
 
 
-def _require_callback(progress: object) -> None:
-    """Raises unless ``progress`` can be called."""
-    if not callable(progress):
-        raise TypeError(
-            f"{WHO}: `progress` must be a function of the part that is done, got "
-            f"{describe(progress)}."
-        )
-
-
 def _require_loss(loss: object) -> None:
     """Raises unless ``loss`` is None or can be called."""
     if loss is not None and not callable(loss):
@@ -216,17 +205,3 @@ def _require_loss(loss: object) -> None:
             f"{describe(loss)}. Write for example lambda logits, tokens: "
             "cross_entropy(logits[:, :-1], tokens[:, 1:])."
         )
-
-
-def _require_values(params: PyTree) -> None:
-    """Raises for params whose float values cannot be read: traced, or packed with an adapter."""
-    for leaf in flatten(WHO, "params", params, is_leaf=is_adapted)[0]:
-        if isinstance(leaf.value, core.Tracer):
-            raise TypeError(
-                f"{WHO}: `params` hold traced arrays ({leaf.where}), and calibration reads values. "
-                "Call it outside of jax.jit, jax.grad and jax.vmap."
-            )
-        if is_adapted(leaf.value):
-            raise TypeError(
-                f"{WHO}: {leaf.where} is packed already, and has an adapter. Pass float params."
-            )

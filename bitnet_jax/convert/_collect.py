@@ -32,7 +32,7 @@ def collected(
     sums: dict[Path, list[np.ndarray]] = {}
     slopes = None if losses is None else _Slopes(net, kernels, losses)
     for number, args in enumerate(batches):
-        with fitting(number):
+        with fitting(WHO, number):
             for path, probe in net.moments(wanted, args).items():
                 parts = jax.device_get(probe)
                 require_finite(path, parts.moments, number)
@@ -46,7 +46,7 @@ def collected(
         if length:
             progress(0.5 * (number + 1) / length)
     if not any(tokens.any() for tokens, _ in sums.values()):
-        raise_no_tokens()
+        raise_no_tokens(WHO)
     means = {} if slopes is None else slopes.means()
     return {path: _canonical(*sums[path]) for path in sums}, means
 
@@ -59,7 +59,7 @@ def squared_gradients(
         return {}
     slopes = _Slopes(net, kernels, losses)
     for number, args in enumerate(batches):
-        with fitting(number):
+        with fitting(WHO, number):
             slopes.add(args, number)
     return slopes.means()
 
@@ -113,9 +113,9 @@ def _raise_steep(path: Path, number: int) -> NoReturn:
     )
 
 
-def raise_no_tokens() -> NoReturn:
+def raise_no_tokens(who: str) -> NoReturn:
     """Reports batches in which no kernel met anything."""
     raise ValueError(
-        f"{WHO}: no kernel met an input in `batches`: they are empty, or all that reaches the "
+        f"{who}: no kernel met an input in `batches`: they are empty, or all that reaches the "
         "kernels is 0. Pass examples of real inputs."
     )

@@ -8,13 +8,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import linen, nnx
+from jax import core
 from jaxtyping import PyTree
 
 from bitnet_jax._checks import describe
+from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._transform import ProgramCoverage, Ternarized
 from bitnet_jax._transform.probe import Probe, Wanted
 from bitnet_jax._transform.slopes import Losses
 from bitnet_jax._transform.walk import Walk
+from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.select import Kernels, Path
 from bitnet_jax.linen._examples import Asked, Example, example_losses
 from bitnet_jax.nnx import _conversion
@@ -214,3 +217,17 @@ def _require_no_params(who: str, params: PyTree) -> None:
             f"{who}: `params` must be None for an NNX model, which holds its own, got "
             f"{describe(params)}. Update the model with them first: nnx.update(model, params)."
         )
+
+
+def require_values(who: str, params: PyTree) -> None:
+    """Raises for params whose float values cannot be read: traced, or packed with an adapter."""
+    for leaf in flatten(who, "params", params, is_leaf=is_adapted)[0]:
+        if isinstance(leaf.value, core.Tracer):
+            raise TypeError(
+                f"{who}: `params` hold traced arrays ({leaf.where}), and calibration reads values. "
+                "Call it outside of jax.jit, jax.grad and jax.vmap."
+            )
+        if is_adapted(leaf.value):
+            raise TypeError(
+                f"{who}: {leaf.where} is packed already, and has an adapter. Pass float params."
+            )

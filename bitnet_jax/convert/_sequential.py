@@ -37,6 +37,7 @@ from bitnet_jax._transform.walk import Met, Steps
 from bitnet_jax._tree.select import Path
 from bitnet_jax.convert._batches import fitting
 from bitnet_jax.convert._calibration import CalibratedKernel
+from bitnet_jax.convert._chosen_methods import WHO
 from bitnet_jax.convert._collect import (
     collected,
     raise_no_tokens,
@@ -70,7 +71,7 @@ def in_sequence(
     queue = _Queue(states, waiting, progress)
     queue.serve(runs)
     if waiting and not found and not queue.met:
-        raise_no_tokens()
+        raise_no_tokens(WHO)
     done = {path: state.packed() for path, state in states.items()}
     return done, [state.row(losses is not None) for state in states.values()]
 
@@ -79,7 +80,7 @@ class _Run:
     """One batch on its way through the float network and through the converted one."""
 
     def __init__(self, net: FrontEnd, number: int, args: Args):
-        with fitting(number):
+        with fitting(WHO, number):
             walk = net.walk(args)
         self.number, self.several = number, walk.several
         self._own, self._float = walk.steps(packed=True), walk.steps(packed=False)
@@ -88,7 +89,7 @@ class _Run:
 
     def advance(self, given: Stored | None) -> None:
         """To the next meeting of the converted network, which is sent what the kernel is here."""
-        with fitting(self.number):
+        with fitting(WHO, self.number):
             self.met = _next(self._own, given, begun=self.met is not None)
 
     def float_rows(self, waiting: Collection[Path]) -> jax.Array:
@@ -99,7 +100,7 @@ class _Run:
         assert self.met is not None  # it is asked at a meeting
         key = _key(self.met)
         while key not in self._passed:
-            with fitting(self.number):
+            with fitting(WHO, self.number):
                 other = _next(self._float, None, begun=True)
             if other is None:
                 break

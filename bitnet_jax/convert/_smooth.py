@@ -25,9 +25,10 @@ from bitnet_jax._transform.probe import Wanted
 from bitnet_jax._tree.leaves import Leaf, rebox
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import Kernels, Path, axes_for
-from bitnet_jax.convert import _calibrate
+from bitnet_jax.convert._batches import examples, fitting, raise_no_batch, require_callback
 from bitnet_jax.convert._chosen_methods import WHO as CALIBRATE
-from bitnet_jax.convert._front_ends import Args, FrontEnd, front_end
+from bitnet_jax.convert._collect import raise_no_tokens
+from bitnet_jax.convert._front_ends import Args, FrontEnd, front_end, require_values
 from bitnet_jax.convert._smoothing import SmoothedKernel, Smoothing
 
 WHO = "smooth"
@@ -144,25 +145,25 @@ def _smoothed(
     call: Mapping[str, Any] | None,
     progress: Callable[[float], None],
 ) -> tuple[Any, Smoothing]:
-    net = front_end(CALIBRATE, ternary, params, call)
-    _calibrate._require_callback(progress)
-    _calibrate._require_values(net.params)
-    rest = _calibrate._examples(batches)
+    net = front_end(WHO, ternary, params, call)
+    require_callback(WHO, progress)
+    require_values(WHO, net.params)
+    rest = examples(WHO, batches)
     first = next(rest, None)
     if first is None:
-        _calibrate._raise_no_batch()
-    with _calibrate._fitting(0):
+        raise_no_batch(WHO)
+    with fitting(WHO, 0):
         uses = net.packable(first)
         norms = net.coverage(first).norms
     _require_found(norms)
-    chosen, treedef = chosen_leaves(CALIBRATE, net.params, B158, uses, values=True)
+    chosen, treedef = chosen_leaves(WHO, net.params, B158, uses, values=True)
     leaves = {leaf.path: leaf for leaf, _ in chosen}
     wanted = _wanted(uses, leaves, norms)
     length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
-    proof = _Proof(lambda: front_end(CALIBRATE, ternary, params, call), first, norms)
+    proof = _Proof(lambda: front_end(WHO, ternary, params, call), first, norms)
     peaks: dict[Path, np.ndarray] = {}
     for number, args in enumerate(itertools.chain([first], rest)):
-        with _calibrate._fitting(number):
+        with fitting(WHO, number):
             proof.check(args, number)
             for path, found in _peaks(net, wanted, args, number).items():
                 peaks[path] = np.maximum(peaks.get(path, 0.0), found)
@@ -172,7 +173,7 @@ def _smoothed(
     every = [_fold(norm, peaks, wanted, leaves, alpha) for norm in proof.norms.found]
     folds = [fold for fold in every if fold.peaks.any()]
     if not folds:
-        _calibrate._raise_no_tokens()
+        raise_no_tokens(WHO)
     changed = _changed(folds, leaves)
     progress(1.0)
     made = [rebox(leaf.boxed, changed.get(leaf.path, leaf.value)) for leaf, _ in chosen]
@@ -237,7 +238,7 @@ def _wanted(uses: Kernels, leaves: Mapping[Path, Leaf], norms: Norms) -> dict[Pa
                 count = int((~np.isfinite(value)).sum())
                 _checks.raise_not_finite(WHO, leaves[path].where, count)
         for path, _ in norm.kernels:
-            spec = spec_of_leaf(CALIBRATE, leaves[path], uses.uses[path].config, axes)
+            spec = spec_of_leaf(WHO, leaves[path], uses.uses[path].config, axes)
             shape = tuple(leaves[path].value.shape)
             wanted[path] = Wanted(shape, spec.axes, matrix=False, peak=True)
     return wanted

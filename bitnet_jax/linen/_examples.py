@@ -390,7 +390,8 @@ def _example_refused(who: str, error: Exception) -> ValueError:
 
 def _raise_never_reached(who: str, paths: Sequence[str]) -> NoReturn:
     """Reports kernels that no example call uses."""
-    how = "call={'method': lambda m, *args: ...}" if who == "calibrate" else "calls=[lambda m: ...]"
+    one = who in ("calibrate", "smooth")
+    how = "call={'method': lambda m, *args: ...}" if one else "calls=[lambda m: ...]"
     raise ValueError(
         f"{who}: no call reaches the kernels {', '.join(paths)}. Pass {how} that "
         "use them, or take them out of `params`."
