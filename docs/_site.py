@@ -1,4 +1,4 @@
-"""Brings the guides into the site.
+"""Brings the guides and the notebooks into the site.
 
 They stay under ``examples/guides``, where their code is tested and where links between files of
 the repository lead somewhere; here only links that leave the folder are changed.
@@ -15,21 +15,29 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import _figures
+import _notebooks
 
 ROOT = pathlib.Path(__file__).parents[1]
 GUIDES = ROOT / "examples" / "guides"
+NOTEBOOKS = ROOT / "examples" / "notebooks"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds a page for each guide."""
+    """Adds a page for each guide and each notebook, and the notebooks' pictures."""
     for guide in sorted(GUIDES.glob("*.md")):
         files.append(File.generated(config, f"guides/{guide.name}", content=page(guide)))
+    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+        text, pictures = _notebooks.page(notebook)
+        files.append(File.generated(config, f"notebooks/{notebook.stem}.md", content=text))
+        for name, content in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
 
 
 def page(guide: pathlib.Path) -> str:
     """A guide's text as a page: above a table there is its figure, if it has one."""
     text = guide.read_text().replace("](../../docs/", "](../")
+    text = text.replace(".ipynb)", ".md)")
     text = text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")  # one line on a phone
     text = text.replace("<!-- dependencies -->\n", bounds((ROOT / "pyproject.toml").read_text()))
     text = re.sub(r"<!-- table: ([\w.]+) -->\n", lambda mark: _figures.drawn(mark[1]), text)

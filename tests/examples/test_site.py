@@ -5,6 +5,7 @@ import html
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import tomllib
@@ -68,7 +69,23 @@ def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r": (\S+\.md)$", text, flags=re.MULTILINE))
     own = {str(page.relative_to(DOCS).as_posix()) for page in DOCS.rglob("*.md")}
     guides = {f"guides/{page.name}" for page in (EXAMPLES / "guides").glob("*.md")}
-    assert listed == own | guides
+    notebooks = {f"notebooks/{one.stem}.md" for one in (EXAMPLES / "notebooks").glob("*.ipynb")}
+    assert listed == own | guides | notebooks
+
+
+@pytest.mark.parametrize("name", ["decoder", "vision_transformer"])
+def test_a_notebook_is_a_page_with_what_it_showed(name):
+    source = EXAMPLES / "notebooks" / f"{name}.ipynb"
+    text, pictures = loaded("_notebooks").page(source)
+    cells = json.loads(source.read_text())["cells"]
+    assert text.startswith("# ")
+    assert text.count("```python\n") == sum(cell["cell_type"] == "code" for cell in cells)
+    printed = [o for cell in cells for o in cell.get("outputs", []) if "text" in o]
+    assert text.count("```text\n") == len(printed) > 5
+    assert all("".join(output["text"]).rstrip() in text for output in printed)
+    assert re.findall(r"!\[.{30,}\]\((\S+)\)", text) == [*pictures]
+    assert len(pictures) == 2
+    assert all(content.startswith(b"\x89PNG") for content in pictures.values())
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
