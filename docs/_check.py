@@ -1,7 +1,8 @@
 """Faults of the built site that need no browser: ``python docs/_check.py out/site``.
 
 Links and anchors that lead nowhere, pictures without an alternative text, identifiers that stand
-twice on a page, and what pages and styles fetch from elsewhere. ``tests/site_browser.py`` sees what
+twice on a page, code that fails when it is copied because a space or quote of it was changed, and
+what pages and styles fetch from elsewhere. ``tests/site_browser.py`` sees what
 only a browser knows.
 """
 
@@ -33,6 +34,8 @@ class Page(HTMLParser):
         self.links: list[Link] = []
         self.anchors: list[str] = []
         self.unnamed: list[str] = []
+        self.code = [""]  # of each block
+        self._inside = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -45,8 +48,18 @@ class Page(HTMLParser):
             self.links.append(Link(tag, given.get("href", ""), True))
         if given.get(FETCHES.get(tag, "")):
             self.links.append(Link(tag, given[FETCHES[tag]], True))
+        if tag == "pre":
+            self._inside = True
+            self.code.append("")
         if tag == "img" and not given.get("alt", "").strip():
             self.unnamed.append(given.get("src", ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = self._inside and tag != "pre"
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.code[-1] += data
 
 
 def faults(site: pathlib.Path) -> list[str]:
@@ -69,6 +82,9 @@ def _of_page(
         yield f"no alternative text: {name}"
     for anchor in sorted({a for a in page.anchors if page.anchors.count(a) > 1}):
         yield f"identifier twice: {anchor}"
+    for code in page.code:
+        if found := re.search(r"[\u00a0\u2018-\u201f\u200b]", code):
+            yield f"code with {found[0]!r}: {code[:40]!r}"
     for link in page.links:
         parts = urlsplit(link.target)
         if parts.scheme == "data":

@@ -38,10 +38,15 @@ def page(guide: pathlib.Path) -> str:
     """A guide's text as a page: above a table there is its figure, if it has one."""
     text = guide.read_text().replace("](../../docs/", "](../")
     text = text.replace(".ipynb)", ".md)")
-    text = text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")  # one line on a phone
+    text = re.sub(r"^\|.*\|$", lambda row: unbroken(row[0]), text, flags=re.MULTILINE)
     text = text.replace("<!-- dependencies -->\n", bounds((ROOT / "pyproject.toml").read_text()))
     text = re.sub(r"<!-- table: ([\w.]+) -->\n", lambda mark: _figures.drawn(mark[1]), text)
     return re.sub(r"<!-- .*? -->\n", "", text)
+
+
+def unbroken(row: str) -> str:
+    """A row of a table whose figures keep their units and spreads on one line."""
+    return re.sub(r"(?<=\d) %", "\u00a0%", row).replace(" ± ", "\u00a0±\u00a0")
 
 
 def bounds(pyproject: str) -> str:

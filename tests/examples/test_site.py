@@ -188,12 +188,28 @@ def test_docstrings_become_markdown(monkeypatch):
     assert loaded("_docstrings").markdown(DOCSTRING) == MARKDOWN
 
 
-def test_dependencies_are_those_of_the_project(monkeypatch):
-    names = ("mkdocs", "mkdocs.structure", "mkdocs.structure.files")  # the build has them, not we
+@pytest.fixture
+def site(monkeypatch):
+    """The hook of the build, without MkDocs, which only the build has."""
+    names = ("mkdocs", "mkdocs.structure", "mkdocs.structure.files")
     for name in names:
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(File=None, Files=None))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    site, text = loaded("_site"), (ROOT / "pyproject.toml").read_text()
+    return loaded("_site")
+
+
+def test_guides_become_pages_with_the_same_code(site):
+    for guide in (EXAMPLES / "guides").glob("*.md"):
+        text, page = guide.read_text(), site.page(guide)
+        code = re.compile(r"```.*?```", re.DOTALL)
+        assert code.findall(page) == code.findall(text)
+        assert "<!--" not in page
+        assert "](../../" not in page
+    assert site.unbroken("| 9 % ± 1 | x % 2 |") == "| 9\u00a0%\u00a0±\u00a01 | x % 2 |"
+
+
+def test_dependencies_are_those_of_the_project(site):
+    text = (ROOT / "pyproject.toml").read_text()
     wanted = [line.split(">=") for line in tomllib.loads(text)["project"]["dependencies"]]
     _, _, *rows = site.bounds(text).splitlines()
     assert [[cell.strip() for cell in row.split("|")[1:3]] for row in rows] == wanted
@@ -254,7 +270,8 @@ def test_every_figure_stands_on_a_page():
     assert all(marks.count(name) == 1 for name in figures().FIGURES)
 
 
-SOUND = """<link rel="stylesheet" href="../style.css"><h1 id="top">A</h1><img src="a.png" alt="A">
+SOUND = """<pre>x % 2</pre>a\u00a0b
+<link rel="stylesheet" href="../style.css"><h1 id="top">A</h1><img src="a.png" alt="A">
 <a href="#top">1</a><a href="../">2</a><a href="/page/#top">3</a><a href="https://example.org/x">4</a>
 <script src="data:,1"></script>"""
 FAULTS = {
@@ -266,6 +283,8 @@ FAULTS = {
     '<p id="top">x</p>': "identifier twice: top",
     '<a href="http://example.org">x</a>': "no https address: http://example.org",
     '<a href="https://example">x</a>': "no https address: https://example",
+    "<pre><span>x</span>\u00a0% 2</pre>": r"code with '\xa0': 'x\xa0% 2'",
+    "<pre>print(\u201ca\u201d)</pre>": "code with '\u201c': 'print(\u201ca\u201d)'",
     '<script src="https://cdn.org/a.js"></script>': "fetches https://cdn.org/a.js",
     '<link rel="stylesheet" href="//cdn.org/a.css">': "fetches //cdn.org/a.css",
 }
