@@ -46,7 +46,8 @@ def page(guide: pathlib.Path) -> str:
 
 def unbroken(row: str) -> str:
     """A row of a table whose figures keep their units and spreads on one line."""
-    return re.sub(r"(?<=\d) %", "\u00a0%", row).replace(" ± ", "\u00a0±\u00a0")
+    row = re.sub(r"(?<=\d) %", "\u00a0%", row)
+    return row.replace(" ± ", "\u00a0±\u00a0").replace("> ", ">\u00a0")
 
 
 def bounds(pyproject: str) -> str:
