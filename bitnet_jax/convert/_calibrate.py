@@ -87,8 +87,8 @@ def calibrate(
         converted ones before it give: their errors are among its inputs, and it makes up for
         what it can of them. With y its inputs then and x those in the float network, the method
         converts ``(H + damping)^-1 (C + damping) W`` for W, with ``H = sum y y^T``,
-        ``C = sum y x^T`` and a damping of .01 of the mean of H's diagonal; methods that need
-        nothing convert W. Loops are stepped through, and each slice of a stack has its turn. A
+        ``C = sum y x^T`` and the mean of H's diagonal as damping; methods that need nothing
+        convert W. Loops are stepped through, and each slice of a stack has its turn. A
         kernel that is met more than once (a shared layer, a recurrence) is converted first, from
         float inputs. It takes one pass more over the batches, in the packed network; passes are
         not compiled, and what all batches hold between two kernels is in memory at once, twice.

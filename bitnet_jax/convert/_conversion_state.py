@@ -17,7 +17,7 @@ from bitnet_jax.convert._input_statistics import Statistics
 from bitnet_jax.convert._joined import PartRow, joined_codes, joined_row
 from bitnet_jax.convert._quantized import Quantized
 
-_DAMPING = 0.01  # of the mean of H's diagonal, as gptq has it
+_DAMPING = 1.0  # of the mean of H's diagonal: with less, the target fits the calibration text alone
 
 
 class ConversionState:

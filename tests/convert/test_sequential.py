@@ -14,7 +14,7 @@ from meshes import mesh_of
 import bitnet_jax as bj
 from bitnet_jax.convert import Method, Quantized, calibrate
 
-DAMPING = 0.01
+DAMPING = 1.0
 
 
 def normal(seed, *shape, scale=1.0):
