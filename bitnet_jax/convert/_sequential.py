@@ -12,11 +12,11 @@ et al. [1], who take W; the target is that of [2] and [3].
 
 The damping, the mean of H's diagonal, is that of a ridge regression: with less, the target follows
 what the calibration inputs have in common, and other inputs lose by it. In the first four layers of
-SmolLM2-135M, two planes by ``"planes"``, 4,096 calibration tokens with equal weights, the squared
+SmolLM2-135M, two planes by ``"planes"``, 4,096 calibration tokens that count the same, the squared
 error of what comes out, over its square, on text of the same kind and of another one:
 
-    without this   3.3 %  2.9 %      damping .01  2.0 %  3.9 %
-    W for W'       3.1 %  2.9 %               .1  1.6 %  2.7 %      1  1.6 %  2.4 %
+    without this  2.9 %  2.9 %
+    damping .01   2.0 %  3.9 %      .1   1.6 %  2.7 %      1   1.6 %  2.4 %
 
 A kernel that the program meets more than once (a shared layer, a recurrence) cannot wait for all of
 its inputs: it is converted first, from what it meets in the float network.

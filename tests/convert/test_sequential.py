@@ -350,8 +350,8 @@ def test_windows_of_a_convolution():
     params = {"a": normal(1, 3, 4, 6), "b": normal(2, 3, 6, 5)}
 
     def conv(x, w):
-        how = {"dimension_numbers": ("NHC", "HIO", "NHC")}
-        return jax.lax.conv_general_dilated(x, w, (1,), "VALID", **how)
+        layout = ("NHC", "HIO", "NHC")
+        return jax.lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=layout)
 
     ternary = bj.ternarize(lambda p, x: conv(jnp.tanh(conv(x, p["a"])), p["b"]), activations=None)
     halves = Halves()
@@ -427,7 +427,7 @@ def test_slices_that_nothing_meets():
 def test_what_is_refused():
     ternary = bj.ternarize(network)
     with pytest.raises(TypeError, match=r"calibrate: `sequential` must be a bool, got int 1\."):
-        calibrate(ternary, PARAMS, BATCHES, sequential=1)
+        calibrate(ternary, PARAMS, BATCHES, sequential=1)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="calibrate: the network does not run on batch 1"):
         calibrate(ternary, PARAMS, [BATCHES[0], BATCHES[1][:, :5]], sequential=True)
     spoilt = BATCHES[1].copy()
