@@ -427,7 +427,7 @@ def test_slices_that_nothing_meets():
 def test_what_is_refused():
     ternary = bj.ternarize(network)
     with pytest.raises(TypeError, match=r"calibrate: `sequential` must be a bool, got int 1\."):
-        calibrate(ternary, PARAMS, BATCHES, sequential=1)  # pyright: ignore[reportArgumentType]
+        calibrate(ternary, PARAMS, BATCHES, sequential=1)
     with pytest.raises(ValueError, match="calibrate: the network does not run on batch 1"):
         calibrate(ternary, PARAMS, [BATCHES[0], BATCHES[1][:, :5]], sequential=True)
     spoilt = BATCHES[1].copy()
