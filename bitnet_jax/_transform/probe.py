@@ -106,7 +106,7 @@ def toll(x: Float[AnyArray, "*shared t k"], probe: Probe, alone: tuple[int, ...]
     def run(x: jax.Array) -> Probe:
         x = x.astype(jnp.float32)
         if kind is PeakProbe:
-            return kind(_tokens(x), jnp.max(jnp.abs(x), axis=-2, initial=0))
+            return kind(_statistics(x, matrix=False).tokens, _peaks(x))
         return kind(*_statistics(_equal_rows(x) if kind is EqualProbe else x, matrix))
 
     def whole(_: Any) -> Probe:
@@ -169,13 +169,8 @@ def _sizes(x: Float32[Array, "*b t k"]) -> Float32[Array, "*b t 1"]:
     return jnp.where(largest == 0, jnp.float32(1), size)
 
 
-def _tokens(x: Float32[Array, "*shared t k"]) -> jax.Array:
-    """How many rows are not all 0."""
-    return jnp.any(x != 0, axis=-1).astype(jnp.float32).sum(axis=-1)
-
-
 def _statistics(x: Float32[Array, "*shared t k"], matrix: bool) -> Probe:
-    tokens = _tokens(x)
+    tokens = jnp.any(x != 0, axis=-1).astype(jnp.float32).sum(axis=-1)
     if matrix:
         pairs = jnp.einsum("...ti,...tj->...ij", x, x, precision=lax.Precision.HIGHEST)
         return Probe(tokens, pairs)
@@ -184,6 +179,11 @@ def _statistics(x: Float32[Array, "*shared t k"], matrix: bool) -> Probe:
     squares = jnp.pad(jnp.square(x), padding)
     blocks = squares.reshape(*x.shape[:-2], -1, _BLOCK, x.shape[-1])
     return Probe(tokens, blocks.sum(axis=-2).sum(axis=-2))
+
+
+def _peaks(x: Float32[Array, "*shared t k"]) -> jax.Array:
+    """The largest absolute value of each feature; NaN where there is one."""
+    return jnp.max(jnp.abs(x), axis=-2, initial=0)
 
 
 def placed(spec: PartitionSpec) -> PartitionSpec:
