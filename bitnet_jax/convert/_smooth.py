@@ -178,7 +178,14 @@ def _smoothed(
     progress(1.0)
     made = [rebox(leaf.boxed, changed.get(leaf.path, leaf.value)) for leaf, _ in chosen]
     result = net.result(jax.tree.unflatten(treedef, made))
-    return result, _report(uses, leaves, folds, dict(proof.norms.refused), alpha)
+    unseen = [path for fold in every if not fold.peaks.any() for path, _ in fold.norm.kernels]
+    reasons = dict(proof.norms.refused) | dict.fromkeys(unseen, _UNSEEN)
+    return result, _report(uses, leaves, folds, reasons, alpha)
+
+
+_UNSEEN = "its inputs are 0 in all batches"
+
+_APART = "it belongs to a module that is ternarised apart from the model"
 
 
 @contextlib.contextmanager
@@ -328,11 +335,11 @@ def _report(
 ) -> Smoothing:
     """One row for each kernel, in the order of the parameters."""
     folded = {path: fold for fold in folds for path, _ in fold.norm.kernels}
-    unseen, rows = "its inputs are 0 in all batches", []
+    rows = []
     for path in sorted(uses.uses, key=list(leaves).index):
         where, shape = leaves[path].where, tuple(leaves[path].value.shape)
         if path not in folded:
-            rows.append(SmoothedKernel(where, shape, why=refused.get(path, unseen)))
+            rows.append(SmoothedKernel(where, shape, why=refused.get(path, _APART)))
             continue
         norm, peaks, factors = folded[path]
         names = tuple(leaves[vector].where for vector in norm.vectors)

@@ -335,9 +335,9 @@ def small_decoder(**how):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_decoder(scan):
-    model = small_decoder(weights=bj.B158, scan=scan)
+    model = small_decoder(weights=bj.B158, embedding=bj.Int8Config(), scan=scan)
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 64)
-    plain = small_decoder(weights=None, scan=scan)
+    plain = small_decoder(weights=None, embedding=None, scan=scan)
     nnx.update(plain, nnx.state(model, nnx.Param))
     want = plain(tokens)
     new, report = smooth(model, None, [tokens])
@@ -352,6 +352,7 @@ def test_the_decoder(scan):
     # The sub-norms of this architecture stand right before these.
     assert rows[f"{at}/mlp/down/linear/kernel"].norm == (f"{at}/mlp/sub_norm/scale",)
     assert rows[f"{at}/attention/out/linear/kernel"].norm == (f"{at}/attention/sub_norm/scale",)
+    assert rows["embed/embedding"].why.startswith("it belongs to a module that is ternarised apart")
     nnx.update(plain, nnx.state(new, nnx.Param))
     same(plain(tokens), want)
     packed, _ = calibrate(new, None, [tokens], method="survivors")
