@@ -208,14 +208,16 @@ def _options(
 
 
 def _canonical_kernel(kernel: FloatKernel, block: int) -> np.ndarray:
-    """A kernel as float32 (B, K, N), rotated by blocks."""
-    w: Any = np.asarray(kernel.leaf.value).astype(np.float32)
+    """A kernel as float32 (B, K, N), rotated by blocks; not to be written to, it may be no copy."""
+    w: Any = np.asarray(kernel.leaf.value, np.float32)
     w = kernel_axes.to_canonical(w, kernel.spec.axes)
     if kernel.target is not None:
         w = kernel.target.reshape(w.shape)
     if block > 1:  # as the quantiser rotates, to the bit
         w = np.asarray(rotated_kernel(jnp.asarray(w), block))
-    return np.ascontiguousarray(w.reshape(-1, *w.shape[-2:]))
+    w = np.ascontiguousarray(w.reshape(-1, *w.shape[-2:])).view()
+    w.flags.writeable = False
+    return w
 
 
 def _canonical_parts(packed: Stored) -> tuple[np.ndarray, np.ndarray]:

@@ -41,7 +41,7 @@ from bitnet_jax.convert._best_scale import Granularity, group_size
 from bitnet_jax.convert._plane_grid import Grid, combined, grid_of, lowered, solved
 from bitnet_jax.convert._plane_scales import plane_scales
 
-_AT_ONCE = 2**22  # weights that are coded together: 16 MiB, and a few copies
+_AT_ONCE = 2**21  # weights that are coded together: 8 MiB, and a few copies
 
 
 class Choice(NamedTuple):

@@ -10,7 +10,7 @@ from scipy.linalg import blas
 from bitnet_jax.convert import _second_moment
 from bitnet_jax.convert._input_statistics import Statistics
 
-_AT_ONCE = 2**22  # weights that are worked on together
+_AT_ONCE = 2**20  # weights that are worked on together: 8 MiB, and a few copies
 _LARGE = 2**33  # products from which on float32 takes them; their sums stay float64
 
 

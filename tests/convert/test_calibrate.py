@@ -1015,3 +1015,22 @@ def test_a_kernel_over_other_axes_in_another_batch():
         batches,
         method=Kept().method,
     )
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_the_kernel_that_a_method_gets_is_no_copy_and_cannot_be_written(kind):
+    seen = []
+
+    def method(w, statistics, config):
+        seen.append(w)
+        with pytest.raises(ValueError, match="read-only"):
+            w *= 2
+        return bj.convert.Quantized(np.sign(w).astype(np.int8), np.ones((1, 1, 1), np.float32), ())
+
+    params = {"w": kind(normal(0, 16, 8))}
+    before = np.array(params["w"])
+    ternary = bj.ternarize(lambda params, x: x @ params["w"])
+    calibrate(ternary, params, [normal(1, 4, 16)], method=Method("nothing", method))
+    np.testing.assert_array_equal(params["w"], before)
+    np.testing.assert_array_equal(seen[0], before[None])
+    assert np.shares_memory(seen[0], np.asarray(params["w"]))
