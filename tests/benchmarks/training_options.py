@@ -119,11 +119,11 @@ def loss_after(option: Option, seed: int, steps: int, bar: tqdm) -> float:
     model, (ids, _) = model_of(option, seed), example.text()
     optimizer = nnx.Optimizer(model, option.optimizer(steps), wrt=nnx.Param)
     mean = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param)) if option.average else None
-    share, method = option.start or (0.0, None)
+    share, method = option.start or (0.0, "")
     rng = np.random.default_rng(seed)
     for step in range(steps):
         batch = example.windows(ids, example.BATCH, rng)
-        if step == round(share * steps) and method is not None:
+        if method and step == round(share * steps):
             calibrate(model, method, [example.windows(ids, 64, rng)])
         if step < share * steps:
             phased_step(model, optimizer, batch, jnp.zeros(()))

@@ -35,7 +35,7 @@ class Option:
       layer: fields of every ternary layer.
       strength: of quantisation by the step; None: always 1.
       start: the share of the steps that are float, and the method of ``bj.convert.calibrate``
-        that makes latents of the float kernels then; None keeps them.
+        that makes latents of the float kernels then.
       product: what a layer computes instead of its own product.
       decay: AdamW's weight decay, from the number of steps.
       b2: AdamW's decay of the second moment.
@@ -51,7 +51,7 @@ class Option:
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     strength: optax.Schedule | None = None
-    start: tuple[float, str | None] | None = None
+    start: tuple[float, str] | None = None
     product: Product | None = None
     decay: Callable[[int], optax.ScalarOrSchedule] = lambda _: 1e-4
     b2: float = 0.95
@@ -222,9 +222,10 @@ OPTIONS = {
     "dead-zone bias, 0.001": base(product=dead_zone_bias(1e-3)),
     "dead-zone bias, 0.03": base(product=dead_zone_bias(3e-2)),
     "3:4 sparse, float part to step 300": base(product=three_of_four, strength=HALF),
-    "150 float steps, then ternary": base(start=(0.25, None)),
     "150 float steps, then calibrated by gptq": base(start=(0.25, "gptq")),
     "decay 0.1, off in the second half": base(decay=decay_at_first),
+    "decay 0.1, off in the second half, kernels' higher": base(kernels=7e-3, decay=decay_at_first),
+    "decay 0.1, off in the second half, phased in": base(decay=decay_at_first, strength=RAMP),
     "two-stage rates, decay 0.1 in the first": base(schedule=two_stage, decay=decay_at_first),
     "b2 of 0.99": base(b2=0.99),
     "backward products in bfloat16": base(layer=BF16),
@@ -232,4 +233,13 @@ OPTIONS = {
     "latents in bfloat16, rounded stochastically": base(last=rounded_latents(stochastic=True)),
     "mean of latents, 0.98": base(average=0.98),
 }
-FINALISTS = ("float, one rate", FLOAT, "ternary, one rate", TERNARY, RAMPED)  # the others: one seed
+FINALISTS = (  # the others: one seed
+    "float, one rate",
+    FLOAT,
+    "ternary, one rate",
+    TERNARY,
+    RAMPED,
+    "decay 0.1, off in the second half",
+    "decay 0.1, off in the second half, phased in",
+    "backward products in bfloat16",
+)
