@@ -9,9 +9,8 @@ kernel, and it stays float in all that it does.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bitnet_jax._layers.stated import STATED
@@ -43,15 +42,6 @@ class Survey:
 
     def __init__(self, constants: Mark) -> None:
         self.found, self._constants = Found(), constants
-
-    @contextlib.contextmanager
-    def quietly(self) -> Iterator[None]:
-        """A walk that only asks what comes out: what it finds is dropped."""
-        found, self.found = self.found, Found()
-        try:
-            yield
-        finally:
-            self.found = found
 
     def walk(self, jaxpr: Jaxpr, marks: Sequence[Mark], times: float) -> list[Mark]:
         """The marks of a jaxpr's results, from those of its operands."""

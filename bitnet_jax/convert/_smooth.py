@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from bitnet_jax import _checks
 from bitnet_jax._checks import describe
 from bitnet_jax._quantize.config import B158
-from bitnet_jax._transform.norms import Norm, Norms
+from bitnet_jax._transform.norms import Norms
 from bitnet_jax._transform.probe import Wanted
 from bitnet_jax._tree.leaves import Leaf, rebox
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
@@ -28,10 +28,9 @@ from bitnet_jax._tree.select import Kernels, Path, axes_for
 from bitnet_jax.convert._batches import examples, fitting, raise_no_batch, require_callback
 from bitnet_jax.convert._chosen_methods import WHO as CALIBRATE
 from bitnet_jax.convert._collect import raise_no_tokens
+from bitnet_jax.convert._folds import WHO, Fold, divided, fold_of, spread
 from bitnet_jax.convert._front_ends import Args, FrontEnd, front_end, require_values
 from bitnet_jax.convert._smoothing import SmoothedKernel, Smoothing
-
-WHO = "smooth"
 
 
 def smooth(
@@ -125,20 +124,6 @@ def smooth(
         return _smoothed(ternary, params, batches, alpha, call, progress)
 
 
-class _Fold(NamedTuple):
-    """A norm that can be divided, and what is known of the inputs behind it.
-
-    Attributes:
-      norm: its vectors and its kernels.
-      peaks: (K,) float64, or (L, K) of stacked ones, the largest ``|x_j|``.
-      factors: as the peaks.
-    """
-
-    norm: Norm
-    peaks: np.ndarray
-    factors: np.ndarray
-
-
 def _smoothed(
     ternary: Any,
     params: PyTree,
@@ -172,11 +157,11 @@ def _smoothed(
         if length:
             progress(0.5 * (number + 1) / length)
     _require_found(proof.norms)
-    every = [_fold(norm, peaks, wanted, leaves, alpha) for norm in proof.norms.found]
+    every = [fold_of(norm, peaks, wanted, leaves, alpha) for norm in proof.norms.found]
     folds = [fold for fold in every if fold.peaks.any()]
     if not folds:
         raise_no_tokens(WHO)
-    changed = _changed(folds, leaves)
+    changed = divided(folds, leaves)
     progress(1.0)
     made = [rebox(leaf.boxed, changed.get(leaf.path, leaf.value)) for leaf, _ in chosen]
     result = net.result(jax.tree.unflatten(treedef, made))
@@ -270,68 +255,10 @@ def _peaks(
     return found
 
 
-def _fold(
-    norm: Norm,
-    peaks: Mapping[Path, np.ndarray],
-    wanted: Mapping[Path, Wanted],
-    leaves: Mapping[Path, Leaf],
-    alpha: float,
-) -> _Fold:
-    """The factors of one norm."""
-    inputs, rows, stack = [], [], norm.stacked
-    for path, axis in norm.kernels:
-        contracting = wanted[path].axes.contracting
-        lengths = [wanted[path].shape[a] for a in contracting]
-        lead = wanted[path].shape[:1] if norm.stacked else (1,)
-        each = peaks[path].reshape(*lead, -1, *lengths)
-        inputs.append(_largest(each, stack, 2 + contracting.index(axis)))
-        rows.append(_largest(np.abs(np.asarray(leaves[path].value, np.float64)), stack, axis))
-    x, w = np.max(inputs, axis=0), np.max(rows, axis=0)
-    alive = (x > 0) & (w > 0)
-    factors = np.ones(x.shape)
-    factors[alive] = x[alive] ** alpha / w[alive] ** (1 - alpha)
-    return _Fold(norm, x, factors)
-
-
-def _largest(values: np.ndarray, stacked: bool, axis: int) -> np.ndarray:
-    """The largest along every axis but one, and the first of stacked ones."""
-    kept = (0, axis) if stacked else (axis,)
-    return values.max(axis=tuple(a for a in range(values.ndim) if a not in kept))
-
-
-def _changed(folds: Iterable[_Fold], leaves: Mapping[Path, Leaf]) -> dict[Path, Any]:
-    """The leaves that are not what they were."""
-    changed = {}
-    for norm, _, factors in folds:
-        for path in norm.vectors:
-            shape = leaves[path].value.shape
-            changed[path] = _cast(leaves[path], 1 / factors.reshape(shape))
-        for path, axis in norm.kernels:
-            kept = (0, axis) if norm.stacked else (axis,)
-            along = tuple(a for a in range(leaves[path].value.ndim) if a not in kept)
-            changed[path] = _cast(leaves[path], np.expand_dims(factors, along))
-    return changed
-
-
-def _cast(leaf: Leaf, factors: np.ndarray) -> Any:
-    """A leaf times factors, in its dtype and where it lay."""
-    value = leaf.value
-    wide = np.asarray(value, np.float64)
-    with np.errstate(over="ignore", under="ignore"):
-        made = (wide * factors).astype(value.dtype)
-    lost = ~np.isfinite(made.astype(np.float32)) | ((made == 0) & (wide != 0))
-    if lost.any():
-        raise ValueError(
-            f"{WHO}: {int(lost.sum())} numbers of {leaf.where} would be too large or too small for "
-            f"{value.dtype}. Cast the parameters to float32 first."
-        )
-    return jax.device_put(made, value.sharding) if isinstance(value, jax.Array) else made
-
-
 def _report(
     uses: Kernels,
     leaves: Mapping[Path, Leaf],
-    folds: Iterable[_Fold],
+    folds: Iterable[Fold],
     refused: Mapping[Path, str],
     alpha: float,
 ) -> Smoothing:
@@ -345,15 +272,9 @@ def _report(
             continue
         norm, peaks, factors = folded[path]
         names = tuple(leaves[vector].where for vector in norm.vectors)
-        spreads = _spread(peaks), _spread(peaks / factors)
+        spreads = spread(peaks), spread(peaks / factors)
         rows.append(SmoothedKernel(where, shape, names, factors, *spreads))
     return Smoothing(tuple(rows), alpha)
-
-
-def _spread(peaks: np.ndarray) -> float:
-    """How many times the median the largest of those that are not 0 is; of a stack, at most."""
-    alive = [row[row > 0] for row in np.atleast_2d(peaks)]
-    return max(float(row.max() / np.median(row)) for row in alive if row.size)
 
 
 def _alpha(alpha: object) -> float:
