@@ -202,6 +202,9 @@ OPTIONS = {
     "float, one rate, higher": Option("float", 8e-3, 8e-3),
     FLOAT: Option("float", 3e-3, 6e-3),
     "float, two rates, linear": Option("float", 3e-3, 1.5e-2, linear(50)),
+    "float, two rates, decay 0.1, off in the second half": Option(
+        "float", 3e-3, 6e-3, decay=decay_at_first
+    ),
     "ternary, one rate": Option("ternary", 6e-3, 6e-3),
     "ternary, one rate, lower": Option("ternary", 4e-3, 4e-3),
     "ternary, one rate, higher": Option("ternary", 1e-2, 1e-2),
@@ -219,6 +222,7 @@ OPTIONS = {
     "float kernels, int8 inputs": Option("ternary", 6e-3, 6e-3, product=float_kernel),
     # Of these, each changes one thing of TERNARY.
     "scales per channel": base(changes=CHANNEL),
+    "scales in groups of 128, 172 for down": base(changes=grouped(128, 172)),
     "dead-zone bias, 0.001": base(product=dead_zone_bias(1e-3)),
     "dead-zone bias, 0.03": base(product=dead_zone_bias(3e-2)),
     "3:4 sparse, float part to step 300": base(product=three_of_four, strength=HALF),
