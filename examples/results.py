@@ -112,11 +112,16 @@ def costs(part: str) -> Table:
 
 
 def provenance() -> Table:
-    """Where, when and with what every record was taken."""
-    keys = ("command", "processor", "python", "jax", "date")
+    """Where, when and with what every record was taken: a row for each of its commands."""
+    keys = ("processor", "python", "jax", "date")
     names = sorted(path.stem for path in RECORDS.glob("*.json") if path.stem != "costs")
-    rows = [[f"`{run['command']}`", *(run[k] for k in keys[1:])] for n in names for run in runs(n)]
-    return Table("Taken", keys, rows)
+    rows = []
+    for name in names:
+        for command in dict.fromkeys(run["command"] for run in runs(name)):
+            same = [run for run in runs(name) if run["command"] == command]
+            cells = [", ".join(dict.fromkeys(run[key] for run in same)) for key in keys]
+            rows.append([f"`{command}`", *cells])
+    return Table("Taken", ("command", *keys), rows)
 
 
 def table(name: str) -> Table:
