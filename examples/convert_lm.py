@@ -114,6 +114,7 @@ RECIPES = (
     Recipe("two planes, 64, rotated, planes", grouped(64, 2, rotation="hadamard"), "planes"),
     Recipe("two planes, 64, gptq", grouped(64, 2), "gptq"),
     Recipe("two planes, 64, gptq, equal tokens", grouped(64, 2), "gptq", equal_tokens=True),
+    Recipe("three planes, 64, planes", grouped(64, 3), "planes"),
     Recipe("64, gptq, sequential", grouped(64), "gptq", equal_tokens=True, sequential=True),
     Recipe("two planes, 64, planes, sequential", grouped(64, 2), "planes", True, True),
     Recipe("two planes, 64, gptq, sequential", grouped(64, 2), "gptq", True, True),
