@@ -117,6 +117,20 @@ def require_leaves(who: str, name: str, count: int) -> None:
         )
 
 
+def require_no_report(who: str, name: str, tree: object) -> None:
+    """Raises for what packing and converting return: a tree and a report, not taken apart."""
+    if type(tree) is tuple and len(tree) == 2 and _is_report(tree[1]):
+        kind = type(tree[1]).__name__
+        raise TypeError(
+            f"{who}: `{name}` is a tree and a {kind}. Take apart what the call returned, "
+            "tree, report = ..., and pass the tree."
+        )
+
+
+def _is_report(value: object) -> bool:
+    return hasattr(value, "rows") and hasattr(value, "to_dict")
+
+
 def raise_selector_matches_nothing(
     who: str, what: str, paths: Sequence[str], near_to: Sequence[str], remedy: str = ""
 ) -> NoReturn:

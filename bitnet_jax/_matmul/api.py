@@ -206,6 +206,7 @@ def prepare(tree: PyTree, implementation: Name | None = None) -> PyTree:
       {'kernel': PreparedTernary(shape=(64, 16), for 'xla')}
     """
     _require_known_implementation("prepare", implementation)
+    _checks.require_no_report("prepare", "tree", tree)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
     if not any(is_packed(leaf) for _, leaf in leaves):
         _checks.raise_nothing_packed("prepare")

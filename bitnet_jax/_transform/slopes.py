@@ -63,6 +63,24 @@ def slopes(
     return Slopes({i: square(i) for i in kernels}, jnp.float32(count))
 
 
+def losses_of_batch(loss: Callable[..., Any], output: PyTree, args: tuple[Any, ...]) -> Any:
+    """A user's losses of what a call returned and of its arguments; raises for a batch's mean."""
+    losses = loss(output, *args)
+    lengths = {n for shape in _shapes(args) for n in shape[:1] if n > 1}
+    found = [shape for shape in _shapes(output) if len(shape) > 1 and shape[0] in lengths]
+    if getattr(losses, "shape", None) == () and found:
+        raise ValueError(
+            f"calibrate: `loss` must return one loss for each example or token, got one number of "
+            f"an output of shape {found[0]}. In a mean the gradients of different examples cancel. "
+            "Leave out .mean(); if this is one example, return loss[None]."
+        )
+    return losses
+
+
+def _shapes(tree: PyTree) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
+
+
 def _require_losses(losses: object) -> None:
     """Raises unless ``loss`` returned an array of floats with elements."""
     dtype = getattr(losses, "dtype", None)

@@ -46,6 +46,7 @@ def flatten(
     def whole(leaf: object) -> bool:
         return is_packed(leaf) or is_box(leaf) or (is_leaf is not None and is_leaf(leaf))
 
+    _checks.require_no_report(who, name, tree)
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)
     _checks.require_leaves(who, name, len(flat))
     return [Leaf(_names(path), leaf, unbox(leaf)) for path, leaf in flat], treedef

@@ -149,6 +149,7 @@ def compare(
     if apply is None:
         apply = _apply_of(who, model)
     _require_batches(who, batches)
+    _checks.require_no_report(who, "packed", packed)
     for leaf in flatten(who, "float_params", float_params)[0]:
         if is_packed(leaf.value):
             _raise_float_params_packed(who, leaf.where)

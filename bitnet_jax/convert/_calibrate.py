@@ -96,9 +96,11 @@ def calibrate(
       call: keyword arguments of every call. For a linen model also ``method``, ``rngs`` and
         ``variables``, as ``bj.linen.pack`` takes them; for an NNX model ``method``.
       loss: a function of what the network returns and of the call's positional arguments, but
-        the params, to losses in an array of any shape: one for each example or token. With it
-        the report predicts what each kernel adds to their mean. It takes a forward and a
-        backward pass more for each batch, and methods that need nothing take the ``"diagonal"``.
+        the params, to losses in an array of any shape: one for each example or token.
+        A linen model takes batches ``(x, labels)`` by
+        ``call={"method": lambda model, x, labels: model(x)}``. With ``loss`` the report predicts
+        what each kernel adds to the mean of the losses. It takes a forward and a backward pass
+        more for each batch, and methods that need nothing take the ``"diagonal"``.
         ``lambda logits, *args: logits`` needs no labels; it predicts half the squared change of
         a logit, and orders kernels well where errors are large too.
       candidates: configs that the report is to compare for :func:`budget`, for example
@@ -116,7 +118,8 @@ def calibrate(
       TypeError: ``ternary`` is none; ``batches`` is no iterable of examples; a kernel is packed
         already; a method, a candidate or the losses are none.
       ValueError: no batches; one that does not fit the network or that makes NaN or Inf
-        statistics or gradients, by its number; no tokens at all; a candidate that fits no kernel;
+        statistics or gradients, by its number; the mean of a
+        batch's losses; no tokens at all; a candidate that fits no kernel;
         a pattern that matches nothing, or a kernel that none matches; as ``ternary.pack``.
       NotImplementedError: statistics of a kernel in a ``while`` loop of unknown length, in a
         ``shard_map`` with ``check_vma=False``, or in a convolution with feature groups; with

@@ -11,11 +11,12 @@ from flax import linen, nnx
 from jax import core
 from jaxtyping import PyTree
 
+from bitnet_jax import _checks
 from bitnet_jax._checks import describe
 from bitnet_jax._packed.adapted import is_adapted
 from bitnet_jax._transform import ProgramCoverage, Ternarized
 from bitnet_jax._transform.probe import Probe, Wanted
-from bitnet_jax._transform.slopes import Losses
+from bitnet_jax._transform.slopes import Losses, losses_of_batch
 from bitnet_jax._transform.walk import Walk
 from bitnet_jax._tree.leaves import flatten
 from bitnet_jax._tree.select import Kernels, Path
@@ -92,7 +93,7 @@ class _Function:
     def losses(self, loss: Callable[..., Any]) -> Losses:
         def losses(result: Any, params: Any, others: Args, kwargs: dict[str, Any]) -> Any:
             del params, kwargs
-            return loss(result, *others)
+            return losses_of_batch(loss, result, others)
 
         return losses
 
@@ -208,6 +209,7 @@ def _require_params(who: str, params: PyTree) -> None:
         raise TypeError(
             f"{who}: `params` is None. Pass the float parameters; only an NNX model holds its own."
         )
+    _checks.require_no_report(who, "params", params)
 
 
 def _require_no_params(who: str, params: PyTree) -> None:

@@ -82,6 +82,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, dense: bool = False) -> 
         "Wrap a leaf in a dict, {'kernel': leaf}; of an nnx model pass nnx.state(model), of "
         "adapters adapters.to_dict()."
     )
+    _checks.require_no_report("save", "tree", tree)
     if not isinstance(tree, Mapping):
         raise TypeError(f"save: `tree` must be a Mapping, got {type(tree).__name__}. {remedy}")
     write(path, tree, dense=dense)

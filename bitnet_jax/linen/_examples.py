@@ -19,7 +19,7 @@ from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._transform.decide import NOT_SELECTED, UNREACHED
 from bitnet_jax._transform.explain import ProgramCoverage
 from bitnet_jax._transform.probe import Probe, Wanted
-from bitnet_jax._transform.slopes import Losses
+from bitnet_jax._transform.slopes import Losses, losses_of_batch
 from bitnet_jax._transform.ternarize import Ternarized
 from bitnet_jax._transform.walk import Walk
 from bitnet_jax._tree.leaves import flatten
@@ -190,7 +190,7 @@ def example_losses(loss: Callable[..., Any]) -> Losses:
     def losses(result: PyTree, params: PyTree, others: Args, kwargs: Kwargs) -> Any:
         del params, kwargs
         ((output, _),), (_, [(args, _)]) = result, others
-        return loss(output, *args)
+        return losses_of_batch(loss, output, args)
 
     return losses
 
@@ -205,7 +205,8 @@ class Asked:
     """What is asked of a model by example calls."""
 
     def __init__(self, who: str, model: nn.Module, examples: Sequence[Example], rngs: PyTree):
-        _checks.require_instance(who, "model", model, nn.Module, "Pass a linen module.")
+        remedy = "Pass a linen module; for an nnx model call the function of bj.nnx."
+        _checks.require_instance(who, "model", model, nn.Module, remedy)
         self._who, self._model, self._examples = who, model, examples
         self._rngs = {"params": jax.random.key(0)} if rngs is None else rngs
         self._plan = plan_of(type(model))
@@ -377,10 +378,16 @@ def _only_array(leaf: PyTree) -> PyTree:
 
 def _example_refused(who: str, error: Exception) -> ValueError:
     """The error for a model that does not run on the example."""
-    given = "what model.apply takes (method=, rngs= and variables= where it needs them)"
+    given = "what model.apply takes after the params (method=, rngs= and variables= if needed)"
     if who == "explain":
         given = "what model.init takes after the keys, and no params (method= and rngs= if needed)"
     text = str(error).rstrip(".")
+    if who in ("calibrate", "smooth"):
+        return ValueError(
+            f"{who}: the model does not run on batch 0 with these params: {type(error).__name__}: "
+            f"{text}. A batch is a tuple of all positional arguments of model.apply but the "
+            "variables, or the one argument; keywords, method=, rngs= and variables= go into call=."
+        )
     return ValueError(
         f"{who}: the model does not run on `example_args`"
         f"{'' if who == 'explain' else ' with these params'}: {type(error).__name__}: {text}. Pass "

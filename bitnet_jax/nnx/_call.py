@@ -27,7 +27,7 @@ from bitnet_jax._layers.forward import LayerConfig
 from bitnet_jax._packed.adapted import Adapted
 from bitnet_jax._packed.kernel import is_packed
 from bitnet_jax._transform import EMBEDDING, ProgramPlan, Spec, Ternarized
-from bitnet_jax._transform.slopes import Losses
+from bitnet_jax._transform.slopes import Losses, losses_of_batch
 from bitnet_jax._tree.select import Path, Select
 from bitnet_jax.nnx._bit_linear import TernaryLayer
 
@@ -236,7 +236,7 @@ def call_losses(loss: Callable[..., Any]) -> Losses:
         leaves = [_filled(slot, given, made) for slot in shape.slots]
         _, output = jax.tree.unflatten(shape.treedef, leaves)
         _, args, _ = jax.tree.unflatten(form.treedef, given)
-        return loss(output, *args)
+        return losses_of_batch(loss, output, args)
 
     return losses
 

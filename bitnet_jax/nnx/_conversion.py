@@ -348,15 +348,18 @@ def _split(
     ``layers``: as of :func:`splitting`; a model of such layers alone need not be ternarised.
     """
     name, args, kwargs = example
+    remedy = "Write a method into the model's class, and name it."
+    _checks.require_instance(who, "method", name, str, remedy)
     place = place_of(model)
     run = inspect.getattr_static(type(model), name, None)
     own = layers and any(isinstance(m, TernaryLayer) for _, m in nnx.iter_modules(model))
     if place is None and own and inspect.isfunction(run):
         return splitting(_STATED, model, run, args, kwargs, layers=True)
     if place is None or not hasattr(run, "__wrapped__"):
+        without = "" if who in ("calibrate", "smooth") else ", or leave the example out"
         raise ValueError(
             f"{who}: {type(model).__name__}.{name} is no method of a ternarised model. Call "
-            "bj.nnx.ternarize(model) first, or leave the example out."
+            f"bj.nnx.ternarize(model) first{without}."
         )
     return splitting(place.plan, model, run.__wrapped__, args, kwargs, layers=layers)
 
