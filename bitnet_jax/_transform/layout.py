@@ -223,6 +223,8 @@ def part(value: Carried, position: int, start: ArrayLike, size: int) -> Any:
 
 def leading(value: Carried, position: int) -> Any:
     """A kernel with one of its axes first, as ``scan`` and ``vmap`` slice it."""
+    if position == 0:  # outside of a trace, moving an axis to where it is copies the array
+        return value
     return jax.tree.map(lambda a: jnp.moveaxis(a, position, 0), value)
 
 

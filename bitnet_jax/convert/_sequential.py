@@ -30,7 +30,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,8 @@ def in_sequence(
 ) -> tuple[dict[Path, Stored], list[CalibratedKernel]]:
     """All kernels packed, and their rows of the report."""
     slopes = squared_gradients(net, kernels, batches, losses)
+    # Once: each run would have a copy of its own.
+    net.params = jax.tree.map(_array, net.params)
     states = {k.leaf.path: ConversionState(k, slopes.get(k.leaf.path)) for k in kernels}
     runs = [_Run(net, number, args) for number, args in enumerate(batches)]
     several = {path for run in runs for path in run.several}
@@ -82,6 +84,11 @@ def in_sequence(
         raise_no_tokens(WHO)
     done = {path: state.packed() for path, state in states.items()}
     return done, [state.row(losses is not None) for state in states.values()]
+
+
+def _array(value: Any) -> Any:
+    """A NumPy array as one of JAX; anything else as it is."""
+    return jnp.asarray(value) if isinstance(value, np.ndarray) else value
 
 
 class _Run:

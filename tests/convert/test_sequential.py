@@ -1,6 +1,7 @@
 """``calibrate(sequential=True)`` against the loop of the textbook in NumPy, and what is refused."""
 
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,30 @@ def test_each_slice_of_a_stack_has_its_turn(name):
     assert row.shape == (3, 12, 12)
     assert row.tokens == 80
     assert row.notes == ("slice 0: kept", "slice 1: kept", "slice 2: kept")
+
+
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
+def test_batches_share_the_stacks(kind):
+    """Of a stack there is one array, and not one for each run of each batch."""
+    params = {"s": kind(normal(7, 3, 12, 12, scale=0.4)), "end": kind(normal(8, 12, 41))}
+    counts = []
+
+    def count(_):
+        shapes = [array.shape for array in jax.live_arrays()]
+        counts.append((shapes.count((3, 12, 12)), shapes.count((12, 41))))
+
+    def fn(params, x):
+        return STACKED["scan"](params["s"], x) @ params["end"]
+
+    gc.collect()
+    count(None)
+    before = counts.pop()
+    batches = [normal(i, 5, 12) for i in range(6)]
+    ternary = bj.ternarize(fn, activations=None)
+    calibrate(ternary, params, batches, method="gptq", sequential=True, progress=count)
+    assert len(counts) == 4  # kernels
+    assert max(stacks for stacks, _ in counts) <= before[0] + 2
+    assert max(ends for _, ends in counts) <= before[1] + 2
 
 
 def test_a_scan_backwards_and_what_it_stacks():
