@@ -29,6 +29,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -98,14 +99,25 @@ class _Run:
         with fitting(WHO, number):
             walk = net.walk(args)
         self.number, self.several = number, walk.several
+        self._ahead = {
+            start.path: {*range(math.prod(start.batch))} for start in walk.starts.values()
+        }
         self._own, self._float = walk.steps(packed=True), walk.steps(packed=False)
         self._passed: dict[tuple[Path, bytes], Callable[[], jax.Array] | None] = {}
         self.met: Met | None = None
 
     def advance(self, given: Stored | None) -> None:
         """To the next meeting of the converted network, which is sent what the kernel is here."""
+        if self.met is not None:
+            self._ahead[self.met.path] -= {*self.met.slices.flat}
         with fitting(WHO, self.number):
             self.met = _next(self._own, given, begun=self.met is not None)
+
+    def is_behind(self, met: Met) -> bool:
+        """Whether it is on its way to what another run has met."""
+        if self.met is None or _key(self.met) == _key(met):
+            return False
+        return not self._ahead.get(met.path, set()).isdisjoint(met.slices.flat)
 
     def float_rows(self, waiting: Collection[Path]) -> jax.Array:
         """What the float network brings to this meeting; y where it does not come by.
@@ -150,6 +162,17 @@ def _key(met: Met) -> tuple[Path, bytes]:
     return met.path, met.slices.tobytes()
 
 
+def _turn(runs: Sequence[_Run]) -> Met:
+    """The meeting that comes next: the first one for which no other batch is still to come.
+
+    Programs of batches may differ, and so the places of a kernel in them. Where batches take other
+    branches of one, or meet kernels in another order, it is the first of all.
+    """
+    every = sorted((run.met for run in runs if run.met is not None), key=lambda met: met.place)
+    ready = (m for m in every if not any(run.is_behind(m) for run in runs))
+    return next(ready, every[0])
+
+
 class _Sums(NamedTuple):
     """Over the batches that met a kernel: as of ``Statistics``, and C of each slice."""
 
@@ -181,8 +204,7 @@ class _Queue:
         for run in runs:
             self._proceed(run, None)
         while any(run.met is not None for run in runs):
-            # Batches that take other branches wait for those that are behind.
-            met = min((run.met for run in runs if run.met is not None), key=lambda met: met.place)
+            met = _turn(runs)
             here = [run for run in runs if run.met is not None and _key(run.met) == _key(met)]
             self._convert(here)
             done = self._total - sum(self._left())

@@ -280,6 +280,27 @@ def test_branches_that_batches_take_apart():
     assert {row.path: row.tokens for row in report.rows} == {"a": 40, "b": 9, "end": 49}
 
 
+@pytest.mark.parametrize("longer", [0, 1])
+def test_batches_whose_programs_differ(longer):
+    """A kernel waits for the batches in which more comes before it."""
+    params = {"first": normal(1, 12, 12), "end": normal(3, 12, 6)}
+
+    def fn(params, x, more):
+        if more:
+            x = jnp.tanh(jnp.sin(jnp.cos(x)) @ params["first"])
+        return x @ params["end"]
+
+    batches = [
+        (SQUARE_BATCHES[0], True),
+        (SQUARE_BATCHES[1][:9], longer == 1),
+        (normal(1, 7, 12), False),
+    ]
+    ternary = bj.ternarize(fn, activations=None)
+    _, report = calibrate(ternary, params, batches, method="gptq", sequential=True)
+    tokens = {row.path: row.tokens for row in report.rows}
+    assert tokens == {"first": 40 + 9 * longer, "end": 56}
+
+
 def test_networks_that_part_ways():
     """Where the float network takes another branch, the target is the kernel's own product."""
     params = {"in": normal(1, 12, 12), "a": normal(2, 12, 12), "b": normal(3, 12, 12)}
