@@ -78,9 +78,9 @@ class FinetuneRecipe:
     """
 
     steps: int
-    learning_rate: optax.Schedule
-    weight_decay: optax.Schedule
-    strength: optax.Schedule
+    learning_rate: optax.Schedule = dataclasses.field(repr=False)
+    weight_decay: optax.Schedule = dataclasses.field(repr=False)
+    strength: optax.Schedule = dataclasses.field(repr=False)
     temperature: float
     labels: float
     logits: float

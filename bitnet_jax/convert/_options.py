@@ -22,7 +22,8 @@ from bitnet_jax.convert import _second_moment
 from bitnet_jax.convert._chosen_methods import WHO
 from bitnet_jax.convert._input_statistics import Statistics
 
-# Configs to choose from, coarse to fine. A kernel's own config and float join them.
+# Configs to choose from, coarse to fine. A kernel's own config and float join them; those with
+# groups that fit no kernel are left out.
 CANDIDATES: tuple[KernelConfig, ...] = (
     TernaryConfig(granularity=128),
     TernaryConfig(granularity=32),
@@ -81,7 +82,9 @@ def require_fitting(
     candidates: Sequence[KernelConfig],
     kernels: Sequence[tuple[KernelSpec, tuple[int, ...]]],
 ) -> None:
-    """Raises for a candidate that no kernel can have."""
+    """Raises for a candidate that no kernel can have, unless it came with the ready list."""
+    if tuple(candidates) == CANDIDATES:
+        return
     for config in candidates:
         if not any(fits(config, *kernel) for kernel in kernels):
             lengths = sorted({math.prod(spec.axes.split(shape)[1]) for spec, shape in kernels})

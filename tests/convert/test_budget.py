@@ -469,3 +469,12 @@ def test_candidates_that_are_none():
         TERNARY, PARAMS, ROWS, method="weighted", candidates=[bj.TernaryConfig(granularity=12)]
     )
     assert [len(row.options) for row in report.rows] == [2, 3]
+
+
+def test_ready_candidates_serve_narrow_kernels():
+    """Those with groups that fit none are left out, and budget's remedy works everywhere."""
+    how = {"loss": squared, "candidates": bj.convert.CANDIDATES}
+    _, report = calibrate(TERNARY, PARAMS, ROWS, method="weighted", **how)
+    for row in report.rows:
+        assert {option.config for option in row.options} == {CHANNEL, INT8, None}
+    assert bj.convert.budget(report, bytes=10_000).bytes <= 10_000

@@ -162,3 +162,8 @@ def test_bad_input_of_the_loss_is_named():
         recipe.loss(*LOGITS, LABELS, hidden=pair, relations=pair)
     with pytest.raises(TypeError, match="`hidden` must be a sequence of pairs"):
         recipe.loss(*LOGITS, LABELS, hidden=STATES)
+
+
+def test_its_text_has_no_addresses():
+    assert "0x" not in repr(recipe_of(10, 1e-3))
+    assert "temperature=" in repr(recipe_of(10, 1e-3))
