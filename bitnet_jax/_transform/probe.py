@@ -143,14 +143,21 @@ def paired(
       matrix: whether all of ``y_i y_j``, or ``y_i**2`` alone.
       equal: whether each pair of rows is divided by the root mean square of y's.
     """
-    y = y.astype(jnp.float32)
-    size = _sizes(y) if equal else jnp.float32(1)
-    sums = _statistics(y / size, matrix)
-    if x is None:
-        return Paired(*sums, None)
-    pair = y / size, x.astype(jnp.float32) / size
-    cross = jnp.einsum("...ti,...tj->...ij", *pair, precision=lax.Precision.HIGHEST)
-    return Paired(*sums, cross)
+
+    def run(y: jax.Array, *others: jax.Array) -> Paired:
+        y = y.astype(jnp.float32)
+        size = _sizes(y) if equal else jnp.float32(1)
+        sums = _statistics(y / size, matrix)
+        if not others:
+            return Paired(*sums, None)
+        pair = y / size, others[0].astype(jnp.float32) / size
+        cross = jnp.einsum("...ti,...tj->...ij", *pair, precision=lax.Precision.HIGHEST)
+        return Paired(*sums, cross)
+
+    def whole(*_: Any) -> Paired:
+        return Paired(PartitionSpec(), PartitionSpec(), None if x is None else PartitionSpec())
+
+    return _mesh.in_auto(run, y, *(() if x is None else (x,)), out=whole)
 
 
 def _equal_rows(x: Float32[Array, "*shared t k"]) -> jax.Array:

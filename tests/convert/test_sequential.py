@@ -10,7 +10,8 @@ import oracles
 import pytest
 from flax import linen as nn
 from flax import nnx
-from meshes import mesh_of
+from jax.sharding import PartitionSpec as P
+from meshes import both_kinds, mesh_of, put
 
 import bitnet_jax as bj
 from bitnet_jax.convert import Method, Quantized, calibrate
@@ -299,6 +300,22 @@ def test_batches_whose_programs_differ(longer):
     _, report = calibrate(ternary, params, batches, method="gptq", sequential=True)
     tokens = {row.path: row.tokens for row in report.rows}
     assert tokens == {"first": 40 + 9 * longer, "end": 56}
+
+
+@both_kinds
+def test_sharded_batches(kind):
+    """Tokens that lie on several devices are summed over all of them."""
+    ternary = bj.ternarize(network, activations=None)
+    batches = [normal(i, 8, 12) for i in (1, 2)]
+    want, _ = calibrate(ternary, PARAMS, batches, method="gptq", sequential=True)
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        params = {name: put(mesh, w, P()) for name, w in PARAMS.items()}
+        sharded = [put(mesh, x, P("data", None)) for x in batches]
+        found, _ = calibrate(ternary, params, sharded, method="gptq", sequential=True)
+    for name, kernel in want.items():
+        assert (np.asarray(found[name].codes) == np.asarray(kernel.codes)).all()
+        np.testing.assert_allclose(np.asarray(found[name].scale), kernel.scale, rtol=1e-5)
 
 
 def test_networks_that_part_ways():
