@@ -154,8 +154,9 @@ def paired(
         cross = jnp.einsum("...ti,...tj->...ij", *pair, precision=lax.Precision.HIGHEST)
         return Paired(*sums, cross)
 
-    def whole(*_: Any) -> Paired:
-        return Paired(PartitionSpec(), PartitionSpec(), None if x is None else PartitionSpec())
+    def whole(_: Any) -> Any:
+        kind: Any = Paired
+        return kind(PartitionSpec(), PartitionSpec(), None if x is None else PartitionSpec())
 
     return _mesh.in_auto(run, y, *(() if x is None else (x,)), out=whole)
 
