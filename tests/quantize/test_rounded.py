@@ -11,9 +11,9 @@ from jax import lax
 from jax.extend import core
 
 import bitnet_jax as bj
-from bitnet_jax import lora
 from bitnet_jax._quantize import rounded
 from bitnet_jax._quantize.straight_through import rms_normalize
+from bitnet_jax.lora import _merge
 
 pytestmark = pytest.mark.optimised
 
@@ -122,7 +122,7 @@ def test_a_merged_adapter_does_not_either(ulp):
     )
     base = packed["kernel"]
     update = adapters.kernels["kernel"]["a"] @ adapters.kernels["kernel"]["b"]
-    merge = functools.partial(lora._on_grid, base)
+    merge = functools.partial(_merge._on_grid, base)
     whole = base.dequantize() + update
     jax.tree.map(oracles.assert_same_bits, off_by(ulp, merge)(whole), jax.jit(merge)(whole))
 
