@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from bitnet_jax import _mesh
 from bitnet_jax._layers.stated import STATED
 from bitnet_jax._ops.gather import gathering
+from bitnet_jax._quantize.arrays import AnyArray
 from bitnet_jax._quantize.pinned import pinned
 from bitnet_jax._transform import jaxprs, layout
 from bitnet_jax._transform.convs import ConvPlan
@@ -89,7 +90,7 @@ class Interpreter:
             for o in operands
         ]
 
-    def meet(self, eqn: Eqn, operands: list[Any], uncast: jax.Array | None) -> list[Any]:
+    def meet(self, eqn: Eqn, operands: list[Any], uncast: AnyArray | None) -> list[Any]:
         """A product or a look-up; ``uncast``: the input as it was before the layer cast it."""
         sides = [i for i, o in enumerate(operands) if isinstance(o, Tracked)]
         (side,) = sides  # two kernels that meet were refused

@@ -32,12 +32,15 @@ class ConversionState:
         self._rows: list[PartRow] = []
         self._given: dict[tuple[tuple[int, ...], bytes], Stored] = {}
 
-    def left(self, numbers: Iterable[int]) -> list[int]:
+    def left(self, numbers: Iterable[int | np.integer]) -> list[int]:
         """Those of some slices that are not converted yet."""
         return [n for n in map(int, numbers) if n not in self._parts]
 
     def convert(
-        self, numbers: Iterable[int], statistics: Statistics | None, cross: np.ndarray | None
+        self,
+        numbers: Iterable[int],
+        statistics: Statistics | None,
+        cross: np.ndarray | None,
     ) -> None:
         """Converts some slices by the sums of their inputs; ``cross``: C of ``_sequential``."""
         numbers = list(numbers)

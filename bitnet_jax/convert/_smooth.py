@@ -38,7 +38,7 @@ def smooth(
     params: PyTree,
     batches: Iterable[Any],
     *,
-    alpha: float = 0.5,
+    alpha: int | float = 0.5,
     call: Mapping[str, Any] | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> tuple[Any, Smoothing]:
