@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 from bitnet_jax._checks import describe
 from bitnet_jax.convert._front_ends import Args
@@ -27,7 +28,7 @@ def fitting(who: str, number: int) -> Iterator[None]:
         ) from failure
 
 
-def examples(who: str, batches: Iterable[Any]) -> Iterator[Args]:
+def _examples(who: str, batches: Iterable[Any]) -> Iterator[Args]:
     """The positional arguments of each call."""
     single = hasattr(batches, "shape") or isinstance(batches, (str, bytes, Mapping))
     if single or not isinstance(batches, Iterable):
@@ -39,12 +40,31 @@ def examples(who: str, batches: Iterable[Any]) -> Iterator[Args]:
     return (batch if type(batch) is tuple else (batch,) for batch in batches)
 
 
-def raise_no_batch(who: str) -> NoReturn:
-    """Reports an empty iterable."""
-    raise ValueError(
-        f"{who}: `batches` is empty. Pass at least one batch; an iterator that was read before "
-        "has none left."
-    )
+class Opened(NamedTuple):
+    """Batches of which the first was looked at.
+
+    Attributes:
+      first: the arguments of the first call.
+      every: those of all calls, the first among them.
+      length: how many there are; None: it is not known.
+    """
+
+    first: Args
+    every: Iterator[Args]
+    length: int | None
+
+
+def opened(who: str, batches: Iterable[Any]) -> Opened:
+    """The batches with the first at hand; raises where there is none."""
+    rest = _examples(who, batches)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError(
+            f"{who}: `batches` is empty. Pass at least one batch; an iterator that was read before "
+            "has none left."
+        )
+    length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
+    return Opened(first, itertools.chain([first], rest), length)
 
 
 def require_callback(who: str, progress: object) -> None:

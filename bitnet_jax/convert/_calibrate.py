@@ -7,7 +7,6 @@ network. A method then chooses codes and scales of one kernel after another.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from bitnet_jax._transform.decide import UNREACHED
 from bitnet_jax._tree.leaves import Leaf, rebox
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import Kernels, axes_for
-from bitnet_jax.convert._batches import examples, fitting, raise_no_batch, require_callback
+from bitnet_jax.convert._batches import fitting, opened, require_callback
 from bitnet_jax.convert._calibration import Calibration
 from bitnet_jax.convert._chosen_methods import (
     WHO,
@@ -118,9 +117,9 @@ def calibrate(
       TypeError: ``ternary`` is none; ``batches`` is no iterable of examples; a kernel is packed
         already; a method, a candidate or the losses are none.
       ValueError: no batches; one that does not fit the network or that makes NaN or Inf
-        statistics or gradients, by its number; the mean of a
-        batch's losses; no tokens at all; a candidate that fits no kernel;
-        a pattern that matches nothing, or a kernel that none matches; as ``ternary.pack``.
+        statistics or gradients, by its number; the mean of a batch's losses; no tokens at all; a
+        candidate that fits no kernel; a pattern that matches nothing, or a kernel that none
+        matches; as ``ternary.pack``.
       NotImplementedError: statistics of a kernel in a ``while`` loop of unknown length, in a
         ``shard_map`` with ``check_vma=False``, or in a convolution with feature groups; with
         ``sequential``, a kernel in any ``shard_map``.
@@ -150,10 +149,7 @@ def calibrate(
     require_values(WHO, net.params)
     require_methods(method)
     configs = require_candidates(candidates)
-    rest = examples(WHO, batches)
-    first = next(rest, None)
-    if first is None:
-        raise_no_batch(WHO)
+    first, every, length = opened(WHO, batches)
     with fitting(WHO, 0):
         uses = net.packable(first)
         unreached = tuple(r.path for r in net.coverage(first).rows if r.why == UNREACHED)
@@ -164,9 +160,7 @@ def calibrate(
     if configs:
         each = (tuple(c for c in configs if possible(k, c)) for k in kernels)
         kernels = [k._replace(candidates=c) for k, c in zip(kernels, each, strict=True)]
-    length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
     losses = None if loss is None else net.losses(loss)
-    every = itertools.chain([first], rest)
     if sequential:
         done, rows = in_sequence(net, kernels, list(every), losses, progress)
     else:

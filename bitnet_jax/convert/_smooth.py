@@ -9,7 +9,6 @@ so the program says; see ``_transform/norms.py``. The ranges of x are read by th
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,7 +24,7 @@ from bitnet_jax._transform.probe import Wanted
 from bitnet_jax._tree.leaves import Leaf, rebox
 from bitnet_jax._tree.params import chosen_leaves, spec_of_leaf
 from bitnet_jax._tree.select import Kernels, Path, axes_for
-from bitnet_jax.convert._batches import examples, fitting, raise_no_batch, require_callback
+from bitnet_jax.convert._batches import fitting, opened, require_callback
 from bitnet_jax.convert._chosen_methods import WHO as CALIBRATE
 from bitnet_jax.convert._collect import raise_no_tokens
 from bitnet_jax.convert._folds import WHO, Fold, divided, fold_of, spread
@@ -135,10 +134,7 @@ def _smoothed(
     net = front_end(WHO, ternary, params, call)
     require_callback(WHO, progress)
     require_values(WHO, net.params)
-    rest = examples(WHO, batches)
-    first = next(rest, None)
-    if first is None:
-        raise_no_batch(WHO)
+    first, calls, length = opened(WHO, batches)
     with fitting(WHO, 0):
         uses = net.packable(first)
         norms = net.coverage(first).norms
@@ -146,10 +142,9 @@ def _smoothed(
     chosen, treedef = chosen_leaves(WHO, net.params, B158, uses, values=True)
     leaves = {leaf.path: leaf for leaf, _ in chosen}
     wanted = _wanted(uses, leaves, norms)
-    length = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore[reportArgumentType]
     proof = _Proof(lambda: front_end(WHO, ternary, params, call), first, norms)
     peaks: dict[Path, np.ndarray] = {}
-    for number, args in enumerate(itertools.chain([first], rest)):
+    for number, args in enumerate(calls):
         with fitting(WHO, number):
             proof.check(args, number)
             for path, found in _peaks(net, wanted, args, number).items():
