@@ -7,7 +7,7 @@ left in the program: interpreting is tracing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -227,12 +227,7 @@ class _Run:
     def _uncast(self, eqn: Eqn, operands: list[Any]) -> jax.Array | None:
         """The input before the cast that its own layer made: it is quantised as the kernel is."""
         (atom,) = (v for v, o in zip(eqn.invars, operands, strict=True) if not _is_kernel(o))
-        if not jaxprs.is_variable(atom) or atom not in self._casts:
-            return None
-        source, scope = self._casts[atom]
-        if scope != jaxprs.scope(eqn):
-            return None
-        value = self._values.get(source)
+        value = self._values.get(before_cast(atom, self._casts, eqn))
         return None if isinstance(value, Tracked) else value
 
 
@@ -255,6 +250,12 @@ def is_cast(eqn: Eqn) -> bool:
     (v,) = eqn.invars
     kinds = jaxprs.dtype_of(v), eqn.params["new_dtype"]
     return jaxprs.is_variable(v) and all(jnp.issubdtype(k, jnp.floating) for k in kinds)
+
+
+def before_cast(atom: Atom, casts: Mapping[Any, tuple[Any, str]], eqn: Eqn) -> Any:
+    """The variable that an equation's own layer cast to an operand; None: there is none."""
+    source, scope = casts.get(atom, (None, "")) if jaxprs.is_variable(atom) else (None, "")
+    return source if scope == jaxprs.scope(eqn) else None
 
 
 def last_uses(jaxpr: core.Jaxpr) -> dict[Any, int]:

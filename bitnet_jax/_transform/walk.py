@@ -30,6 +30,7 @@ from bitnet_jax._transform.higher_order import RULES, body_of
 from bitnet_jax._transform.interpret import (
     Interpreter,
     barrier,
+    before_cast,
     is_cast,
     is_met,
     last_uses,
@@ -146,7 +147,7 @@ class _Steps:
             given = [read(v) for v in eqn.invars]
             if is_cast(eqn):
                 casts[eqn.outvars[0]] = eqn.invars[0], jaxprs.scope(eqn)
-            sources = [values.get(_uncast(v, casts, eqn)) for v in eqn.invars]
+            sources = [values.get(before_cast(v, casts, eqn)) for v in eqn.invars]
             outs = yield from self._equation(eqn, given, sources)
             values.update(zip(eqn.outvars, outs, strict=True))
             for v in {*filter(jaxprs.is_variable, eqn.invars), *eqn.outvars}:
@@ -211,13 +212,6 @@ class _Steps:
             "which sequential=True does not step through. Leave sequential=False, or leave the "
             "kernel in float (select=)."
         )
-
-
-def _uncast(atom: jaxprs.Atom, casts: Mapping[Any, tuple[Any, str]], eqn: Eqn) -> Any:
-    """The variable that a layer cast to what it multiplies; None: there is none."""
-    source, scope = casts.get(atom, (None, "")) if jaxprs.is_variable(atom) else (None, "")
-    there = source is not None and jaxprs.is_variable(source) and scope == jaxprs.scope(eqn)
-    return source if there else None
 
 
 def _call(steps: _Steps, eqn: Eqn, operands: list[Any]) -> Steps:
