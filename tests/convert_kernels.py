@@ -1,11 +1,16 @@
 """Kernels, inputs and their statistics, for tests of the methods of conversion."""
 
+import jax
 import numpy as np
 
 import bitnet_jax as bj
 from bitnet_jax.convert._input_statistics import Statistics
 
 NOTHING = Statistics(np.array([0]), None)
+
+
+def normal(seed, *shape, scale=1.0):
+    return scale * jax.random.normal(jax.random.key(seed), shape)
 
 
 def config(granularity, eps=1e-5, planes=1):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from convert_kernels import normal
 from flax import linen as nn
 from flax import nnx
 from meshes import both_kinds, mesh_of
@@ -25,10 +26,6 @@ from bitnet_jax.convert._output_square import whole_squares
 CHANNEL = bj.TernaryConfig(granularity="channel")
 GROUPS = bj.TernaryConfig(granularity=8)
 INT8 = bj.Int8Config()
-
-
-def normal(seed, *shape, scale=1.0):
-    return scale * jax.random.normal(jax.random.key(seed), shape)
 
 
 def net(params, x):

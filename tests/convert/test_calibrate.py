@@ -7,16 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convert_kernels import normal
 from flax import linen as nn
 from flax import nnx
 from meshes import both_kinds, mesh_of
 
 import bitnet_jax as bj
 from bitnet_jax.convert import Method, Quantized, calibrate
-
-
-def normal(seed, *shape, scale=1.0):
-    return scale * jax.random.normal(jax.random.key(seed), shape)
 
 
 class Kept:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from convert_kernels import normal
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -17,10 +18,6 @@ import bitnet_jax as bj
 from bitnet_jax.convert import Method, Quantized, calibrate
 
 DAMPING = 1.0
-
-
-def normal(seed, *shape, scale=1.0):
-    return scale * jax.random.normal(jax.random.key(seed), shape)
 
 
 class Halves:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convert_kernels import normal
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -18,10 +19,6 @@ from bitnet_jax.convert import SmoothedKernel, Smoothing, calibrate, smooth
 # A leaf is rounded once more, by 2**-24 of itself; sums of 16 to 64 products of such leaves, and
 # norms of them, stay within a few times that of their largest terms.
 ROUNDING = 2e-6
-
-
-def normal(seed, *shape, scale=1.0):
-    return scale * jax.random.normal(jax.random.key(seed), shape)
 
 
 def wide(array):
